@@ -1,0 +1,29 @@
+"""fastbp: faster and smaller backpropagation through linear layers, their activations, MLPs and gated blocks."""
+
+from fastbp import autograd
+from fastbp.backends import available_backends
+from fastbp.functional import available_activations, gated_linear_act, gated_mlp, linear_act, mlp, use
+from fastbp.fusion import FusionReport, fuse, unfuse
+from fastbp.memory import SavedBytes
+from fastbp.modules import MLP, GatedLinear, GatedMLP, Linear, LinearAct
+from fastbp.version import __version__
+
+__all__ = [
+    "MLP",
+    "FusionReport",
+    "GatedLinear",
+    "GatedMLP",
+    "Linear",
+    "LinearAct",
+    "SavedBytes",
+    "autograd",
+    "available_activations",
+    "available_backends",
+    "fuse",
+    "gated_linear_act",
+    "gated_mlp",
+    "linear_act",
+    "mlp",
+    "unfuse",
+    "use",
+]

@@ -1,0 +1,261 @@
+"""The table of activations: every name, parameter, PyTorch spelling and kernel of an activation is in a row here.
+
+The formulas themselves are in ``formulas.py``.  Anything that needs a list of activations reads ``TABLE``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbp import formulas as f
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """One row: y = f(z) with its gradient, its parameters, and what PyTorch calls it."""
+
+    name: str
+    formula: str  # for the documentation
+    value: Callable[..., Tensor]
+    grad: Callable[..., Tensor]
+    grad_from_output: Callable[..., Tensor] | None = None
+    params: tuple[tuple[str, float], ...] = ()  # name and default, in the order the formulas take them
+    invalid: Callable[..., str | None] = lambda *params: None  # why these parameters mean no activation
+    output_lost: Callable[..., str | None] = lambda *params: None  # why with these parameters y does not give the slope
+    output_exact: bool = True  # False: from y the gradient is right except where y over- or underflows
+    limits: bool = False  # the parameters are values of z and are rounded to its dtype, as torch.clamp rounds them
+    module: type[nn.Module] | None = None
+    module_attributes: tuple[tuple[str, Any], ...] = ()  # tells apart activations that share a module class
+    functions: tuple[Callable[..., Tensor], ...] = ()
+    # PyTorch's kernels for the same formulas: one pass over memory, and the numbers users have today.
+    aten_value: Callable[..., Tensor] | None = None
+    aten_grad: Callable[..., Tensor] | None = None
+    aten_grad_from_output: Callable[..., Tensor] | None = None
+
+    @property
+    def grad_reads_output(self) -> bool:
+        """Whether ``grad_from_output`` looks at y at all: identity's does not."""
+        return self.name != "identity"
+
+
+class Bound(NamedTuple):
+    """An activation with the values of its parameters."""
+
+    row: Activation
+    params: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{n}={v:g}" for (n, d), v in zip(self.row.params, self.params, strict=True) if v != d)
+        return f"{self.name}({shown})" if shown else self.name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bind, (self.name, self.params)  # rows are compared by identity, so a copy finds the table's own
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """y = f(z) in plain differentiable torch."""
+        return one_pass(self.row.aten_value, self.row.value, self.params)(z)
+
+    def params_for(self, dtype: torch.dtype) -> tuple[float, ...]:
+        """The parameters as kernels of this dtype use them."""
+        if self.row.limits:
+            return tuple(torch.tensor(p, dtype=dtype).item() for p in self.params)
+        return self.params
+
+
+def _hardtanh_invalid(min_val: float, max_val: float) -> str | None:
+    return None if min_val < max_val else f"min_val must be below max_val, got {min_val} and {max_val}"
+
+
+def _nonzero(name: str) -> Callable[..., str | None]:
+    return lambda first, *rest: None if first != 0 else f"{name} must not be 0"
+
+
+def _nonnegative(name: str) -> Callable[..., str | None]:
+    return lambda first, *rest: None if first >= 0 else f"with {name} = {first} the output does not tell the sign of z"
+
+
+def _softplus_lost(beta: float, threshold: float) -> str | None:
+    return None if threshold >= 20 else f"with threshold = {threshold} two values of z give the same output"
+
+
+_HARDTANH = dict(
+    value=f.hardtanh,
+    grad=f.hardtanh_grad,
+    grad_from_output=f.hardtanh_grad_from_output,
+    invalid=_hardtanh_invalid,
+    limits=True,
+    aten_value=_aten.hardtanh.default,
+    aten_grad=_aten.hardtanh_backward.default,
+    aten_grad_from_output=lambda dy, y, lo, hi: _aten.hardtanh_backward.default(dy, y, lo, hi),
+)
+
+
+def _elu_coefficients(
+    alpha: Callable[..., float], scale: float, input_scale: Callable[..., float]
+) -> Callable[[bool], Callable[..., Tensor]]:
+    """aten::elu_backward serves elu, celu and selu; the flag says whether it is given the output."""
+
+    def make(from_output: bool) -> Callable[..., Tensor]:
+        return lambda dy, t, *p: _aten.elu_backward.default(dy, alpha(*p), scale, input_scale(*p), from_output, t)
+
+    return make
+
+
+_elu_backward = _elu_coefficients(lambda a: a, 1.0, lambda a: 1.0)
+_celu_backward = _elu_coefficients(lambda a: a, 1.0, lambda a: 1.0 / a)
+_selu_backward = _elu_coefficients(lambda: f.SELU_ALPHA, f.SELU_SCALE, lambda: 1.0)
+
+# On a CPU, ATen hands contiguous tensors to oneDNN for the erf GELU, which costs 8 µs forward and 16 backward before the
+# first element. A transposed view takes ATen's own vectorised kernel, which is faster up to about this many elements.
+_SMALL = 8192
+
+
+def _gelu(z: Tensor) -> Tensor:
+    return F.gelu(z.mT).mT if z.numel() <= _SMALL and z.dim() > 1 and z.is_cpu else F.gelu(z)
+
+
+def _gelu_backward(dy: Tensor, z: Tensor) -> Tensor:
+    if z.numel() <= _SMALL and z.dim() > 1 and z.is_cpu:
+        return _aten.gelu_backward.default(dy.mT, z.mT).mT
+    return _aten.gelu_backward.default(dy, z)
+
+
+TABLE: tuple[Activation, ...] = (
+    Activation(
+        "identity", "z", f.identity, f.identity_grad, f.identity_grad_from_output,
+        module=nn.Identity,
+    ),
+    Activation(
+        "relu", "max(z, 0)", f.relu, f.relu_grad, f.relu_grad_from_output,
+        module=nn.ReLU, functions=(F.relu, torch.relu, F.relu_, torch.relu_),
+        aten_value=torch.relu, aten_grad=lambda dy, z: _aten.threshold_backward.default(dy, z, 0),
+        aten_grad_from_output=lambda dy, y: _aten.threshold_backward.default(dy, y, 0),
+    ),
+    Activation(
+        "leaky_relu", "z if z > 0 else negative_slope · z",
+        f.leaky_relu, f.leaky_relu_grad, f.leaky_relu_grad_from_output,
+        params=(("negative_slope", 0.01),), output_lost=_nonnegative("negative_slope"),
+        module=nn.LeakyReLU, functions=(F.leaky_relu, F.leaky_relu_),
+        aten_value=_aten.leaky_relu.default,
+        aten_grad=lambda dy, z, slope: _aten.leaky_relu_backward.default(dy, z, slope, False),
+        aten_grad_from_output=lambda dy, y, slope: _aten.leaky_relu_backward.default(dy, y, slope, True),
+    ),
+    Activation(
+        "relu6", "min(max(z, 0), 6)", **_HARDTANH, params=(("min_val", 0.0), ("max_val", 6.0)),
+        module=nn.ReLU6, functions=(F.relu6,),
+    ),
+    Activation(
+        "hardtanh", "min(max(z, min_val), max_val)", **_HARDTANH, params=(("min_val", -1.0), ("max_val", 1.0)),
+        module=nn.Hardtanh, functions=(F.hardtanh, F.hardtanh_),
+    ),
+    Activation(
+        "elu", "z if z > 0 else alpha · (eᶻ − 1)", f.elu, f.elu_grad, f.elu_grad_from_output,
+        params=(("alpha", 1.0),), output_lost=_nonnegative("alpha"),
+        module=nn.ELU, functions=(F.elu, F.elu_),
+        aten_value=_aten.elu.default, aten_grad=_elu_backward(False), aten_grad_from_output=_elu_backward(True),
+    ),
+    Activation(
+        "celu", "z if z > 0 else alpha · (e^(z / alpha) − 1)", f.celu, f.celu_grad, f.celu_grad_from_output,
+        params=(("alpha", 1.0),), invalid=_nonzero("alpha"), output_lost=_nonnegative("alpha"),
+        module=nn.CELU, functions=(F.celu, F.celu_, torch.celu, torch.celu_),
+        aten_value=_aten.celu.default, aten_grad=_celu_backward(False), aten_grad_from_output=_celu_backward(True),
+    ),
+    Activation(
+        "selu", "1.0507 · (z if z > 0 else 1.6733 · (eᶻ − 1))", f.selu, f.selu_grad, f.selu_grad_from_output,
+        module=nn.SELU, functions=(F.selu, F.selu_, torch.selu, torch.selu_),
+        aten_value=torch.selu, aten_grad=_selu_backward(False), aten_grad_from_output=_selu_backward(True),
+    ),
+    Activation(
+        "sigmoid", "1 / (1 + e⁻ᶻ)", f.sigmoid_, f.sigmoid_grad, f.sigmoid_grad_from_output,
+        module=nn.Sigmoid, functions=(torch.sigmoid, F.sigmoid, torch.special.expit),
+        aten_value=torch.sigmoid, aten_grad_from_output=_aten.sigmoid_backward.default,
+    ),
+    Activation(
+        "tanh", "tanh(z)", f.tanh_, f.tanh_grad, f.tanh_grad_from_output,
+        module=nn.Tanh, functions=(torch.tanh, F.tanh),
+        aten_value=torch.tanh, aten_grad_from_output=_aten.tanh_backward.default,
+    ),
+    Activation(
+        "softplus", "log(1 + e^(beta · z)) / beta", f.softplus, f.softplus_grad, f.softplus_grad_from_output,
+        params=(("beta", 1.0), ("threshold", 20.0)), invalid=_nonzero("beta"), output_lost=_softplus_lost,
+        module=nn.Softplus, functions=(F.softplus,),
+        aten_value=_aten.softplus.default, aten_grad=_aten.softplus_backward.default,
+    ),
+    Activation(
+        "softsign", "z / (1 + |z|)", f.softsign, f.softsign_grad, f.softsign_grad_from_output,
+        module=nn.Softsign, functions=(F.softsign,),
+    ),
+    Activation(
+        "silu", "z · sigmoid(z)", f.silu, f.silu_grad,
+        module=nn.SiLU, functions=(F.silu,), aten_value=F.silu, aten_grad=_aten.silu_backward.default,
+    ),
+    Activation(
+        "gelu", "z · Φ(z), Φ the normal distribution function", f.gelu, f.gelu_grad,
+        module=nn.GELU, module_attributes=(("approximate", "none"),), functions=(F.gelu,),
+        aten_value=_gelu, aten_grad=_gelu_backward,
+    ),
+    Activation(
+        "gelu_tanh", "z/2 · (1 + tanh(√(2/π) · (z + 0.044715 z³)))", f.gelu_tanh, f.gelu_tanh_grad,
+        module=nn.GELU, module_attributes=(("approximate", "tanh"),),
+        aten_value=lambda z: F.gelu(z, approximate="tanh"),
+        aten_grad=lambda dy, z: _aten.gelu_backward.default(dy, z, approximate="tanh"),
+    ),
+    Activation("quick_gelu", "z · sigmoid(1.702 z)", f.quick_gelu, f.quick_gelu_grad),
+    Activation(
+        "mish", "z · tanh(log(1 + eᶻ))", f.mish, f.mish_grad,
+        module=nn.Mish, functions=(F.mish,), aten_value=F.mish, aten_grad=_aten.mish_backward.default,
+    ),
+    Activation(
+        "hardswish", "z · min(max(z + 3, 0), 6) / 6", f.hardswish, f.hardswish_grad,
+        module=nn.Hardswish, functions=(F.hardswish,),
+        aten_value=F.hardswish, aten_grad=_aten.hardswish_backward.default,
+    ),
+    Activation(
+        "hardsigmoid", "min(max(z + 3, 0), 6) / 6", f.hardsigmoid, f.hardsigmoid_grad, f.hardsigmoid_grad_from_output,
+        module=nn.Hardsigmoid, functions=(F.hardsigmoid,),
+        aten_value=F.hardsigmoid, aten_grad=_aten.hardsigmoid_backward.default,
+    ),
+    # From y = z², sqrt(y) is lost where the square leaves the range of the dtype, so `auto` keeps z.
+    Activation("relu2", "max(z, 0)²", f.relu2, f.relu2_grad, f.relu2_grad_from_output, output_exact=False),
+)  # fmt: skip
+
+ROWS: dict[str, Activation] = {row.name: row for row in TABLE}
+
+
+def bind(name: str, params: tuple[float, ...] | None = None) -> Bound:
+    """The activation of this name with these parameters, or its defaults."""
+    row = ROWS[name]
+    return Bound(row, tuple(v for _, v in row.params) if params is None else params)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which elementwise work on tensors of this dtype is done: 16-bit ones are widened."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def one_pass(
+    kernel: Callable[..., Tensor] | None, formula: Callable[..., Tensor], params: tuple[float, ...]
+) -> Callable[..., Tensor]:
+    """PyTorch's kernel where there is one, else the formula, with the parameters bound."""
+    if kernel is not None:
+        return (lambda *tensors: kernel(*tensors, *params)) if params else kernel
+    return lambda *tensors: formula(*(t.to(wide(t.dtype)) for t in tensors), *params).to(tensors[0].dtype)
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`` did you mean 'gelu'?`` or nothing, for error texts."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" did you mean {close[0]!r}?" if close else ""

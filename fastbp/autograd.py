@@ -1,0 +1,205 @@
+"""The autograd Functions: one for each form, all of one shape.
+
+``apply(config, x, *weights, *biases)`` returns y and the residuals of the config's save policy. The residuals are
+outputs in the eyes of autograd, so what backward reads is connected to the graph, and a second derivative flows through
+it into this node again: derivatives of any order need neither a second formula nor inputs kept for their sake.
+
+The Functions take checked tensors and a canonical ``Config``; ``fastbp.linear_act`` and its sisters make those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active as functorch_active
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+from fastbp import ops, reference
+from fastbp.activations import ROWS
+from fastbp.backends import choose
+from fastbp.forms import FORMS
+from fastbp.problem import Config, Names, configure
+from fastbp.reference import Saved
+from fastbp.saving import find_kept, kept
+
+Outputs = tuple[Tensor, ...]
+
+
+class _Traced(torch.autograd.Function):
+    """What graphs hold: the op forward and the op backward. Dynamo takes no Function with a jvp, so this has none."""
+
+    @staticmethod
+    def forward(names: Names, x: Tensor, *tensors: Tensor | None) -> Outputs:
+        weights, biases = _halves(tensors)
+        y, residuals = ops.traced_forward(names, x, weights, biases)
+        return (y, *residuals)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        names, x, *tensors = inputs
+        y, *residuals = output
+        ctx.mark_non_differentiable(*residuals)
+        ctx.names, ctx.needs = names, tuple(ctx.needs_input_grad[1:])
+        form, activation, _, save, _ = names
+        keep = find_kept(FORMS[form], save, ROWS[activation].grad_reads_output, ctx.needs)
+        # Every weight and bias goes along, so that the op's fake knows the shapes; the compiler drops what is not read.
+        first = 2 + len(tensors)
+        ctx.save_for_backward(
+            x if keep[0] else None,
+            y if keep[1] else None,
+            *tensors,
+            *(r if k else None for r, k in zip(residuals, keep[first:], strict=True)),
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        saved = _unflatten(ctx.saved_tensors, len(ctx.needs) // 2)
+        needs = tuple(n and t is not None for n, t in zip(ctx.needs, (dy, *saved.weights, *saved.biases), strict=True))
+        return (None, *ops.traced_backward(ctx.names, dy, saved, needs))
+
+
+class _Eager(torch.autograd.Function):
+    """The same without ops, with derivatives of every order, forward mode and vmap."""
+
+    @staticmethod
+    def forward(config: Config, x: Tensor, *tensors: Tensor | None) -> Outputs:
+        half = len(tensors) // 2
+        weights, biases = tensors[:half], tensors[half:]
+        y, residuals = choose(config, x, weights, biases).forward(config, x, weights, biases)
+        return (y, *residuals)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        ctx.set_materialize_grads(False)
+        config = ctx.config = inputs[0]
+        needs = ctx.needs = ctx.needs_input_grad[1:]
+        keep = kept(config.form, config.save, config.row.grad_reads_output, needs)
+        candidates = (inputs[1], output[0], *inputs[2:], *output[1:])
+        ctx.save_for_backward(*[t if k else None for t, k in zip(candidates, keep, strict=True)])
+        if forward_ad._current_level >= 0 or functorch_active():
+            ctx.save_for_forward(*candidates)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *dresiduals: Tensor | None) -> tuple[Tensor | None, ...]:
+        config, needs = ctx.config, ctx.needs
+        saved = _unflatten(ctx.saved_tensors, len(needs) // 2)
+        if dy is not None and not (torch.is_grad_enabled() or functorch_active() or forward_ad._current_level >= 0):
+            backend = choose(config, dy, saved.weights, saved.biases)
+            return (None, *backend.backward(config, dy, saved, needs))
+        # The gradient will be differentiated in its turn, or batched: plain torch, from the formulas.
+        return (None, *reference.backward(config, dy, saved, needs, dresiduals, differentiable=True))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tx: Tensor | None, *ttensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = _unflatten(ctx.saved_tensors, len(ttensors) // 2)
+        tangents = Saved(tx, None, *_halves(ttensors), ())
+        return reference.jvp(ctx.config, saved, tangents)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], config: Config, x: Tensor, *tensors: Tensor | None
+    ) -> tuple[Outputs, Any]:
+        _, x_dim, *tensor_dims = in_dims
+        if all(dim is None for dim in tensor_dims):  # only x is batched: one more leading size
+            outputs = _Eager.apply(config, x.movedim(x_dim, 0), *tensors)
+            return outputs, (0,) * len(outputs)
+
+        def plain(x: Tensor, *tensors: Tensor | None) -> Outputs:
+            y, residuals = reference.forward(config, x, *_halves(tensors))
+            return (y, *residuals)
+
+        outputs = torch.vmap(plain, in_dims=(x_dim, *tensor_dims), randomness="error")(x, *tensors)
+        return outputs, (0,) * len(outputs)
+
+
+def _halves(tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Weights and biases of a call's flat list."""
+    half = len(tensors) // 2
+    return tuple(tensors[:half]), tuple(tensors[half:])
+
+
+def _unflatten(tensors: tuple[Any, ...], linears: int) -> Saved:
+    """What was saved flat: x, y, weights, biases, residuals."""
+    half, end = 2 + linears, 2 + 2 * linears
+    return Saved(tensors[0], tensors[1], tensors[2:half], tensors[half:end], tensors[end:])
+
+
+class LinearActFunction(_Eager):
+    """``y = f(x Wᵀ + b)``: ``apply(config, x, weight, bias)`` returns (y, *residuals).
+
+    x (..., K), weight (N, K), bias (N,) or None, one dtype and device; y (..., N). Backward: ``dz = dz(dy, z)``,
+    ``dx = dz W``, ``dW = dzᵀ x``, ``db = Σ dz``.
+    """
+
+
+class GatedLinearActFunction(_Eager):
+    """``y = f(x Wgᵀ + bg) · (x Wuᵀ + bu)``: ``apply(config, x, gate_weight, up_weight, gate_bias, up_bias)``.
+
+    Backward: ``dg = dy · u · f'(g)``, ``du = dy · f(g)``, then as for two linears of one input.
+    """
+
+
+class MLPFunction(_Eager):
+    """A chain of linears with the activation between them: ``apply(config, x, W_1, ..., W_L, b_1, ..., b_L)``.
+
+    Backward is the delta rule, ``dz_{l-1} = (dz_l W_l) · f'(z_{l-1})``; hidden outputs are rebuilt from z.
+    """
+
+
+class GatedMLPFunction(_Eager):
+    """``(f(x Wgᵀ + bg) · (x Wuᵀ + bu)) Wdᵀ + bd``: ``apply(config, x, Wg, Wu, Wd, bg, bu, bd)``."""
+
+
+FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
+    "linear_act": LinearActFunction,
+    "gated_linear_act": GatedLinearActFunction,
+    "mlp": MLPFunction,
+    "gated_mlp": GatedMLPFunction,
+}
+
+# Function.apply binds the signature on every call when setup_context is defined, 20 to 50 µs; the C-level apply beneath
+# it does not, and serves where no functorch transform is active.
+_DIRECT: dict[str, Callable[..., Outputs]] = {
+    form: super(torch.autograd.Function, function).apply for form, function in FUNCTIONS.items()
+}
+
+
+def run(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """y of a checked eager call, differentiable where autograd or a transform asks for it."""
+    if functorch_active():
+        if _nested_forward_mode():
+            return reference.forward(_keep_nothing(config), x, weights, biases)[0]
+        return FUNCTIONS[config.form.name].apply(config, x, *weights, *biases)[0]  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return _DIRECT[config.form.name](config, x, *weights, *biases)[0]
+    config = _keep_nothing(config)
+    return choose(config, x, weights, biases).forward(config, x, weights, biases)[0]  # type: ignore[no-any-return]
+
+
+def run_traced(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """y of a checked call in a graph being captured, of ``Config.names``."""
+    if torch.is_grad_enabled():
+        return _Traced.apply(names, x, *weights, *biases)[0]  # type: ignore[no-any-return]
+    form, activation, params, _, backend = names
+    return ops.traced_forward((form, activation, params, "recompute", backend), x, weights, biases)[0]
+
+
+def _nested_forward_mode() -> bool:
+    """Whether forward mode runs inside forward mode, where PyTorch takes the jvp of a Function for a constant.
+
+    The second derivative would silently be 0; plain torch operations give the right one.
+    """
+    return sum(i.key() == TransformType.Jvp for i in retrieve_all_functorch_interpreters()) > 1
+
+
+@lru_cache(maxsize=4096)
+def _keep_nothing(config: Config) -> Config:
+    """The same call where no backward can follow: of the policies, recompute writes nothing but y."""
+    form, activation, params, _, backend = config.names
+    return configure(form, activation, params, "recompute", backend)

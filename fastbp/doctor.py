@@ -1,0 +1,70 @@
+"""What this machine and this installation can do, what they lack, and the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+
+import torch
+
+from fastbp.backends import available_backends
+from fastbp.version import __version__
+
+# Optional packages: what they are for, and how they come. The versions are those of pyproject.toml.
+_OPTIONAL = {
+    "triton": ("Triton kernels (GPU)", 'pip install "triton>=3.6"'),
+    "sklearn": ("the demo's data", 'pip install "fastbp[demo]"'),
+    "matplotlib": ("the demo's picture", 'pip install "fastbp[demo]"'),
+}
+_DISTRIBUTION = {"sklearn": "scikit-learn"}
+
+
+def report() -> str:
+    """The whole report as text."""
+    sections = {
+        "versions": _versions(),
+        "devices": _devices(),
+        "backends, fastest first": [f"{name}: {status}" for name, status in available_backends().items()],
+        "native kernels": _native(),
+        "optional packages": [_optional(name) for name in _OPTIONAL],
+    }
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
+
+
+def _versions() -> list[str]:
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return [
+        f"fastbp {__version__}",
+        f"torch {torch.__version__} ({cuda})",
+        f"python {platform.python_version()} on {platform.system()} {platform.machine()}",
+    ]
+
+
+def _devices() -> list[str]:
+    lines = [f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            lines.append(f"GPU {i}: {torch.cuda.get_device_name(i)}, sm_{major}{minor}")
+    elif torch.version.cuda:
+        lines.append("GPU: none that torch can use; nvidia-smi says whether the driver sees one")
+    else:
+        lines.append("GPU: this torch is a CPU build; pip install torch from PyPI brings the CUDA build on Linux")
+    return lines
+
+
+def _native() -> list[str]:
+    tools = [tool for tool in ("g++", "clang++", "nvcc") if shutil.which(tool)]
+    return [
+        "not built: this version has no C++ or CUDA kernels, so there is nothing to compile and nothing to mend",
+        f"compilers on the path: {', '.join(tools) or 'none'}",
+    ]
+
+
+def _optional(name: str) -> str:
+    purpose, command = _OPTIONAL[name]
+    if importlib.util.find_spec(name) is None:
+        return f"{name}: missing, wanted for {purpose}; {command}"
+    return f"{name} {importlib.metadata.version(_DISTRIBUTION.get(name, name))}: {purpose}"

@@ -1,0 +1,228 @@
+"""The functions users call, and ``use``, which sets their defaults for a while."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fastbp import activations, backends, recognition, saving
+from fastbp.autograd import run, run_traced
+from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
+from fastbp.problem import Config, Names, check, configure
+
+
+def available_activations() -> dict[str, tuple[str, ...]]:
+    """Each activation by name, with the save policies that serve it in ``fastbp.linear_act``."""
+    return {name: saving.legal_policies(activations.bind(name)) for name in activations.ROWS}
+
+
+class _Defaults(threading.local):
+    backend: str | None = None
+    save: str | None = None
+
+
+_defaults = _Defaults()
+
+
+class use:
+    """Set the backend or the save policy for the calls of this thread that do not name their own.
+
+    ``with fastbp.use(backend="reference", save="recompute"): ...``. A call or module that names a backend or a policy
+    keeps it. Raises as the functions do for an unknown name; a policy that is illegal for an activation is refused by
+    the call it reaches.
+    """
+
+    def __init__(self, backend: str | None = None, save: str | None = None) -> None:
+        if backend is None and save is None:
+            raise ValueError("fastbp.use: neither backend nor save was given, so it would change nothing")
+        self.backend = None if backend is None else backends.check_name(backend, "fastbp.use")
+        self.save = None if save is None else saving.check_name(save, "fastbp.use")
+
+    def __enter__(self) -> None:
+        self._before = (_defaults.backend, _defaults.save)
+        if self.backend is not None:
+            _defaults.backend = self.backend
+        if self.save is not None:
+            _defaults.save = self.save
+
+    def __exit__(self, *exception: object) -> None:
+        _defaults.backend, _defaults.save = self._before
+
+
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Any = "gelu",
+    save: str = "auto",
+    backend: str | None = None,
+) -> Tensor:
+    """``y = f(x Wᵀ + b)``, a linear layer and its activation as one step.
+
+    x (..., K), weight (N, K), bias (N,) or None; y (..., N). float64, float32, bfloat16 or float16, all of one dtype
+    and device; under autocast they are cast as ``F.linear`` casts. ``activation`` is a name of
+    ``fastbp.available_activations()``, or the module or function PyTorch has for it. ``save`` is what forward keeps for
+    backward: ``"auto"``, ``"preact"``, ``"output"`` or ``"recompute"``. ``backend`` is a name of
+    ``fastbp.available_backends()``, or None for the first that serves.
+
+    Gradients: ``dz = dz(dy, z)``, ``dx = dz W``, ``dW = dzᵀ x``, ``db = Σ dz``; of any order.
+
+    Raises ValueError for shapes, devices, names and policies that do not fit, TypeError for dtypes and for what is no
+    tensor.
+    """
+    if has_torch_function((x, weight, bias)):
+        options = dict(activation=activation, save=save, backend=backend)
+        return handle_torch_function(linear_act, (x, weight, bias), x, weight, bias, **options)  # type: ignore[no-any-return]
+    return _call(LINEAR_ACT, x, (weight,), (bias,), activation, save, backend)
+
+
+def gated_linear_act(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    *,
+    activation: Any = "silu",
+    save: str = "auto",
+    backend: str | None = None,
+) -> Tensor:
+    """``y = f(x Wgᵀ + bg) · (x Wuᵀ + bu)``: SwiGLU with silu, GEGLU with gelu, ReGLU with relu, GLU with sigmoid.
+
+    x (..., K), both weights (N, K), both biases (N,) or None; y (..., N). Arguments and errors as in
+    ``fastbp.linear_act``; the policies are ``preact`` (g and u are kept) and ``recompute``.
+
+    Gradients: ``dg = dy · u · f'(g)``, ``du = dy · f(g)``, then as for two linears of one input.
+    """
+    tensors = (x, gate_weight, up_weight, gate_bias, up_bias)
+    if has_torch_function(tensors):
+        options = dict(activation=activation, save=save, backend=backend)
+        return handle_torch_function(gated_linear_act, tensors, *tensors, **options)  # type: ignore[no-any-return]
+    weights, biases = (gate_weight, up_weight), (gate_bias, up_bias)
+    return _call(GATED_LINEAR_ACT, x, weights, biases, activation, save, backend)
+
+
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    activation: Any = "gelu",
+    save: str = "auto",
+    backend: str | None = None,
+) -> Tensor:
+    """A chain of linears with the activation between them and none after the last: ``W_L f(... f(W_1 x + b_1) ...) + b_L``.
+
+    x (..., K), weights[l] (N_l, N_{l-1}) with N_0 = K, biases[l] (N_l,) or None, or None for no biases at all;
+    y (..., N_L). Arguments and errors as in ``fastbp.linear_act``. Of each hidden layer one tensor is kept, z or the
+    output, and the other is rebuilt in backward: half of what eager PyTorch keeps.
+
+    Gradients: ``dz_{l-1} = (dz_l W_l) · f'(z_{l-1})``, ``dW_l = dz_lᵀ h_{l-1}``, ``db_l = Σ dz_l``.
+    """
+    matrices = _tensors("weights", weights)
+    vectors = (None,) * len(matrices) if biases is None else _tensors("biases", biases)
+    tensors = (x, *matrices, *vectors)
+    if has_torch_function(tensors):
+        options = dict(activation=activation, save=save, backend=backend)
+        return handle_torch_function(mlp, tensors, x, weights, biases, **options)  # type: ignore[no-any-return]
+    return _call(MLP, x, matrices, vectors, activation, save, backend)
+
+
+def _tensors(name: str, given: Any) -> tuple[Any, ...]:
+    if type(given) is tuple:
+        return given
+    if isinstance(given, Tensor) or not hasattr(given, "__iter__"):
+        raise TypeError(f"fastbp.mlp: {name} must be a list or tuple of tensors, got {type(given).__name__}")
+    return tuple(given)
+
+
+def gated_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: Any = "silu",
+    save: str = "auto",
+    backend: str | None = None,
+) -> Tensor:
+    """``(f(x Wgᵀ + bg) · (x Wuᵀ + bu)) Wdᵀ + bd``: the feed-forward block of Llama and its kin.
+
+    x (..., K), gate_weight and up_weight (N, K), down_weight (O, N), biases (N,), (N,), (O,) or None; y (..., O).
+    Arguments and errors as in ``fastbp.linear_act``. g and u are kept, f(g) and f(g) · u are rebuilt in backward: half
+    of what eager PyTorch keeps.
+    """
+    tensors = (x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
+    if has_torch_function(tensors):
+        options = dict(activation=activation, save=save, backend=backend)
+        return handle_torch_function(gated_mlp, tensors, *tensors, **options)  # type: ignore[no-any-return]
+    weights, biases = (gate_weight, up_weight, down_weight), (gate_bias, up_bias, down_bias)
+    return _call(GATED_MLP, x, weights, biases, activation, save, backend)
+
+
+def _call(
+    form: Form,
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    activation: Any,
+    save: str,
+    backend: str | None,
+) -> Tensor:
+    """Cast as autocast asks, check the tensors, settle the settings, run."""
+    device = x.device.type if isinstance(x, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, *tensors = [_cast(t, dtype) for t in (x, *weights, *biases)]
+        weights, biases = tuple(tensors[: len(weights)]), tuple(tensors[len(weights) :])
+        with torch.autocast(device, enabled=False):
+            return _call(form, x, weights, biases, activation, save, backend)
+    check(form, x, weights, biases)
+    if not isinstance(activation, str):  # a module's parameters may change between calls
+        activation = recognition.resolve(activation, f"fastbp.{form.name}")
+    settings = (form, activation, save, backend, _defaults.save, _defaults.backend, x.dtype)
+    if torch.compiler.is_compiling():
+        return run_traced(_settle(*settings), x, weights, biases)
+    try:
+        config = _settled[settings]
+    except (KeyError, TypeError):  # not seen before, or not hashable and so about to be refused
+        config = _settled[settings] = configure(*_settle(*settings))
+    return run(config, x, weights, biases)
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """As autocast casts the arguments of F.linear: floating point except float64."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(dtype)
+    return tensor
+
+
+def _settle(
+    form: Form,
+    activation: Any,
+    save: str,
+    backend: str | None,
+    default_save: str | None,
+    default_backend: str | None,
+    dtype: torch.dtype,
+) -> Names:
+    """The settings of a call, checked, as ``Config.names``."""
+    where = f"fastbp.{form.name}"
+    bound = recognition.resolve(activation, where)
+    if save == "auto" and default_save is not None:
+        save = default_save
+    policy = saving.resolve(save, bound, form, where)
+    backend = backends.check_name(default_backend if backend is None else backend, where)
+    return form.name, bound.name, bound.params_for(dtype), policy, backend
+
+
+_settled: dict[tuple[Any, ...], Config] = {}  # grows with the settings a program uses, not with its calls

@@ -1,0 +1,71 @@
+"""The whole model before and after: same outputs, same gradients, on the caller's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastbp.fusion.templates import difference
+
+# Relative L2 between two evaluations that differ in rounding only, through a deep model. Blocks were told apart in
+# float64 before; this looks for mistakes of wiring, which are of the size of the values themselves.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def observe(model: nn.Module, sample_inputs: Any) -> dict[str, Tensor]:
+    """The model's outputs, and the gradients of its parameters for random output gradients.
+
+    Random state, buffers and ``.grad`` are left as they were.
+    """
+    args, kwargs = _as_call(sample_inputs)
+    buffers = [b.detach().clone() for b in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        torch.manual_seed(0)
+        leaves = [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+        outputs = {f"output {i}": t.detach().clone() for i, t in enumerate(leaves)}
+        roots = [t for t in leaves if t.requires_grad]
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if roots and parameters:
+            cotangents = [torch.randn_like(t) for t in roots]
+            grads = torch.autograd.grad(roots, list(parameters.values()), cotangents, allow_unused=True)
+            outputs |= {f"gradient of {n}": g for n, g in zip(parameters, grads, strict=True) if g is not None}
+    with torch.no_grad():
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    return outputs
+
+
+def _as_call(sample_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    if isinstance(sample_inputs, dict):
+        return (), sample_inputs
+    return (tuple(sample_inputs) if isinstance(sample_inputs, (tuple, list)) else (sample_inputs,)), {}
+
+
+def compare(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, float]:
+    """The relative L2 difference of everything observed; infinite for what is on one side only."""
+    names: Iterable[str] = before.keys() | after.keys()
+    missing = torch.empty(0)
+    # Gradients that are zero but for rounding say nothing relative to themselves, so the scale is that of their kind.
+    return {
+        name: _scaled(before.get(name, missing), after.get(name, missing), before.values()) for name in sorted(names)
+    }
+
+
+def _scaled(a: Tensor, b: Tensor, everything: Iterable[Tensor]) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    own = difference(b, a)
+    floor = 1e-3 * max((float(t.double().square().mean().sqrt()) for t in everything if t.numel()), default=0.0)
+    rms = float(a.double().square().mean().sqrt()) if a.numel() else 0.0
+    return own * rms / floor if 0.0 < rms < floor else own
+
+
+def agree(errors: dict[str, float], observed: dict[str, Tensor]) -> bool:
+    """Whether every difference is within the tolerance of its dtype."""
+    return all(error <= TOLERANCES.get(observed[name].dtype, 0.0) for name, error in errors.items() if name in observed)

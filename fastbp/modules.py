@@ -1,0 +1,255 @@
+"""The nn.Modules: an nn.Linear, a linear with its activation, and the MLP and gated blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastbp import backends, functional, recognition, saving
+from fastbp.activations import Bound
+from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, Form
+from fastbp.forms import MLP as MLP_FORM
+from fastbp.recognition import has_hooks
+
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
+
+
+class Linear(nn.Linear):
+    """An ``nn.Linear``, ``y = x Wᵀ + b``, whose step runs in fastbp; parameters and state_dict are nn.Linear's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., in_features) to y (..., out_features); errors as ``fastbp.linear_act``."""
+        return functional.linear_act(input, self.weight, self.bias, activation="identity")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling this module means ``x Wᵀ + b`` with two dense tensors and nothing else.
+
+    False for a subclass (LoRA, quantised, parametrised), with hooks, and for weights that are tensor subclasses
+    (sharded, quantised): then the module has to be called as it is.
+    """
+    return (
+        (type(module) is nn.Linear or type(module) is Linear)
+        and type(module.weight) in _PLAIN_TENSORS
+        and not has_hooks(module)
+        and not _has_any_global_hook()
+    )
+
+
+def run_chain(
+    linears: Sequence[nn.Module], activation: Bound, save: str, backend: str | None, input: Tensor, *, projected: bool
+) -> Tensor:
+    """Linears with the activation between them, and after the last too unless ``projected``.
+
+    One fused call where all are plain; else each linear is called as it is, with its activation where it is plain.
+    """
+    if all(is_plain(linear) for linear in linears):
+        weights, biases = tuple(m.weight for m in linears), tuple(m.bias for m in linears)
+        options: dict[str, Any] = dict(activation=activation, save=save, backend=backend)
+        if projected:
+            return functional.mlp(input, weights, biases, **options)  # type: ignore[arg-type]
+        if len(linears) == 1:
+            return functional.linear_act(input, weights[0], biases[0], **options)  # type: ignore[arg-type]
+    h = input
+    for linear in linears[: -1 if projected else None]:
+        h = (
+            run_chain((linear,), activation, save, backend, h, projected=False)
+            if is_plain(linear)
+            else activation(linear(h))
+        )
+    return linears[-1](h) if projected else h  # type: ignore[no-any-return]
+
+
+def run_gated(linears: Sequence[nn.Module], activation: Bound, save: str, backend: str | None, input: Tensor) -> Tensor:
+    """Gate and up, and down if there is a third linear; fused as far as they are plain."""
+    options: dict[str, Any] = dict(activation=activation, save=save, backend=backend)
+    plain = [is_plain(linear) for linear in linears]
+    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
+    if all(plain):
+        function: Any = functional.gated_mlp if len(linears) == 3 else functional.gated_linear_act
+        return function(input, *weights, *biases, **options)  # type: ignore[no-any-return]
+    if all(plain[:2]):
+        h = functional.gated_linear_act(input, *weights[:2], *biases[:2], **options)  # type: ignore[arg-type]
+    else:
+        h = activation(linears[0](input)) * linears[1](input)
+    return linears[2](h) if len(linears) == 3 else h  # type: ignore[no-any-return]
+
+
+class _Settings(nn.Module):
+    """The settings that all layers and blocks share, checked when they are made."""
+
+    form: Form
+
+    def __init__(self, activation: Any, save: str, backend: str | None) -> None:
+        super().__init__()
+        where = f"fastbp.{type(self).__name__}"
+        self.activation = recognition.resolve(activation, where)
+        saving.resolve(save, self.activation, self.form, where)
+        backends.check_name(backend, where)
+        self.save = save
+        self.backend = backend
+
+    def _settings_repr(self) -> str:
+        text = f"activation={self.activation!r}"
+        if self.save != "auto":
+            text += f", save={self.save!r}"
+        return text if self.backend is None else text + f", backend={self.backend!r}"
+
+
+class LinearAct(_Settings):
+    """``y = f(x Wᵀ + b)``: nn.Linear and its activation as one layer.
+
+    ``weight`` (out_features, in_features) and ``bias`` (out_features,) are made and initialised as nn.Linear's, so a
+    state_dict moves both ways. ``activation``, ``save`` and ``backend`` as in ``fastbp.linear_act``; unknown or illegal
+    ones raise ValueError here. Not a subclass of nn.Linear on purpose: tools that look for nn.Linear (LoRA,
+    quantisers) compute ``W x`` themselves and would drop the activation.
+    """
+
+    form = LINEAR_ACT
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Any = "gelu",
+        save: str = "auto",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(activation, save, backend)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty((out_features, in_features), device=device, dtype=dtype))
+        self.bias: nn.Parameter | None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as nn.Linear does."""
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., in_features) to y (..., out_features)."""
+        return functional.linear_act(
+            input, self.weight, self.bias, activation=self.activation, save=self.save, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            + self._settings_repr()
+        )
+
+
+class _Block(_Settings):
+    """A block of plain nn.Linear children, called fused while they are plain and as they are otherwise."""
+
+    def _children(self) -> tuple[nn.Module, ...]:
+        modules = self._modules
+        return tuple(modules[name] for name in self._names)  # type: ignore[misc]
+
+    def _add_linears(self, sizes: dict[str, tuple[int, int]], bias: bool, device: Any, dtype: Any) -> None:
+        self._names = tuple(sizes)
+        for name, (size_in, size_out) in sizes.items():
+            setattr(self, name, nn.Linear(size_in, size_out, bias=bias, device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return self._settings_repr()
+
+
+class GatedLinear(_Block):
+    """``y = f(x Wgᵀ + bg) · (x Wuᵀ + bu)``, with children ``gate_proj`` and ``up_proj``; see ``fastbp.gated_linear_act``."""
+
+    form = GATED_LINEAR_ACT
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Any = "silu",
+        save: str = "auto",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(activation, save, backend)
+        size = (in_features, out_features)
+        self._add_linears({"gate_proj": size, "up_proj": size}, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., in_features) to y (..., out_features)."""
+        return run_gated(self._children(), self.activation, self.save, self.backend, input)
+
+
+class MLP(_Block):
+    """Linears ``fc1`` ... ``fcL`` with the activation between them and none after the last; see ``fastbp.mlp``.
+
+    ``hidden_features`` is an int or a sequence of ints, ``out_features`` is ``in_features`` where not given.
+    """
+
+    form = MLP_FORM
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | Sequence[int],
+        out_features: int | None = None,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Any = "gelu",
+        save: str = "auto",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(activation, save, backend)
+        hidden = (hidden_features,) if isinstance(hidden_features, int) else tuple(hidden_features)
+        widths = (in_features, *hidden, in_features if out_features is None else out_features)
+        sizes = {f"fc{i}": pair for i, pair in enumerate(pairwise(widths), start=1)}
+        self._add_linears(sizes, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., in_features) to y (..., out_features)."""
+        return run_chain(self._children(), self.activation, self.save, self.backend, input, projected=True)
+
+
+class GatedMLP(_Block):
+    """``down(f(gate(x)) · up(x))``, children ``gate_proj``, ``up_proj``, ``down_proj``; see ``fastbp.gated_mlp``."""
+
+    form = GATED_MLP
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Any = "silu",
+        save: str = "auto",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(activation, save, backend)
+        into = (in_features, hidden_features)
+        out = (hidden_features, in_features if out_features is None else out_features)
+        self._add_linears({"gate_proj": into, "up_proj": into, "down_proj": out}, bias, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., in_features) to y (..., out_features)."""
+        return run_gated(self._children(), self.activation, self.save, self.backend, input)

@@ -1,0 +1,142 @@
+"""The ops ``torch.ops.fastbp.*``, without autograd, with fakes; and the same calls without a dispatcher in between.
+
+One forward and one backward op for each form, named after it, with the tensors of the function of that name:
+
+    linear_act(Tensor x, Tensor weight, Tensor? bias, <config>) -> (Tensor y, Tensor[] residuals)
+    linear_act_backward(Tensor dy, Tensor? x, Tensor? y, Tensor weight, Tensor? bias, Tensor?[] residuals, <config>,
+                        bool[] needs) -> Tensor[]          one gradient for each true entry of needs
+
+Graphs (torch.compile, torch.export) hold the ops. Eager calls go straight to the backend: the detour through the
+dispatcher into Python and back costs about 40 µs a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbp.backends import choose
+from fastbp.forms import FORMS, Form
+from fastbp.problem import Config, Names, configure
+from fastbp.reference import Saved
+
+_CONFIG = "str activation, float[] params, str save, str backend"
+_library = torch.library.Library("fastbp", "DEF")
+
+Biases = Sequence[Tensor | None]
+Grads = list[Tensor | None]
+
+
+def forward(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> tuple[Tensor, list[Tensor]]:
+    """y and the residuals, from the backend that serves."""
+    return choose(config, x, weights, biases).forward(config, x, weights, biases)  # type: ignore[no-any-return]
+
+
+def backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> Grads:
+    """The gradients that are needed, from the backend that serves."""
+    return choose(config, dy, saved.weights, saved.biases).backward(config, dy, saved, needs)  # type: ignore[no-any-return]
+
+
+def traced_forward(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> tuple[Tensor, list[Tensor]]:
+    """``forward`` as one op in a graph, given ``Config.names``."""
+    form, *settings = names
+    op = getattr(torch.ops.fastbp, form).default
+    return op(x, *_packed(FORMS[form], weights, biases), *_listed(settings))  # type: ignore[no-any-return]
+
+
+def traced_backward(names: Names, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> Grads:
+    """``backward`` as one op in a graph; ``saved`` holds every weight and bias."""
+    form, *settings = names
+    op = getattr(torch.ops.fastbp, f"{form}_backward").default
+    packed = _packed(FORMS[form], saved.weights, saved.biases)
+    grads = iter(op(dy, saved.x, saved.y, *packed, list(saved.residuals), *_listed(settings), list(needs)))
+    return [next(grads) if need else None for need in needs]
+
+
+def _listed(settings: list[Any]) -> list[Any]:
+    """A config's fields after its form, as the dispatcher takes them."""
+    activation, params, save, backend = settings
+    return [activation, list(params), save, backend]
+
+
+def _packed(form: Form, weights: Sequence[Any], biases: Sequence[Any]) -> list[Any]:
+    """Weights and biases as arguments: one each where the form names them, else two lists."""
+    return [*weights, *biases] if form.parts else [list(weights), list(biases)]
+
+
+def _unpacked(form: Form, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """Weights, biases and the arguments after them."""
+    if not form.parts:
+        return args[0], args[1], args[2:]
+    count = len(form.parts)
+    return args[:count], args[count : 2 * count], args[2 * count :]
+
+
+def _schema(form: Form) -> str:
+    if not form.parts:
+        return "Tensor[] weights, Tensor?[] biases"
+    indices = range(len(form.parts))
+    weights = [f"Tensor {form.argument('weight', i)}" for i in indices]
+    return ", ".join(weights + [f"Tensor? {form.argument('bias', i)}" for i in indices])
+
+
+def _kernels(form: Form) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """(forward, its fake, backward, its fake) of a form's ops."""
+
+    def split_forward(x: Tensor, *args: Any) -> tuple[Config, Tensor, Sequence[Tensor], Biases]:
+        weights, biases, (activation, params, save, backend) = _unpacked(form, args)
+        return configure(form.name, activation, tuple(params), save, backend), x, weights, biases
+
+    def forward_kernel(*args: Any) -> tuple[Tensor, list[Tensor]]:
+        y, residuals = forward(*split_forward(*args))
+        return y.contiguous(), [r.contiguous() for r in residuals]
+
+    def forward_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
+        config, x, weights, _ = split_forward(*args)
+        leading, hidden = x.shape[:-1], form.hidden(len(weights)) * form.width
+        keeps = config.save == "preact" or (config.save == "output" and form.projected)
+        residuals = [x.new_empty(*leading, w.shape[0]) for w in weights[:hidden]] if keeps else []
+        return x.new_empty(*leading, weights[-1].shape[0]), residuals
+
+    def backward_kernel(dy: Tensor, x: Tensor | None, y: Tensor | None, *args: Any) -> list[Tensor]:
+        weights, biases, (residuals, activation, params, save, backend, needs) = _unpacked(form, args)
+        config = configure(form.name, activation, tuple(params), save, backend)
+        grads = backward(config, dy, Saved(x, y, weights, biases, residuals), tuple(needs))
+        return [_own(g, dy) for g in grads if g is not None]
+
+    def backward_fake(dy: Tensor, x: Tensor | None, y: Tensor | None, *args: Any) -> list[Tensor]:
+        weights, _, (*_, needs) = _unpacked(form, args)
+        shapes: list[Sequence[int]] = [(*dy.shape[:-1], weights[0].shape[1])]
+        shapes += [w.shape for w in weights] + [w.shape[:1] for w in weights]
+        return [dy.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
+
+    return forward_kernel, forward_fake, backward_kernel, backward_fake
+
+
+def _own(grad: Tensor, dy: Tensor) -> Tensor:
+    """A contiguous tensor that is not dy: an op may not return its argument."""
+    return grad.clone() if grad is dy else grad.contiguous()
+
+
+def _register(form: Form) -> None:
+    forward_kernel, forward_fake, backward_kernel, backward_fake = _kernels(form)
+    tensors, name = _schema(form), form.name
+    schemas = {
+        name: (f"(Tensor x, {tensors}, {_CONFIG}) -> (Tensor, Tensor[])", forward_kernel, forward_fake),
+        f"{name}_backward": (
+            f"(Tensor dy, Tensor? x, Tensor? y, {tensors}, Tensor?[] residuals, {_CONFIG}, bool[] needs) -> Tensor[]",
+            backward_kernel,
+            backward_fake,
+        ),
+    }
+    for op, (schema, kernel, fake) in schemas.items():
+        _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(op, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastbp::{op}", fake, lib=_library)
+
+
+for _form in FORMS.values():
+    _register(_form)

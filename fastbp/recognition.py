@@ -1,0 +1,138 @@
+"""From what a user passes as an activation to its row: a name, PyTorch's module or function, or a stranger's."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbp.activations import ROWS, TABLE, Activation, Bound, bind, nearest
+
+_DEFAULTS = {name: bind(name) for name in ROWS}
+_BY_FUNCTION = {function: row for row in TABLE for function in row.functions}
+_BY_MODULE: dict[type[nn.Module], list[Activation]] = {}
+for _row in TABLE:
+    if _row.module is not None:
+        _BY_MODULE.setdefault(_row.module, []).append(_row)
+
+
+def resolve(activation: Any, where: str = "fastbp") -> Bound:
+    """The row and parameters that a name, an ``nn.Module`` or a function stands for.
+
+    A module or function that is not in the table is evaluated on a grid and taken for the activation it computes.
+    Raises ValueError where it computes none of them, TypeError where it is no activation at all; ``where`` begins the
+    message.
+    """
+    if isinstance(activation, str):
+        bound = _DEFAULTS.get(activation)
+        if bound is None:
+            names = list(ROWS)
+            raise ValueError(
+                f"{where}: unknown activation {activation!r};{nearest(activation, names)} known: {', '.join(names)}"
+            )
+        return bound
+    if isinstance(activation, Bound):
+        return activation
+    if isinstance(activation, nn.Module):
+        return _resolve_module(activation, where)
+    if callable(activation):
+        return _resolve_function(activation, where)
+    raise TypeError(
+        f"{where}: activation must be a name, an nn.Module or a function, got {type(activation).__name__} "
+        f"{activation!r}; use 'identity' for none"
+    )
+
+
+def _checked(row: Activation, params: tuple[Any, ...], where: str) -> Bound:
+    try:
+        values = tuple(float(p) for p in params)
+    except (TypeError, ValueError):
+        raise TypeError(f"{where}: the parameters of {row.name} must be numbers, got {params!r}") from None
+    reason = row.invalid(*values) if all(math.isfinite(v) for v in values) else f"parameters must be finite: {values}"
+    if reason:
+        raise ValueError(f"{where}: {row.name}: {reason}")
+    return Bound(row, values)
+
+
+def _resolve_module(module: nn.Module, where: str) -> Bound:
+    name = type(module).__name__
+    state = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
+    if state:
+        raise ValueError(
+            f"{where}: activation {name} has parameters or buffers of its own ({', '.join(state)}), which a fused "
+            "kernel would not train; apply it after a plain layer instead"
+        )
+    if has_hooks(module):
+        raise ValueError(
+            f"{where}: activation {name} has hooks or a forward of its own that a fused kernel would not run"
+        )
+    return of_known_module(module, where) or _recognised(module, name, where)
+
+
+def of_known_module(module: nn.Module, where: str = "fastbp") -> Bound | None:
+    """The activation of one of PyTorch's own activation modules, by its class and attributes; None for other modules."""
+    for row in _BY_MODULE.get(type(module), ()):
+        if all(getattr(module, k) == v for k, v in row.module_attributes):
+            return _checked(row, tuple(getattr(module, n) for n, _ in row.params), where)
+    return None
+
+
+def _resolve_function(function: Callable[..., Tensor], where: str) -> Bound:
+    if function in _DEFAULT_FUNCTIONS:
+        return _DEFAULT_FUNCTIONS[function]
+    if isinstance(function, functools.partial) and not function.args:
+        row, keywords = _BY_FUNCTION.get(function.func), {k: v for k, v in function.keywords.items() if k != "inplace"}
+        if row is not None and set(keywords) <= {n for n, _ in row.params}:
+            return _checked(row, tuple(keywords.get(n, default) for n, default in row.params), where)
+    return _recognised(function, getattr(function, "__name__", repr(function)), where)
+
+
+_DEFAULT_FUNCTIONS = {function: _DEFAULTS[row.name] for function, row in _BY_FUNCTION.items()}
+
+
+def _recognised(function: Callable[..., Tensor], name: str, where: str) -> Bound:
+    bound = recognise(function)
+    if bound is None:
+        raise ValueError(
+            f"{where}: activation {name} computes none of the known activations; use one of {', '.join(ROWS)}, or "
+            "apply it after a plain layer"
+        )
+    return bound
+
+
+@torch.no_grad()
+def recognise(function: Callable[..., Any]) -> Bound | None:
+    """The activation, with default parameters, that a function computes, by its values on a float64 grid; or None.
+
+    None too where it fails on the grid, is not elementwise, or answers differently when asked twice.
+    """
+    grid = torch.cat([torch.linspace(-12, 12, 481), torch.tensor([-100.0, -30.0, 0.0, 30.0, 100.0])]).double()
+    order = torch.arange(grid.numel() - 1, -1, -1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            y = function(grid.clone())
+            again = function(grid[order].clone().view(2, -1)).reshape(-1)[order]
+    except Exception:  # whatever a stranger's function raises, it is not one of ours
+        return None
+    if not isinstance(y, Tensor) or y.shape != grid.shape or y.dtype != grid.dtype or not torch.equal(y, again):
+        return None
+    for bound in _DEFAULTS.values():
+        # 1e-6: other libraries' constants are often float32; the closest pair here, the two GELUs, differ by 5e-4.
+        if torch.allclose(y, bound.row.value(grid, *bound.params), rtol=1e-6, atol=1e-6):
+            return bound
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling this module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

@@ -1,0 +1,232 @@
+"""The op in plain torch, for any dtype and device: the yardstick of the other backends, and the one that always serves.
+
+With h_0 = x, for the hidden layers and the last plain linear of a block (docs/design.md):
+
+    forward    z_l = h_{l-1} W_lᵀ + b_l        h_l = f(z_l)           gated: h = f(g) · u
+    backward   dz_l = dh_l · f'(z_l)           dW_l = dz_lᵀ h_{l-1}   db_l = Σ dz_l   dh_{l-1} = dz_l W_l
+
+Everything here is differentiable. ``differentiable=True`` takes the formulas of the table, which can be differentiated
+any number of times and in forward mode, instead of PyTorch's fused gradient kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbp.activations import wide
+from fastbp.problem import Config, Problem
+from fastbp.saving import kept, needed_below
+
+Maybe = Tensor | None
+
+
+class Saved(NamedTuple):
+    """What forward left for backward; what ``saving.kept`` does not name may be None."""
+
+    x: Maybe
+    y: Maybe
+    weights: Sequence[Any]
+    biases: Sequence[Any]
+    residuals: Sequence[Any]
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this backend cannot serve the problem, or None: it serves all."""
+    return None
+
+
+def _grad(config: Config, dy: Maybe, z: Any, differentiable: bool) -> Maybe:
+    """dz from dy and z."""
+    if dy is None:
+        return None
+    if not differentiable:
+        return config.grad(dy, z)
+    return _formula_grad(config, dy, z)
+
+
+def _formula_grad(config: Config, dy: Tensor, z: Tensor) -> Tensor:
+    dtype = wide(z.dtype)
+    return config.row.grad(dy.to(dtype), z.to(dtype), *config.params).to(z.dtype)
+
+
+def _grad_from_output(config: Config, dy: Maybe, y: Any, differentiable: bool) -> Maybe:
+    """dz from dy and y."""
+    formula, kernel = config.row.grad_from_output, config.grad_from_output
+    assert formula is not None and kernel is not None, config.row.name
+    if dy is None or not config.row.grad_reads_output:
+        return dy
+    if not differentiable:
+        return kernel(dy, y)
+    dtype = wide(dy.dtype)
+    return formula(dy.to(dtype), y.to(dtype), *config.params).to(dy.dtype)
+
+
+def forward(
+    config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Maybe]
+) -> tuple[Tensor, list[Tensor]]:
+    """y and the residuals of the policy: z of every hidden layer, or its output, or nothing."""
+    form, save = config.form, config.save
+    residuals: list[Tensor] = []
+    h = x
+    if form.gated:
+        g, u = F.linear(x, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
+        h = config.value(g) * u
+        if save == "preact":
+            residuals = [g, u]
+    else:
+        for i in range(len(weights) - form.projected):
+            z = F.linear(h, weights[i], biases[i])
+            h = config.value(z)
+            if save == "preact":
+                # identity's value is z itself, and one tensor must not be returned twice
+                residuals.append(z.clone() if z is h and not form.projected else z)
+            elif save == "output" and form.projected:
+                residuals.append(h)
+    return (F.linear(h, weights[-1], biases[-1]) if form.projected else h), residuals
+
+
+def backward(
+    config: Config,
+    dy: Maybe,
+    saved: Saved,
+    needs: tuple[bool, ...],
+    dresiduals: Sequence[Maybe] = (),
+    differentiable: bool = False,
+) -> list[Maybe]:
+    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask.
+
+    ``dy`` may be None, and ``dresiduals`` are gradients that reach the residuals themselves: both in a double backward
+    only.
+    """
+    if config.save == "recompute":
+        saved = saved._replace(residuals=_replay(config, saved, needs))
+    elif config.save == "output" and not config.form.projected:
+        saved = saved._replace(residuals=(saved.y,))
+    if config.form.gated:
+        return _gated_backward(config, dy, saved, needs, dresiduals, differentiable)
+
+    # linear_act and mlp: the delta rule, dz_{l-1} = (dz_l W_l) · f'(z_{l-1})
+    x, _, weights, _, residuals = saved
+    count, from_output = len(weights), config.save == "output"
+    below = needed_below(config.form, needs)
+    grads: list[Maybe] = [None] * len(needs)
+    dz = dh = dy
+    for i in range(count - 1, -1, -1):
+        if i < len(residuals):  # through the activation above linear i; none is above the last of an mlp
+            outside = dresiduals[i] if dresiduals else None
+            if from_output:
+                dz = _grad_from_output(config, _add(dh, outside), residuals[i], differentiable)
+            else:
+                dz = _add(_grad(config, dh, residuals[i], differentiable), outside)
+        h = None
+        if needs[1 + i]:
+            h = x if i == 0 else residuals[i - 1] if from_output else config.value(residuals[i - 1])
+        dh, grads[1 + i], grads[1 + count + i] = _linear_backward(
+            dz, h, weights[i], below[i], needs[1 + i], needs[1 + count + i]
+        )
+        if not below[i]:
+            break
+    else:
+        grads[0] = dh
+    return grads
+
+
+def _linear_backward(
+    dz: Maybe, h: Maybe, weight: Maybe, need_input: bool, need_weight: bool, need_bias: bool
+) -> tuple[Maybe, Maybe, Maybe]:
+    """(dh, dW, db) of z = h Wᵀ + b."""
+    if dz is None:
+        return None, None, None
+    plain = dz.dim() == 2
+    flat = dz if plain else dz.reshape(dz.shape[:-1].numel(), dz.shape[-1])
+    dh = dweight = None
+    if need_input:
+        assert weight is not None
+        dh = flat.mm(weight)
+        dh = dh if plain else dh.view(*dz.shape[:-1], dh.shape[-1])
+    if need_weight:
+        assert h is not None
+        dweight = flat.t().mm(h if plain else h.reshape(flat.shape[0], h.shape[-1]))
+    return dh, dweight, flat.sum(0) if need_bias else None
+
+
+def _gated_backward(
+    config: Config,
+    dy: Maybe,
+    saved: Saved,
+    needs: tuple[bool, ...],
+    dresiduals: Sequence[Maybe],
+    differentiable: bool,
+) -> list[Maybe]:
+    """``gated_linear_act`` and ``gated_mlp``: dg = dh · u · f'(g), du = dh · f(g)."""
+    x, _, weights, _, (g, u) = saved
+    count = len(weights)
+    need_x, need_weights, need_biases = needs[0], needs[1 : 1 + count], needs[1 + count :]
+    dh, dweights, dbiases = dy, [None] * count, [None] * count
+    if config.form.projected:
+        h = config.value(g) * u if need_weights[2] else None
+        need_hidden = needed_below(config.form, needs)[1]
+        dh, dweights[2], dbiases[2] = _linear_backward(dy, h, weights[2], need_hidden, need_weights[2], need_biases[2])
+    dg, du = dresiduals or (None, None)
+    if dh is not None and (need_x or need_weights[0] or need_biases[0]):
+        dg = _add(_grad(config, dh * u, g, differentiable), dg)
+    if dh is not None and (need_x or need_weights[1] or need_biases[1]):
+        du = _add(dh * config.value(g), du)
+    dx = None
+    for i, dz in enumerate((dg, du)):
+        part, dweights[i], dbiases[i] = _linear_backward(dz, x, weights[i], need_x, need_weights[i], need_biases[i])
+        dx = _add(dx, part)
+    return [dx, *dweights, *dbiases]
+
+
+def _add(a: Maybe, b: Maybe) -> Maybe:
+    """a + b, where None is a zero that costs nothing."""
+    return b if a is None else a if b is None else a + b
+
+
+def _replay(config: Config, saved: Saved, needs: tuple[bool, ...]) -> list[Maybe]:
+    """The pre-activations again, as deep as backward looks at them."""
+    x, _, weights, biases, _ = saved
+    wanted = kept(config.form, "preact", True, needs)[2 + 2 * len(weights) :]
+    if config.form.gated:
+        return [F.linear(x, weights[i], biases[i]) if wanted[i] else None for i in range(2)]  # type: ignore[arg-type]
+    zs: list[Maybe] = []
+    for i in range(len(wanted)):
+        if any(wanted[i:]):
+            zs.append(F.linear(config.value(zs[-1]) if zs else x, weights[i], biases[i]))  # type: ignore[arg-type]
+    return zs + [None] * (len(wanted) - len(zs))
+
+
+def jvp(config: Config, primals: Saved, tangents: Saved) -> tuple[Tensor, ...]:
+    """The tangents of y and of the residuals: ż = ẋ Wᵀ + x Ẇᵀ + ḃ, ḣ = f'(z) · ż."""
+    form = config.form
+    tresiduals: list[Tensor] = []
+
+    def linear(i: int, h: Any, th: Maybe) -> tuple[Tensor, Tensor]:
+        weight, tweight, tbias = primals.weights[i], tangents.weights[i], tangents.biases[i]
+        z = F.linear(h, weight, primals.biases[i])
+        tz = None if th is None else F.linear(th, weight)
+        tz = _add(tz, None if tweight is None else F.linear(h, tweight))
+        tz = _add(tz, None if tbias is None else tbias.expand_as(z))
+        return z, torch.zeros_like(z) if tz is None else tz
+
+    h, th = primals.x, tangents.x
+    if form.gated:
+        (g, tg), (u, tu) = linear(0, h, th), linear(1, h, th)
+        th = _formula_grad(config, tg * u, g) + config.value(g) * tu
+        h = config.value(g) * u
+        tresiduals = [tg, tu] if config.save == "preact" else []
+    else:
+        for i in range(len(primals.weights) - form.projected):
+            z, tz = linear(i, h, th)
+            h, th = config.value(z), _formula_grad(config, tz, z)
+            if config.save == "preact":
+                tresiduals.append(tz)
+            elif config.save == "output" and form.projected:
+                tresiduals.append(th)
+    return (linear(len(primals.weights) - 1, h, th)[1] if form.projected else th), *tresiduals  # type: ignore[return-value]

@@ -16,6 +16,7 @@ __all__ = [
     "Linear",
     "LinearAct",
     "SavedBytes",
+    "__version__",
     "autograd",
     "available_activations",
     "available_backends",

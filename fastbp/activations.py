@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ def _softplus_lost(beta: float, threshold: float) -> str | None:
     return None if threshold >= 20 else f"with threshold = {threshold} two values of z give the same output"
 
 
-_HARDTANH = dict(
+_HARDTANH: dict[str, Any] = dict(
     value=f.hardtanh,
     grad=f.hardtanh_grad,
     grad_from_output=f.hardtanh_grad_from_output,
@@ -118,8 +118,8 @@ _elu_backward = _elu_coefficients(lambda a: a, 1.0, lambda a: 1.0)
 _celu_backward = _elu_coefficients(lambda a: a, 1.0, lambda a: 1.0 / a)
 _selu_backward = _elu_coefficients(lambda: f.SELU_ALPHA, f.SELU_SCALE, lambda: 1.0)
 
-# On a CPU, ATen hands contiguous tensors to oneDNN for the erf GELU, which costs 8 µs forward and 16 backward before the
-# first element. A transposed view takes ATen's own vectorised kernel, which is faster up to about this many elements.
+# On a CPU, ATen hands contiguous tensors to oneDNN for the erf GELU, which costs 8 µs forward and 16 backward before
+# the first element. A transposed view takes ATen's own vectorised kernel, faster up to about this many elements.
 _SMALL = 8192
 
 
@@ -129,8 +129,8 @@ def _gelu(z: Tensor) -> Tensor:
 
 def _gelu_backward(dy: Tensor, z: Tensor) -> Tensor:
     if z.numel() <= _SMALL and z.dim() > 1 and z.is_cpu:
-        return _aten.gelu_backward.default(dy.mT, z.mT).mT
-    return _aten.gelu_backward.default(dy, z)
+        return cast(Tensor, _aten.gelu_backward.default(dy.mT, z.mT).mT)
+    return cast(Tensor, _aten.gelu_backward.default(dy, z))
 
 
 TABLE: tuple[Activation, ...] = (

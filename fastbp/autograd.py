@@ -166,7 +166,8 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
 # Function.apply binds the signature on every call when setup_context is defined, 20 to 50 µs; the C-level apply beneath
 # it does not, and serves where no functorch transform is active.
 _DIRECT: dict[str, Callable[..., Outputs]] = {
-    form: super(torch.autograd.Function, function).apply for form, function in FUNCTIONS.items()
+    form: super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    for form, function in FUNCTIONS.items()
 }
 
 

@@ -78,7 +78,7 @@ def linear_act(
     """
     if has_torch_function((x, weight, bias)):
         options = dict(activation=activation, save=save, backend=backend)
-        return handle_torch_function(linear_act, (x, weight, bias), x, weight, bias, **options)  # type: ignore[no-any-return]
+        return handle_torch_function(linear_act, (x, weight, bias), x, weight, bias, **options)
     return _call(LINEAR_ACT, x, (weight,), (bias,), activation, save, backend)
 
 
@@ -103,7 +103,7 @@ def gated_linear_act(
     tensors = (x, gate_weight, up_weight, gate_bias, up_bias)
     if has_torch_function(tensors):
         options = dict(activation=activation, save=save, backend=backend)
-        return handle_torch_function(gated_linear_act, tensors, *tensors, **options)  # type: ignore[no-any-return]
+        return handle_torch_function(gated_linear_act, tensors, *tensors, **options)
     weights, biases = (gate_weight, up_weight), (gate_bias, up_bias)
     return _call(GATED_LINEAR_ACT, x, weights, biases, activation, save, backend)
 
@@ -117,7 +117,7 @@ def mlp(
     save: str = "auto",
     backend: str | None = None,
 ) -> Tensor:
-    """A chain of linears with the activation between them and none after the last: ``W_L f(... f(W_1 x + b_1) ...) + b_L``.
+    """``W_L f(... f(W_1 x + b_1) ...) + b_L``: linears with the activation between them, none after the last.
 
     x (..., K), weights[l] (N_l, N_{l-1}) with N_0 = K, biases[l] (N_l,) or None, or None for no biases at all;
     y (..., N_L). Arguments and errors as in ``fastbp.linear_act``. Of each hidden layer one tensor is kept, z or the
@@ -130,7 +130,7 @@ def mlp(
     tensors = (x, *matrices, *vectors)
     if has_torch_function(tensors):
         options = dict(activation=activation, save=save, backend=backend)
-        return handle_torch_function(mlp, tensors, x, weights, biases, **options)  # type: ignore[no-any-return]
+        return handle_torch_function(mlp, tensors, x, weights, biases, **options)
     return _call(MLP, x, matrices, vectors, activation, save, backend)
 
 
@@ -164,7 +164,7 @@ def gated_mlp(
     tensors = (x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
     if has_torch_function(tensors):
         options = dict(activation=activation, save=save, backend=backend)
-        return handle_torch_function(gated_mlp, tensors, *tensors, **options)  # type: ignore[no-any-return]
+        return handle_torch_function(gated_mlp, tensors, *tensors, **options)
     weights, biases = (gate_weight, up_weight, down_weight), (gate_bias, up_bias, down_bias)
     return _call(GATED_MLP, x, weights, biases, activation, save, backend)
 

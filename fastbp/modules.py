@@ -63,7 +63,7 @@ def run_chain(
             if is_plain(linear)
             else activation(linear(h))
         )
-    return linears[-1](h) if projected else h  # type: ignore[no-any-return]
+    return linears[-1](h) if projected else h
 
 
 def run_gated(linears: Sequence[nn.Module], activation: Bound, save: str, backend: str | None, input: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def run_gated(linears: Sequence[nn.Module], activation: Bound, save: str, backen
         h = functional.gated_linear_act(input, *weights[:2], *biases[:2], **options)  # type: ignore[arg-type]
     else:
         h = activation(linears[0](input)) * linears[1](input)
-    return linears[2](h) if len(linears) == 3 else h  # type: ignore[no-any-return]
+    return linears[2](h) if len(linears) == 3 else h
 
 
 class _Settings(nn.Module):
@@ -170,7 +170,7 @@ class _Block(_Settings):
 
 
 class GatedLinear(_Block):
-    """``y = f(x Wgᵀ + bg) · (x Wuᵀ + bu)``, with children ``gate_proj`` and ``up_proj``; see ``fastbp.gated_linear_act``."""
+    """``y = f(x Wgᵀ + bg) · (x Wuᵀ + bu)``, children ``gate_proj``, ``up_proj``; see ``fastbp.gated_linear_act``."""
 
     form = GATED_LINEAR_ACT
 

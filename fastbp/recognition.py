@@ -74,7 +74,7 @@ def _resolve_module(module: nn.Module, where: str) -> Bound:
 
 
 def of_known_module(module: nn.Module, where: str = "fastbp") -> Bound | None:
-    """The activation of one of PyTorch's own activation modules, by its class and attributes; None for other modules."""
+    """The activation of one of PyTorch's activation modules, by its class and attributes; None for other modules."""
     for row in _BY_MODULE.get(type(module), ()):
         if all(getattr(module, k) == v for k, v in row.module_attributes):
             return _checked(row, tuple(getattr(module, n) for n, _ in row.params), where)

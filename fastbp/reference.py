@@ -167,7 +167,9 @@ def _gated_backward(
     x, _, weights, _, (g, u) = saved
     count = len(weights)
     need_x, need_weights, need_biases = needs[0], needs[1 : 1 + count], needs[1 + count :]
-    dh, dweights, dbiases = dy, [None] * count, [None] * count
+    dh: Maybe = dy
+    dweights: list[Maybe] = [None] * count
+    dbiases: list[Maybe] = [None] * count
     if config.form.projected:
         h = config.value(g) * u if need_weights[2] else None
         need_hidden = needed_below(config.form, needs)[1]
@@ -215,7 +217,8 @@ def jvp(config: Config, primals: Saved, tangents: Saved) -> tuple[Tensor, ...]:
         tz = _add(tz, None if tbias is None else tbias.expand_as(z))
         return z, torch.zeros_like(z) if tz is None else tz
 
-    h, th = primals.x, tangents.x
+    h: Any = primals.x
+    th: Any = tangents.x
     if form.gated:
         (g, tg), (u, tu) = linear(0, h, th), linear(1, h, th)
         th = _formula_grad(config, tg * u, g) + config.value(g) * tu
@@ -229,4 +232,4 @@ def jvp(config: Config, primals: Saved, tangents: Saved) -> tuple[Tensor, ...]:
                 tresiduals.append(tz)
             elif config.save == "output" and form.projected:
                 tresiduals.append(th)
-    return (linear(len(primals.weights) - 1, h, th)[1] if form.projected else th), *tresiduals  # type: ignore[return-value]
+    return (linear(len(primals.weights) - 1, h, th)[1] if form.projected else th), *tresiduals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def check_name(backend: object, where: str) -> str:
     return backend
 
 
-def choose(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> ModuleType:
+def choose(config: Config, x: Tensor, weights: Sequence[Any], biases: Sequence[Any]) -> ModuleType:
     """The backend that serves this call: the one named, or the first that supports the problem.
 
     ValueError where the one named does not support it. Ending with the reference on a GPU warns once for each set of
@@ -68,7 +69,7 @@ _warned: set[str] = set()
 
 
 def _first_that_supports(problem: Problem) -> ModuleType:
-    reasons = []
+    reasons: list[str] = []
     for name, entry in BACKENDS.items():
         reason = entry if isinstance(entry, str) else entry.supports(problem)
         if reason is None and isinstance(entry, ModuleType):

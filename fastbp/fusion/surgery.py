@@ -27,7 +27,7 @@ def is_fused(module: nn.Module) -> bool:
 def swap_in(module: nn.Module, plan: Plan | SequentialPlan) -> None:
     """Make the module run by the plan."""
     module.__dict__[_PLAN] = plan
-    module.__class__ = _fused_class(type(module))
+    module.__class__ = _fused_class(type(module))  # type: ignore[arg-type]  # mypy: a class is not Hashable
 
 
 def swap_out(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +97,10 @@ def find_plan(module: nn.Module, save: str, backend: str | None) -> Plan | str |
     if dropping:
         return f"{', '.join(dropping)} drops (p > 0) inside the block"
     child, given = next(iter(acts.items()), (None, None))
-    for names in _orders(module, linears):
+    for order in _orders(module, linears):
         for bound in [given] if given is not None else _written_activations(module):
             kind = None if child is None else type(module._modules[child])
-            plan = Plan(names, bound, child, kind, idle, save, backend)
+            plan = Plan(order, bound, child, kind, idle, save, backend)
             if computes(module, plan):
                 return plan
     return "its forward computes something else than the fused block"
@@ -138,8 +139,8 @@ def _orders(module: nn.Module, linears: list[str]) -> Iterator[tuple[str, ...]]:
 
 def computes(module: nn.Module, plan: Plan) -> bool:
     """Whether the module's forward is the plan's call: output and gradients, on random small float64 weights."""
-    children = {name: module._modules[name] for name in plan.linears}
-    small = _shrink([s for m in children.values() for s in (m.in_features, m.out_features)])  # type: ignore[union-attr]
+    children = {name: cast(nn.Linear, module._modules[name]) for name in plan.linears}
+    small = _shrink([s for m in children.values() for s in (m.in_features, m.out_features)])
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -147,12 +148,12 @@ def computes(module: nn.Module, plan: Plan) -> bool:
 
     weights: dict[str, Tensor] = {}
     for name, m in children.items():
-        size_in, size_out = small[m.in_features], small[m.out_features]  # type: ignore[union-attr, index]
+        size_in, size_out = small[m.in_features], small[m.out_features]
         # Wide enough for z to reach the limits of relu6 and the like.
         weights[f"{name}.weight"] = (3.0 / size_in**0.5 * draw(size_out, size_in)).requires_grad_()
-        if m.bias is not None:  # type: ignore[union-attr]
+        if m.bias is not None:
             weights[f"{name}.bias"] = draw(size_out).requires_grad_()
-    x = draw(4, 16, small[children[plan.linears[0]].in_features]).requires_grad_()  # type: ignore[union-attr, index]
+    x = draw(4, 16, small[children[plan.linears[0]].in_features]).requires_grad_()
     inputs = [x, *weights.values()]
 
     def fused(x: Tensor) -> Tensor:

@@ -137,6 +137,7 @@ TABLE: tuple[Activation, ...] = (
     Activation(
         "identity", "z", f.identity, f.identity_grad, f.identity_grad_from_output,
         module=nn.Identity,
+        aten_value=lambda z: z, aten_grad=lambda dy, z: dy, aten_grad_from_output=lambda dy, y: dy,
     ),
     Activation(
         "relu", "max(z, 0)", f.relu, f.relu_grad, f.relu_grad_from_output,

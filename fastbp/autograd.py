@@ -17,6 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as functorch_active
+from torch._C import _AutoDispatchBelowADInplaceOrView
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
@@ -71,7 +72,7 @@ class _Eager(torch.autograd.Function):
     def forward(config: Config, x: Tensor, *tensors: Tensor | None) -> Outputs:
         half = len(tensors) // 2
         weights, biases = tensors[:half], tensors[half:]
-        y, residuals = choose(config, x, weights, biases).forward(config, x, weights, biases)
+        y, residuals = _forward(config, x, weights, biases)
         return (y, *residuals)
 
     @staticmethod
@@ -116,6 +117,17 @@ class _Eager(torch.autograd.Function):
 
         outputs = torch.vmap(plain, in_dims=(x_dim, *tensor_dims), randomness="error")(x, *tensors)
         return outputs, (0,) * len(outputs)
+
+
+def _forward(
+    config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor]]:
+    """y and the residuals, from the backend that serves, and none of them a view in the eyes of autograd.
+
+    F.linear ends in a view of a 2-D product; from inside a Function such a y would forbid ``y += residual``.
+    """
+    with _AutoDispatchBelowADInplaceOrView():
+        return choose(config, x, weights, biases).forward(config, x, weights, biases)  # type: ignore[no-any-return]
 
 
 def _halves(tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -179,8 +191,7 @@ def run(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[T
         return FUNCTIONS[config.form.name].apply(config, x, *weights, *biases)[0]  # type: ignore[no-any-return]
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return _DIRECT[config.form.name](config, x, *weights, *biases)[0]
-    config = _keep_nothing(config)
-    return choose(config, x, weights, biases).forward(config, x, weights, biases)[0]  # type: ignore[no-any-return]
+    return _forward(_keep_nothing(config), x, weights, biases)[0]
 
 
 def run_traced(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:

@@ -70,12 +70,12 @@ def run_gated(linears: Sequence[nn.Module], activation: Bound, save: str, backen
     """Gate and up, and down if there is a third linear; fused as far as they are plain."""
     options: dict[str, Any] = dict(activation=activation, save=save, backend=backend)
     plain = [is_plain(linear) for linear in linears]
-    weights, biases = [m.weight for m in linears], [m.bias for m in linears]
-    if all(plain):
-        function: Any = functional.gated_mlp if len(linears) == 3 else functional.gated_linear_act
-        return function(input, *weights, *biases, **options)  # type: ignore[no-any-return]
-    if all(plain[:2]):
-        h = functional.gated_linear_act(input, *weights[:2], *biases[:2], **options)  # type: ignore[arg-type]
+    fused = 3 if all(plain) else 2 if all(plain[:2]) else 0
+    tensors = [m.weight for m in linears[:fused]] + [m.bias for m in linears[:fused]]
+    if fused == len(linears) == 3:
+        return functional.gated_mlp(input, *tensors, **options)  # type: ignore[arg-type]
+    if fused:
+        h = functional.gated_linear_act(input, *tensors, **options)  # type: ignore[arg-type]
     else:
         h = activation(linears[0](input)) * linears[1](input)
     return linears[2](h) if len(linears) == 3 else h

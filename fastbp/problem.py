@@ -77,15 +77,18 @@ def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     try:
         features, dtype, device = x.size(-1), x.dtype, x.device
         fine = dtype in DTYPES and x.layout is torch.strided and len(weights) == len(biases) > 0
+        gated = form.gated
         for i, w in enumerate(weights):
-            b, out = biases[i], w.size(0)
-            fine = fine and w.dim() == 2 and w.size(1) == features and w.dtype is dtype and w.device == device
-            if b is not None:
-                fine = fine and b.dim() == 1 and b.size(0) == out and b.dtype is dtype and b.device == device
-            if not form.gated or i == 1:  # up takes the input of gate
-                fine = fine and (not form.gated or out == weights[0].size(0))
+            out, into = w.shape
+            b = biases[i]
+            if into != features or w.dtype is not dtype or w.device != device:
+                fine = False
+            elif b is not None and (b.shape != (out,) or b.dtype is not dtype or b.device != device):
+                fine = False
+            if not gated or i == 1:  # up takes the input of gate
+                fine = fine and (not gated or out == weights[0].size(0))
                 features = out
-    except (AttributeError, IndexError, TypeError):
+    except (AttributeError, IndexError, TypeError, ValueError):
         fine = False
     if not fine:
         _explain(form, x, weights, biases)

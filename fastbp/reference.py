@@ -115,14 +115,19 @@ def backward(
     count, from_output = len(weights), config.save == "output"
     below = needed_below(config.form, needs)
     grads: list[Maybe] = [None] * len(needs)
+    kernel: Any = config.grad_from_output if from_output else config.grad
+    plain = not differentiable and not dresiduals  # the first backward, where time counts
+    if not plain:
+        dresiduals = dresiduals or (None,) * len(residuals)
     dz = dh = dy
     for i in range(count - 1, -1, -1):
         if i < len(residuals):  # through the activation above linear i; none is above the last of an mlp
-            outside = dresiduals[i] if dresiduals else None
-            if from_output:
-                dz = _grad_from_output(config, _add(dh, outside), residuals[i], differentiable)
+            if plain:
+                dz = kernel(dh, residuals[i])
+            elif from_output:
+                dz = _grad_from_output(config, _add(dh, dresiduals[i]), residuals[i], differentiable)
             else:
-                dz = _add(_grad(config, dh, residuals[i], differentiable), outside)
+                dz = _add(_grad(config, dh, residuals[i], differentiable), dresiduals[i])
         h = None
         if needs[1 + i]:
             h = x if i == 0 else residuals[i - 1] if from_output else config.value(residuals[i - 1])

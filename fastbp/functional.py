@@ -180,7 +180,7 @@ def _call(
 ) -> Tensor:
     """Cast as autocast asks, check the tensors, settle the settings, run."""
     device = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, *tensors = [_cast(t, dtype) for t in (x, *weights, *biases)]
         weights, biases = tuple(tensors[: len(weights)]), tuple(tensors[len(weights) :])

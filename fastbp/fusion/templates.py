@@ -3,7 +3,7 @@
 A candidate is a module whose children are two or three plain linears and an activation. What its forward computes is
 not read off its source or its names: it is run, on small float64 weights in place of its own, and compared with what
 the fused call would compute, output and gradients. So a block with a residual, a scale or another activation inside is
-told apart from one without, at 1e-9, whatever the model's own dtype, size and device.
+told apart from one without whatever the model's own dtype, size and device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from fastbp.activations import ROWS, Bound, bind
 from fastbp.modules import is_plain, run_chain, run_gated
 from fastbp.recognition import has_hooks, of_known_module
 
-TOLERANCE = 1e-9  # relative L2, float64; the closest pair of activations, the two GELUs, differ by about 1e-4
+# Relative L2, in float64. PyTorch's hardsigmoid takes 1/6 in float32 even there; the closest pair of activations, the
+# two GELUs, differ by about 1e-4.
+TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,40 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`. Each makes .venv from nothing.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+# Test workers: one per core, and one thread in each, so that they do not fight over the cores.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
+
+.PHONY: demo test check bench render clean
+
+# The stamp is newer than what it was made from, so a second `make` starts at once. torch comes first and by itself: a
+# later resolver run must not replace the build that was chosen.
+$(VENV)/.stamp: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "numpy==2.3.5" "setuptools==81.0.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.stamp
+	$(BIN)/python -m fastbp demo $(ARGS)
+
+test: $(VENV)/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+check: $(VENV)/.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h
+	$(BIN)/python tools/render.py --check
+
+bench: $(VENV)/.stamp
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+# Rewrite the files that are made from the tables: Triton and C++ activations, tables in README.md.
+render: $(VENV)/.stamp
+	$(BIN)/python tools/render.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache

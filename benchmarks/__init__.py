@@ -1,0 +1,1 @@
+"""Measurements of fastbp. Each module is a command; results lie in benchmarks/results/."""

@@ -1,0 +1,72 @@
+// The primitives of fastbp/formulas.py for C++ and CUDA, on float or double.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define HD __host__ __device__ __forceinline__
+#else
+#define HD inline
+#endif
+
+// A namespace of their own keeps them apart from the C library's functions and from the activations of the same names.
+namespace fastbp::prim {
+
+template <class T>
+HD T absolute(T x) {
+  return std::abs(x);
+}
+
+template <class T>
+HD T erf(T x) {
+  return std::erf(x);
+}
+
+template <class T>
+HD T exp(T x) {
+  return std::exp(x);
+}
+
+template <class T>
+HD T expm1(T x) {
+  return std::expm1(x);
+}
+
+template <class T>
+HD T log1p(T x) {
+  return std::log1p(x);
+}
+
+// max(a, b) with b a number: written so that a NaN in a stays.
+template <class T>
+HD T maximum(T a, T b) {
+  return a < b ? b : a;
+}
+
+// min(a, b) with b a number: written so that a NaN in a stays.
+template <class T>
+HD T minimum(T a, T b) {
+  return a > b ? b : a;
+}
+
+template <class T>
+HD T select(bool condition, T a, T b) {
+  return condition ? a : b;
+}
+
+template <class T>
+HD T sigmoid(T x) {
+  return T(1) / (T(1) + std::exp(-x));
+}
+
+template <class T>
+HD T sqrt(T x) {
+  return std::sqrt(x);
+}
+
+template <class T>
+HD T tanh(T x) {
+  return std::tanh(x);
+}
+
+}  // namespace fastbp::prim

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -71,8 +72,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(config: Config, x: Tensor, *tensors: Tensor | None) -> Outputs:
         half = len(tensors) // 2
-        weights, biases = tensors[:half], tensors[half:]
-        y, residuals = _forward(config, x, weights, biases)
+        y, residuals = _forward(config, x, tensors[:half], tensors[half:])
         return (y, *residuals)
 
     @staticmethod
@@ -80,11 +80,10 @@ class _Eager(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         config = ctx.config = inputs[0]
         needs = ctx.needs = ctx.needs_input_grad[1:]
-        keep = kept(config.form, config.save, config.row.grad_reads_output, needs)
-        candidates = (inputs[1], output[0], *inputs[2:], *output[1:])
-        ctx.save_for_backward(*[t if k else None for t, k in zip(candidates, keep, strict=True)])
+        candidates = (inputs[1], output[0], *inputs[2:], *output[1:], None)
+        ctx.save_for_backward(*_pick(config, needs)(candidates))
         if forward_ad._current_level >= 0 or functorch_active():
-            ctx.save_for_forward(*candidates)
+            ctx.save_for_forward(*candidates[:-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dresiduals: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -119,15 +118,20 @@ class _Eager(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
-def _forward(
-    config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> tuple[Tensor, list[Tensor]]:
+def _forward(config: Config, x: Tensor, weights: Sequence[Any], biases: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
     """y and the residuals, from the backend that serves, and none of them a view in the eyes of autograd.
 
     F.linear ends in a view of a 2-D product; from inside a Function such a y would forbid ``y += residual``.
     """
     with _AutoDispatchBelowADInplaceOrView():
         return choose(config, x, weights, biases).forward(config, x, weights, biases)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=1024)
+def _pick(config: Config, needs: tuple[bool, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """From (x, y, weights, biases, residuals, None) to the same without the last, and None for what is not kept."""
+    keep = kept(config.form, config.save, config.row.grad_reads_output, needs)
+    return itemgetter(*(i if k else len(keep) for i, k in enumerate(keep)))
 
 
 def _halves(tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

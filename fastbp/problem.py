@@ -81,10 +81,11 @@ def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
         for i, w in enumerate(weights):
             out, into = w.shape
             b = biases[i]
-            if into != features or w.dtype is not dtype or w.device != device:
-                fine = False
-            elif b is not None and (b.shape != (out,) or b.dtype is not dtype or b.device != device):
-                fine = False
+            fine = (
+                fine
+                and (into == features and w.dtype is dtype and w.device == device)
+                and (b is None or (b.shape == (out,) and b.dtype is dtype and b.device == device))
+            )
             if not gated or i == 1:  # up takes the input of gate
                 fine = fine and (not gated or out == weights[0].size(0))
                 features = out

@@ -142,22 +142,23 @@ def backward(
 
 
 def _linear_backward(
-    dz: Maybe, h: Maybe, weight: Maybe, need_input: bool, need_weight: bool, need_bias: bool
+    dz: Maybe, h: Any, weight: Any, need_input: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Maybe, Maybe, Maybe]:
     """(dh, dW, db) of z = h Wᵀ + b."""
     if dz is None:
         return None, None, None
-    plain = dz.dim() == 2
-    flat = dz if plain else dz.reshape(dz.shape[:-1].numel(), dz.shape[-1])
-    dh = dweight = None
-    if need_input:
-        assert weight is not None
-        dh = flat.mm(weight)
-        dh = dh if plain else dh.view(*dz.shape[:-1], dh.shape[-1])
-    if need_weight:
-        assert h is not None
-        dweight = flat.t().mm(h if plain else h.reshape(flat.shape[0], h.shape[-1]))
-    return dh, dweight, flat.sum(0) if need_bias else None
+    if dz.dim() == 2:
+        return (
+            dz.mm(weight) if need_input else None,
+            dz.t().mm(h) if need_weight else None,
+            dz.sum(0) if need_bias else None,
+        )
+    rows = dz.shape[:-1].numel()
+    flat = None if h is None else h.reshape(rows, h.shape[-1])
+    dh, dweight, dbias = _linear_backward(
+        dz.reshape(rows, dz.shape[-1]), flat, weight, need_input, need_weight, need_bias
+    )
+    return None if dh is None else dh.view(*dz.shape[:-1], dh.shape[-1]), dweight, dbias
 
 
 def _gated_backward(

@@ -258,5 +258,5 @@ def one_pass(
 
 def nearest(word: str, known: list[str]) -> str:
     """`` did you mean 'gelu'?`` or nothing, for error texts."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word.lower(), known, n=1)
     return f" did you mean {close[0]!r}?" if close else ""

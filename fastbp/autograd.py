@@ -89,11 +89,14 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *dresiduals: Tensor | None) -> tuple[Tensor | None, ...]:
         config, needs = ctx.config, ctx.needs
         saved = _unflatten(ctx.saved_tensors, len(needs) // 2)
-        if dy is not None and not (torch.is_grad_enabled() or functorch_active() or forward_ad._current_level >= 0):
+        if torch.is_grad_enabled() or functorch_active() or forward_ad._current_level >= 0:
+            differentiable = True  # the gradient will be differentiated in its turn, or batched
+        elif dy is None or any(d is not None for d in dresiduals):
+            differentiable = False  # the end of a double backward, whose gradients reach the residuals themselves
+        else:
             backend = choose(config, dy, saved.weights, saved.biases)
             return (None, *backend.backward(config, dy, saved, needs))
-        # The gradient will be differentiated in its turn, or batched: plain torch, from the formulas.
-        return (None, *reference.backward(config, dy, saved, needs, dresiduals, differentiable=True))
+        return (None, *reference.backward(config, dy, saved, needs, dresiduals, differentiable))
 
     @staticmethod
     def jvp(ctx: Any, _: None, tx: Tensor | None, *ttensors: Tensor | None) -> tuple[Tensor | None, ...]:

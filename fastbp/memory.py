@@ -29,6 +29,9 @@ class SavedBytes:
     def __init__(self, exclude: Iterable[Tensor | nn.Module] = ()) -> None:
         self._excluded: dict[Any, int] = {}
         self._kept: dict[Any, int] = {}
+        if isinstance(exclude, (Tensor, nn.Module)) or not hasattr(exclude, "__iter__"):
+            kind = type(exclude).__name__
+            raise TypeError(f"fastbp.SavedBytes: exclude must be a list of tensors and modules, got {kind}")
         for item in exclude:
             if isinstance(item, nn.Module):
                 tensors = [*item.parameters(), *item.buffers()]

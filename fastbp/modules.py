@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -217,14 +218,26 @@ class MLP(_Block):
         backend: str | None = None,
     ) -> None:
         super().__init__(activation, save, backend)
-        hidden = (hidden_features,) if isinstance(hidden_features, int) else tuple(hidden_features)
-        widths = (in_features, *hidden, in_features if out_features is None else out_features)
+        widths = (in_features, *_hidden_sizes(hidden_features), in_features if out_features is None else out_features)
         sizes = {f"fc{i}": pair for i, pair in enumerate(pairwise(widths), start=1)}
         self._add_linears(sizes, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) to y (..., out_features)."""
         return run_chain(self._children(), self.activation, self.save, self.backend, input, projected=True)
+
+
+def _hidden_sizes(given: Any) -> tuple[int, ...]:
+    try:
+        return (operator.index(given),)
+    except TypeError:
+        pass
+    try:
+        return tuple(operator.index(size) for size in given)
+    except TypeError:
+        raise TypeError(
+            f"fastbp.MLP: hidden_features must be an int or a sequence of ints, got {type(given).__name__} {given!r}"
+        ) from None
 
 
 class GatedMLP(_Block):

@@ -76,24 +76,28 @@ def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     """
     try:
         features, dtype, device = x.size(-1), x.dtype, x.device
-        fine = dtype in DTYPES and x.layout is torch.strided and len(weights) == len(biases) > 0
+        fine = dtype in DTYPES and not x.is_nested and x.layout is torch.strided and len(weights) == len(biases) > 0
         gated = form.gated
         for i, w in enumerate(weights):
             out, into = w.shape
             b = biases[i]
             fine = (
                 fine
-                and (into == features and w.dtype is dtype and w.device == device)
-                and (b is None or (b.shape == (out,) and b.dtype is dtype and b.device == device))
+                and (into == features and w.dtype is dtype and w.device == device and w.layout is torch.strided)
+                and (b is None or _fits(b, out, dtype, device))
             )
             if not gated or i == 1:  # up takes the input of gate
                 fine = fine and (not gated or out == weights[0].size(0))
                 features = out
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # nested tensors raise RuntimeError
         fine = False
     if not fine:
         _explain(form, x, weights, biases)
         raise AssertionError(f"fastbp.{form.name}: refused without a reason; please report this")
+
+
+def _fits(bias: Tensor, out: int, dtype: torch.dtype, device: torch.device) -> bool:
+    return bias.shape == (out,) and bias.dtype is dtype and bias.device == device and bias.layout is torch.strided
 
 
 def _explain(form: Form, x: Any, weights: Any, biases: Any) -> None:
@@ -143,8 +147,9 @@ def _expect_tensor(where: str, name: str, value: Any, or_none: bool = False) -> 
         raise TypeError(
             f"{where}: {name} must be a torch.Tensor{' or None' if or_none else ''}, got {type(value).__name__}"
         )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{where}: {name} must be a dense tensor, got layout {value.layout}; try {name}.to_dense()")
+    if value.is_nested or value.layout is not torch.strided:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{where}: {name} must be a dense tensor, got {kind}; try {name}.to_dense() or a padded tensor")
 
 
 def _explain_dtype(where: str, name: str, tensor: Tensor, x: Tensor | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def _resolve_module(module: nn.Module, where: str) -> Bound:
             f"{where}: activation {name} has parameters or buffers of its own ({', '.join(state)}), which a fused "
             "kernel would not train; apply it after a plain layer instead"
         )
-    if has_hooks(module):
+    if any(has_hooks(m) for m in module.modules()):
         raise ValueError(
             f"{where}: activation {name} has hooks or a forward of its own that a fused kernel would not run"
         )
@@ -82,7 +82,7 @@ def of_known_module(module: nn.Module, where: str = "fastbp") -> Bound | None:
 
 
 def _resolve_function(function: Callable[..., Tensor], where: str) -> Bound:
-    if function in _DEFAULT_FUNCTIONS:
+    if isinstance(function, Hashable) and function in _DEFAULT_FUNCTIONS:
         return _DEFAULT_FUNCTIONS[function]
     if isinstance(function, functools.partial) and not function.args:
         row, keywords = _BY_FUNCTION.get(function.func), {k: v for k, v in function.keywords.items() if k != "inplace"}
@@ -104,27 +104,35 @@ def _recognised(function: Callable[..., Tensor], name: str, where: str) -> Bound
     return bound
 
 
-@torch.no_grad()
 def recognise(function: Callable[..., Any]) -> Bound | None:
-    """The activation, with default parameters, that a function computes, by its values on a float64 grid; or None.
+    """The activation, with default parameters, that a function computes, by its values and gradients on a float64 grid.
 
-    None too where it fails on the grid, is not elementwise, or answers differently when asked twice.
+    None where there is none: where it fails on the grid, is not elementwise, or answers differently when asked twice.
     """
-    grid = torch.cat([torch.linspace(-12, 12, 481), torch.tensor([-100.0, -30.0, 0.0, 30.0, 100.0])]).double()
-    order = torch.arange(grid.numel() - 1, -1, -1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            y = function(grid.clone())
-            again = function(grid[order].clone().view(2, -1)).reshape(-1)[order]
-    except Exception:  # whatever a stranger's function raises, it is not one of ours
-        return None
-    if not isinstance(y, Tensor) or y.shape != grid.shape or y.dtype != grid.dtype or not torch.equal(y, again):
-        return None
-    for bound in _DEFAULTS.values():
-        # 1e-6: other libraries' constants are often float32; the closest pair here, the two GELUs, differ by 5e-4.
-        if torch.allclose(y, bound.row.value(grid, *bound.params), rtol=1e-6, atol=1e-6):
-            return bound
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        # The points miss the kinks, where implementations differ in their gradient. Far out is where clamps show.
+        grid = torch.cat(
+            [torch.linspace(-12.01, 12.02, 480), torch.tensor([-601.0, -101.0, -30.0, 30.0, 101.0, 601.0])]
+        )
+        z = grid.double().requires_grad_()
+        try:
+            y = function(z)
+            (slope,) = torch.autograd.grad(y.sum(), z)
+            again = function(z.detach().flip(0).view(2, -1)).reshape(-1).flip(0)
+        except Exception:  # whatever a stranger's function raises, it is not one of ours
+            return None
+        if y.shape != z.shape or y.dtype != z.dtype or not _close(y, again, 1e-12):
+            return None
+        for bound in _DEFAULTS.values():
+            row, dy = bound.row, torch.ones_like(z)
+            # 1e-6: other libraries' constants are often float32; the closest pair here, the two GELUs, differ by 5e-4.
+            if _close(y, row.value(z, *bound.params), 1e-6) and _close(slope, row.grad(dy, z, *bound.params), 1e-6):
+                return bound
     return None
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def has_hooks(module: nn.Module) -> bool:

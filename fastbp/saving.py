@@ -45,9 +45,9 @@ def legal_policies(activation: Bound, form: Form = LINEAR_ACT) -> tuple[str, ...
 
 def check_name(save: object, where: str) -> str:
     """A policy's name or ``auto``; ValueError or TypeError otherwise, beginning with ``where``."""
-    if save == "auto" or save in POLICIES:
-        return str(save)
     known = ["auto", *POLICIES]
+    if isinstance(save, str) and save in known:
+        return save
     if not isinstance(save, str):
         raise TypeError(f"{where}: save must be the name of a policy, got {type(save).__name__} {save!r}")
     if save in NOT_YET:
@@ -57,10 +57,10 @@ def check_name(save: object, where: str) -> str:
 
 def resolve(save: str, activation: Bound, form: Form, where: str) -> str:
     """The policy that serves: the one asked for, or for ``auto`` the exact one that keeps least without recomputing."""
-    if save == "auto":
+    if check_name(save, where) == "auto":
         exact = activation.row.output_exact and _output_illegal(activation, form) is None
         return "output" if exact else "preact"
-    reason = POLICIES[check_name(save, where)].illegal(activation, form)
+    reason = POLICIES[save].illegal(activation, form)
     if reason:
         raise ValueError(
             f"{where}: save={save!r} cannot serve {activation!r}: {reason}; "

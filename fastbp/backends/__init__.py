@@ -30,10 +30,12 @@ def available_backends() -> dict[str, str]:
 
 def check_name(backend: object, where: str) -> str:
     """The name of a backend that is there, or ``auto`` for None; ValueError or TypeError otherwise."""
-    if backend is None or backend == AUTO:
+    if backend is None:
         return AUTO
     if not isinstance(backend, str):
         raise TypeError(f"{where}: backend must be a name or None, got {type(backend).__name__} {backend!r}")
+    if backend == AUTO:
+        return AUTO
     known = [AUTO, *BACKENDS]
     if backend not in BACKENDS:
         raise ValueError(f"{where}: unknown backend {backend!r};{nearest(backend, known)} there are {', '.join(known)}")

@@ -4,7 +4,7 @@
 outputs in the eyes of autograd, so what backward reads is connected to the graph, and a second derivative flows through
 it into this node again: derivatives of any order need neither a second formula nor inputs kept for their sake.
 
-The Functions take checked tensors and a canonical ``Config``; ``fastbp.linear_act`` and its sisters make those.
+The Functions take checked tensors and a canonical ``Config`` that names a backend; ``fastbp.linear_act`` and its sisters make those.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 from fastbp import ops, reference
 from fastbp.activations import ROWS
-from fastbp.backends import choose
+from fastbp.backends import choose, module_of
 from fastbp.forms import FORMS
 from fastbp.problem import Config, Names, configure
 from fastbp.reference import Saved
@@ -94,8 +94,7 @@ class _Eager(torch.autograd.Function):
         elif dy is None or any(d is not None for d in dresiduals):
             differentiable = False  # the end of a double backward, whose gradients reach the residuals themselves
         else:
-            backend = choose(config, dy, saved.weights, saved.biases)
-            return (None, *backend.backward(config, dy, saved, needs))
+            return (None, *module_of(config).backward(config, dy, saved, needs))
         return (None, *reference.backward(config, dy, saved, needs, dresiduals, differentiable))
 
     @staticmethod
@@ -127,7 +126,7 @@ def _forward(config: Config, x: Tensor, weights: Sequence[Any], biases: Sequence
     F.linear ends in a view of a 2-D product; from inside a Function such a y would forbid ``y += residual``.
     """
     with _AutoDispatchBelowADInplaceOrView():
-        return choose(config, x, weights, biases).forward(config, x, weights, biases)  # type: ignore[no-any-return]
+        return module_of(config).forward(config, x, weights, biases)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=1024)
@@ -192,6 +191,7 @@ _DIRECT: dict[str, Callable[..., Outputs]] = {
 
 def run(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """y of a checked eager call, differentiable where autograd or a transform asks for it."""
+    config = choose(config, x, weights, biases)
     if functorch_active():
         if _nested_forward_mode():
             return reference.forward(_keep_nothing(config), x, weights, biases)[0]

@@ -42,16 +42,17 @@ class use:
             raise ValueError("fastbp.use: neither backend nor save was given, so it would change nothing")
         self.backend = None if backend is None else backends.check_name(backend, "fastbp.use")
         self.save = None if save is None else saving.check_name(save, "fastbp.use")
+        self._before: list[tuple[str | None, str | None]] = []
 
     def __enter__(self) -> None:
-        self._before = (_defaults.backend, _defaults.save)
+        self._before.append((_defaults.backend, _defaults.save))
         if self.backend is not None:
             _defaults.backend = self.backend
         if self.save is not None:
             _defaults.save = self.save
 
     def __exit__(self, *exception: object) -> None:
-        _defaults.backend, _defaults.save = self._before
+        _defaults.backend, _defaults.save = self._before.pop()
 
 
 def linear_act(

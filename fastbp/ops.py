@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbp.backends import choose
+from fastbp.backends import choose, module_of
 from fastbp.forms import FORMS, Form
 from fastbp.problem import Config, Names, configure
 from fastbp.reference import Saved
@@ -32,12 +32,14 @@ Grads = list[Tensor | None]
 
 def forward(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> tuple[Tensor, list[Tensor]]:
     """y and the residuals, from the backend that serves."""
-    return choose(config, x, weights, biases).forward(config, x, weights, biases)  # type: ignore[no-any-return]
+    config = choose(config, x, weights, biases)
+    return module_of(config).forward(config, x, weights, biases)  # type: ignore[no-any-return]
 
 
 def backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> Grads:
     """The gradients that are needed, from the backend that serves."""
-    return choose(config, dy, saved.weights, saved.biases).backward(config, dy, saved, needs)  # type: ignore[no-any-return]
+    config = choose(config, dy, saved.weights, saved.biases)
+    return module_of(config).backward(config, dy, saved, needs)  # type: ignore[no-any-return]
 
 
 def traced_forward(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> tuple[Tensor, list[Tensor]]:

@@ -62,11 +62,11 @@ class Problem(NamedTuple):
     biases: tuple[bool, ...]
 
 
-def describe(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Problem:
-    """The problem that a call with these tensors poses."""
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
-    features = (x.shape[-1], *(w.shape[0] for w in weights))
-    return Problem(config, x.device, x.dtype, rows, features, tuple(b is not None for b in biases))
+def describe(config: Config, data: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Problem:
+    """The problem that a call with these tensors poses; ``data`` is x, or dy, which has as many rows."""
+    rows = data.shape[:-1].numel()
+    features = (weights[0].shape[1], *(w.shape[0] for w in weights))
+    return Problem(config, data.device, data.dtype, rows, features, tuple(b is not None for b in biases))
 
 
 def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

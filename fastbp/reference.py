@@ -116,7 +116,7 @@ def backward(
     below = needed_below(config.form, needs)
     grads: list[Maybe] = [None] * len(needs)
     kernel: Any = config.grad_from_output if from_output else config.grad
-    plain = not differentiable and not dresiduals  # the first backward, where time counts
+    plain = not differentiable and not dresiduals and dy is not None  # the first backward, where time counts
     if not plain:
         dresiduals = dresiduals or (None,) * len(residuals)
     dz = dh = dy

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
-from typing import Any
 
 from torch import Tensor
 
 from fastbp import reference
 from fastbp.activations import nearest
-from fastbp.problem import Config, Problem, describe
+from fastbp.problem import Config, Problem, configure, describe
+
+AUTO = "auto"
+REFERENCE = "reference"
 
 # Fastest first. A backend is a module with supports(problem) -> reason or None, forward and backward; one that is not
 # there stands here as the reason.
 BACKENDS: dict[str, ModuleType | str] = {
     "native": "this version has no C++ or CUDA kernels",
     "triton": "this version has no Triton kernels, only their activations",
-    "reference": reference,
+    REFERENCE: reference,
 }
-AUTO = "auto"
 
 
 def available_backends() -> dict[str, str]:
@@ -46,38 +48,48 @@ def check_name(backend: object, where: str) -> str:
     return backend
 
 
-def choose(config: Config, x: Tensor, weights: Sequence[Any], biases: Sequence[Any]) -> ModuleType:
-    """The backend that serves this call: the one named, or the first that supports the problem.
+def choose(config: Config, data: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Config:
+    """The same call with the backend that serves it in place of ``auto``: the first that supports the problem.
 
-    ValueError where the one named does not support it. Ending with the reference on a GPU warns once for each set of
-    reasons.
+    ``data`` is x or dy. ValueError where the call names a backend that does not support it. Ending with the reference
+    on a GPU warns once for each set of reasons.
     """
-    named = None if config.backend == AUTO else BACKENDS[config.backend]
-    if named is reference:
-        return reference
-    if named is None and x.device.type == "cpu" and _ONLY_REFERENCE:
-        return reference
-    problem = describe(config, x, weights, biases)
-    if isinstance(named, ModuleType):
-        reason = named.supports(problem)
+    if config.backend == REFERENCE or (_ONLY_REFERENCE and data.device.type != "cuda"):
+        return config if config.backend == REFERENCE else with_backend(config, REFERENCE)
+    problem = describe(config, data, weights, biases)
+    if config.backend != AUTO:
+        reason = module_of(config).supports(problem)
         if reason:
             raise ValueError(f"fastbp.{config.form.name}: backend {config.backend!r} cannot take this call: {reason}")
-        return named
-    return _first_that_supports(problem)
+        return config
+    return with_backend(config, _first_that_supports(problem))
 
 
-_ONLY_REFERENCE = all(isinstance(entry, str) or entry is reference for entry in BACKENDS.values())
+def module_of(config: Config) -> ModuleType:
+    """The backend that a config names, once it is chosen."""
+    entry = BACKENDS[config.backend]
+    assert isinstance(entry, ModuleType), config
+    return entry
+
+
+@lru_cache(maxsize=4096)
+def with_backend(config: Config, backend: str) -> Config:
+    """The same config with another backend."""
+    return configure(*config.names[:-1], backend)
+
+
+_ONLY_REFERENCE = all(isinstance(entry, str) or name == REFERENCE for name, entry in BACKENDS.items())
 _warned: set[str] = set()
 
 
-def _first_that_supports(problem: Problem) -> ModuleType:
+def _first_that_supports(problem: Problem) -> str:
     reasons: list[str] = []
     for name, entry in BACKENDS.items():
         reason = entry if isinstance(entry, str) else entry.supports(problem)
-        if reason is None and isinstance(entry, ModuleType):
-            if entry is reference and problem.device.type == "cuda":
+        if reason is None:
+            if name == REFERENCE and problem.device.type == "cuda":
                 _warn_once("; ".join(reasons))
-            return entry
+            return name
         reasons.append(f"{name}: {reason}")
     raise AssertionError("the reference backend supports everything")
 

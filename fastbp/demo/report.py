@@ -46,7 +46,8 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"CPU ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        name = f"CPU ({torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads > 1 else ''})"
     return f"fastbp {__version__}, torch {torch.__version__}, float32 on {name}"
 
 
@@ -69,11 +70,11 @@ def table(outcome: Outcome) -> str:
     for quantity, words in (("losses", "loss"), ("norms", "gradient norm")):
         f, a = (outcome.difference(name, quantity) for name in ("fused", "again"))
         share = f"{100 * f.share:.0f} % of limit"
-        rows.append((f"{words}: largest difference from stock", "", f"{f.largest:.1e}", share, f"{a.largest:.1e}"))
+        rows.append((f"largest difference of {words}", "", f"{f.largest:.1e}", share, f"{a.largest:.1e}"))
     rows += [
         row("step, median, ms", "step_seconds", ".2f", 1e3, ratio=True),
         row("kept for backward, MiB", "kept_bytes", ".2f", 2**-20, ratio=True),
-        row("kept in a block, bytes per hidden element", "kept_bytes_per_hidden", ".2f", ratio=True),
+        row("kept in a block, bytes/hidden element", "kept_bytes_per_hidden", ".2f", ratio=True),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = [

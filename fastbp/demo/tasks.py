@@ -41,7 +41,7 @@ def digits(device: torch.device, seed: int, quick: bool) -> Task:
     labels = torch.from_numpy(data.target).long()[order].to(device)
     test = len(labels) // 5
     train = len(labels) - test
-    picks = torch.randint(train, (40 if quick else 400, 128), generator=generator).to(device)
+    picks = torch.randint(train, (40 if quick else 300, 128), generator=generator).to(device)
     model = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 10))
     return Task(
         name="digits",
@@ -58,15 +58,15 @@ def digits(device: torch.device, seed: int, quick: bool) -> Task:
 
 
 def text(device: torch.device, seed: int, quick: bool) -> Task:
-    """The reference texts in English that come with Python, the last tenth held out, and a small transformer."""
+    """The reference texts in English that come with Python, the last twentieth held out, and a small transformer."""
     from pydoc_data.topics import topics
 
     corpus = torch.tensor(list("\n".join(topics.values()).encode()), device=device)
     width, context, layers, batch = 128, 64, 2, 16
-    train = len(corpus) * 9 // 10
+    train = len(corpus) * 19 // 20
     window = torch.arange(context + 1, device=device)
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(train - context, (24 if quick else 400, batch, 1), generator=generator).to(device)
+    starts = torch.randint(train - context, (16 if quick else 300, batch, 1), generator=generator).to(device)
     held_out = corpus[torch.arange(train, len(corpus) - context, context, device=device)[:, None] + window]
     model = Transformer(width, layers, context)
     return Task(

@@ -1,0 +1,126 @@
+"""Errors of values and gradients against float64, and where NaN and inf stand: at least as good as plain PyTorch."""
+
+import torch
+from support import (
+    ACTIVATIONS,
+    DTYPES,
+    FEW,
+    assert_as_good_as_eager,
+    call,
+    cases,
+    each,
+    eager,
+    flatten,
+    formula,
+    grads,
+    like,
+    places,
+    special,
+    stock,
+    tensors,
+    widened,
+)
+
+from fastbp import saving
+from fastbp.forms import GATED_LINEAR_ACT, LINEAR_ACT
+
+
+def _assert_accurate(form, activation, save, tensors, **options):
+    inputs = flatten(*tensors)
+    wide = widened(inputs)
+    ours = call(form, *tensors, activation=activation, save=save)
+    theirs = eager(form, *tensors, activation)
+    half = 1 + len(inputs) // 2
+    exact = eager(form, wide[0], wide[1:half], wide[half:], formula(activation))
+    dy = like(ours, seed=2)
+    assert_as_good_as_eager(
+        [ours, *grads(ours, inputs, dy, **options)],
+        [theirs, *grads(theirs, inputs, dy)],
+        [exact, *grads(exact, wide, dy.double())],
+    )
+
+
+@each("dtype", DTYPES)
+@each(
+    ("form", "activation", "save", "bias"),
+    [(*case, True) for case in cases(ACTIVATIONS)] + [(*case, False) for case in cases(FEW)],
+)
+def test_values_and_gradients(form, activation, save, bias, dtype):
+    _assert_accurate(form, activation, save, tensors(form, dtype, seed=1, bias=bias))
+
+
+@each("dtype", DTYPES)
+@each(("form", "activation", "save"), cases(ACTIVATIONS, [LINEAR_ACT, GATED_LINEAR_ACT]))
+def test_gradients_that_can_be_differentiated(form, activation, save, dtype):
+    _assert_accurate(form, activation, save, tensors(form, dtype, seed=1), create_graph=True)
+
+
+# From relu2's y the slope is lost where y over- or underflows, and the documentation says so.
+EXACT = [c for c in cases(ACTIVATIONS, [LINEAR_ACT, GATED_LINEAR_ACT]) if c[1].row.output_exact or c[2] != "output"]
+
+
+@each("dtype", [dtype for dtype in DTYPES if dtype != torch.float64])  # which has no yardstick finer than itself
+@each("mean", [-6, 6])
+@each(("activation", "save"), [(activation, save) for form, activation, save in EXACT if form is LINEAR_ACT])
+def test_saturated_units(activation, save, mean, dtype):
+    """Where every slope is small its error is small too."""
+    x, weights, biases = tensors(LINEAR_ACT, dtype, seed=3)
+    with torch.no_grad():
+        biases[0].add_(mean)
+    _assert_accurate(LINEAR_ACT, activation, save, (x, weights, biases))
+
+
+def _widely(f):
+    """A composition of several kernels whose intermediates do not overflow before its result does."""
+    return lambda z: f(z.double()).to(z.dtype)
+
+
+def _at_special_points(form, activation, save, dtype, make_dy, **options):
+    """x, and y and dx for it by fastbp and by PyTorch in two ways, where every z is an entry of x, 64 times over."""
+    x = special(activation, dtype)[:, None].requires_grad_()
+    weights = [torch.ones(64, 1, dtype=dtype) for _ in range(form.width)]  # a sum over one feature is no sum
+    biases = [None] * form.width
+    f = stock(activation) if activation.row.aten_value else _widely(stock(activation))
+    ys = (
+        call(form, x, weights, biases, activation=activation, save=save),
+        eager(form, x, weights, biases, f),
+        # oneDNN's gelu(inf) is NaN, PyTorch's own is inf; a transposed tensor takes the latter.
+        eager(form, x, weights, biases, lambda z: f(z.mT).mT),
+    )
+    return x, [(y.detach(), *grads(y, [x], make_dy(y), **options)) for y in ys]
+
+
+def _assert_one_of(ours, theirs, others, x):
+    wrong = (ours != theirs) & (ours != others)
+    assert not wrong.any(), f"z = {x[wrong.any(1)].flatten().tolist()}"
+
+
+@each("dtype", DTYPES)
+@each(("form", "activation", "save"), EXACT)
+def test_nan_and_inf_stand_where_eager_has_them(form, activation, save, dtype):
+    def dy(y):
+        return like(y, seed=4).abs() / 64
+
+    x, results = _at_special_points(form, activation, save, dtype, dy)
+    for found in zip(*results, strict=True):
+        _assert_one_of(*map(places, found), x)
+    *_, differentiable = _at_special_points(form, activation, save, dtype, dy, create_graph=True)[1][0]
+    unit = 16 * max(torch.finfo(t).eps for t in (dtype, torch.float32))  # PyTorch's hardsigmoid has a 1/6 of float32
+    torch.testing.assert_close(differentiable, results[0][1], rtol=unit, atol=unit, equal_nan=True)
+
+
+@each("dtype", DTYPES)
+@each(("form", "activation", "save"), EXACT)
+def test_an_overflow_above_is_seen_below_where_eager_shows_it(form, activation, save, dtype):
+    """What a GradScaler looks for neither disappears nor appears."""
+    for dy in (float("inf"), float("nan")):
+        x, results = _at_special_points(form, activation, save, dtype, lambda y, dy=dy: torch.full_like(y, dy))
+        _assert_one_of(*(dx.isfinite() for _, dx in results), x)
+
+
+@each("activation", ACTIVATIONS)
+def test_auto_keeps_least_of_what_is_exact(activation):
+    legal = "output" in saving.legal_policies(activation)
+    save = "output" if legal and activation.row.output_exact else "preact"
+    assert saving.resolve("auto", activation, LINEAR_ACT, "") == save
+    assert activation.name != "relu2" or save == "preact"

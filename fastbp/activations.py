@@ -68,6 +68,10 @@ class Bound(NamedTuple):
         """y = f(z) in plain differentiable torch."""
         return one_pass(self.row.aten_value, self.row.value, self.params)(z)
 
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        """How torch.fx writes it into a graph: as the call that makes it."""
+        return tracer.create_node("call_function", bind, (self.name, self.params), {})
+
     def params_for(self, dtype: torch.dtype) -> tuple[float, ...]:
         """The parameters as kernels of this dtype use them."""
         if self.row.limits:

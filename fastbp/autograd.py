@@ -4,7 +4,8 @@
 outputs in the eyes of autograd, so what backward reads is connected to the graph, and a second derivative flows through
 it into this node again: derivatives of any order need neither a second formula nor inputs kept for their sake.
 
-The Functions take checked tensors and a canonical ``Config`` that names a backend; ``fastbp.linear_act`` and its sisters make those.
+The Functions take checked tensors and a canonical ``Config`` that names a backend; ``fastbp.linear_act`` and its
+sisters make those.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _AutoDispatchBelowADInplaceOrView
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 from fastbp import ops, reference
-from fastbp.activations import ROWS
+from fastbp.activations import ROWS, bind
 from fastbp.backends import choose, module_of
 from fastbp.forms import FORMS
 from fastbp.problem import Config, Names, configure
@@ -89,7 +90,8 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *dresiduals: Tensor | None) -> tuple[Tensor | None, ...]:
         config, needs = ctx.config, ctx.needs
         saved = _unflatten(ctx.saved_tensors, len(needs) // 2)
-        if torch.is_grad_enabled() or functorch_active() or forward_ad._current_level >= 0:
+        batched = functorch_active() or (dy is not None and is_legacy_batchedtensor(dy))
+        if torch.is_grad_enabled() or batched or forward_ad._current_level >= 0:
             differentiable = True  # the gradient will be differentiated in its turn, or batched
         elif dy is None or any(d is not None for d in dresiduals):
             differentiable = False  # the end of a double backward, whose gradients reach the residuals themselves
@@ -194,7 +196,7 @@ def run(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[T
     config = choose(config, x, weights, biases)
     if functorch_active():
         if _nested_forward_mode():
-            return reference.forward(_keep_nothing(config), x, weights, biases)[0]
+            return reference.compose(config.form, bind(config.row.name, config.params), x, weights, biases)
         return FUNCTIONS[config.form.name].apply(config, x, *weights, *biases)[0]  # type: ignore[no-any-return]
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return _DIRECT[config.form.name](config, x, *weights, *biases)[0]
@@ -203,9 +205,12 @@ def run(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[T
 
 def run_traced(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """y of a checked call in a graph being captured, of ``Config.names``."""
-    if torch.is_grad_enabled():
-        return _Traced.apply(names, x, *weights, *biases)[0]  # type: ignore[no-any-return]
     form, activation, params, _, backend = names
+    if functorch_active():  # an op without autograd would be a constant to the transform
+        return reference.compose(FORMS[form], bind(activation, params), x, weights, biases)
+    tensors = (x, *weights, *biases)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Traced.apply(names, *tensors)[0]  # type: ignore[no-any-return]
     return ops.traced_forward((form, activation, params, "recompute", backend), x, weights, biases)[0]
 
 

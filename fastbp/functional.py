@@ -29,12 +29,23 @@ class _Defaults(threading.local):
 _defaults = _Defaults()
 
 
+class _Latest:
+    """The setting made last, by any thread. Graph capture reads this one: it guards a plain object, not a thread's."""
+
+    def __init__(self) -> None:
+        self.backend: str | None = None
+        self.save: str | None = None
+
+
+_latest = _Latest()
+
+
 class use:
     """Set the backend or the save policy for the calls of this thread that do not name their own.
 
     ``with fastbp.use(backend="reference", save="recompute"): ...``. A call or module that names a backend or a policy
-    keeps it. Raises as the functions do for an unknown name; a policy that is illegal for an activation is refused by
-    the call it reaches.
+    keeps it. A compiled call sees the setting made last, by whichever thread, and is compiled anew for it. Raises as the
+    functions do for an unknown name; a policy that is illegal for an activation is refused by the call it reaches.
     """
 
     def __init__(self, backend: str | None = None, save: str | None = None) -> None:
@@ -47,12 +58,12 @@ class use:
     def __enter__(self) -> None:
         self._before.append((_defaults.backend, _defaults.save))
         if self.backend is not None:
-            _defaults.backend = self.backend
+            _defaults.backend = _latest.backend = self.backend
         if self.save is not None:
-            _defaults.save = self.save
+            _defaults.save = _latest.save = self.save
 
     def __exit__(self, *exception: object) -> None:
-        _defaults.backend, _defaults.save = self._before.pop()
+        _defaults.backend, _defaults.save = _latest.backend, _latest.save = self._before.pop()
 
 
 def linear_act(
@@ -190,9 +201,10 @@ def _call(
     check(form, x, weights, biases)
     if not isinstance(activation, str):  # a module's parameters may change between calls
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
-    settings = (form, activation, save, backend, _defaults.save, _defaults.backend, x.dtype)
     if torch.compiler.is_compiling():
-        return run_traced(_settle(*settings), x, weights, biases)
+        names = _settle(form, activation, save, backend, _latest.save, _latest.backend, x.dtype)
+        return run_traced(names, x, weights, biases)
+    settings = (form, activation, save, backend, _defaults.save, _defaults.backend, x.dtype)
     try:
         config = _settled[settings]
     except (KeyError, TypeError):  # not seen before, or not hashable and so about to be refused

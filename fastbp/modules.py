@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -18,7 +18,7 @@ from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, Form
 from fastbp.forms import MLP as MLP_FORM
 from fastbp.recognition import has_hooks
 
-_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, fx.Proxy, fx.proxy.ParameterProxy)
 
 
 class Linear(nn.Linear):

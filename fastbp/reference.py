@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbp.activations import wide
+from fastbp.activations import Bound, wide
+from fastbp.forms import Form
 from fastbp.problem import Config, Problem
 from fastbp.saving import kept, needed_below
 
@@ -64,6 +65,17 @@ def _grad_from_output(config: Config, dy: Maybe, y: Any, differentiable: bool) -
         return kernel(dy, y)
     dtype = wide(dy.dtype)
     return formula(dy.to(dtype), y.to(dtype), *config.params).to(dy.dtype)
+
+
+def compose(form: Form, activation: Bound, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Maybe]) -> Tensor:
+    """y by PyTorch's own operations and nothing of ours, for transforms that cannot look into a Function or an op."""
+    h = x
+    if form.gated:
+        h = activation(F.linear(x, weights[0], biases[0])) * F.linear(x, weights[1], biases[1])
+    else:
+        for i in range(len(weights) - form.projected):
+            h = activation(F.linear(h, weights[i], biases[i]))
+    return F.linear(h, weights[-1], biases[-1]) if form.projected else h
 
 
 def forward(

@@ -104,14 +104,14 @@ def find_kept(form: Form, save: str, reads_output: bool, needs: tuple[bool, ...]
 
     x = inputs[0]
     residuals: list[bool] = []
+    # Which pre-activations are looked at; the gradient of up alone reads f(gate) only.
+    pre = [used[0], needs[0] or need_weights[0] or need_biases[0] or inputs[1]] if form.gated else used
     if save == "recompute":
-        for i in range(count):
-            if any(used[layer_of[i] :]):  # replayed up to the deepest hidden layer that is looked at
+        for i in range(len(pre)):
+            if pre[i] if form.gated else any(pre[i:]):  # a chain is replayed up to the deepest one
                 weights[i] = biases[i] = x = True
-    elif form.gated:  # the gradient of up alone reads f(gate) only
-        residuals = [used[0], needs[0] or need_weights[0] or need_biases[0] or inputs[1]]
     elif save == "preact":
-        residuals = used
+        residuals = pre
     elif form.projected:  # output: the residuals are the outputs of the hidden layers
         residuals = [inputs[layer + 1] or (slopes[layer] and reads_output) for layer in range(hidden)]
     y = save == "output" and not form.projected and slopes[0] and reads_output

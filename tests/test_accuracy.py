@@ -22,6 +22,7 @@ from support import (
 )
 
 from fastbp import saving
+from fastbp.activations import bind
 from fastbp.forms import GATED_LINEAR_ACT, LINEAR_ACT
 
 
@@ -116,6 +117,22 @@ def test_an_overflow_above_is_seen_below_where_eager_shows_it(form, activation, 
     for dy in (float("inf"), float("nan")):
         x, results = _at_special_points(form, activation, save, dtype, lambda y, dy=dy: torch.full_like(y, dy))
         _assert_one_of(*(dx.isfinite() for _, dx in results), x)
+
+
+@each("dtype", DTYPES)
+@each("save", ["preact", "output", "recompute"])
+def test_limits_that_the_dtype_rounds_inwards(save, dtype):
+    activation = bind("hardtanh", (-0.42, 1.68))
+    low, high = activation.params_for(dtype)
+    x = torch.tensor([[-2.0], [low], [0.5], [high], [2.0]], dtype=torch.float64).to(dtype).requires_grad_()
+    one = torch.ones(1, 1, dtype=dtype)
+    ours = call(LINEAR_ACT, x, [one], [None], activation=activation, save=save)
+    theirs = eager(LINEAR_ACT, x, [one], [None], activation)
+    assert torch.equal(ours, theirs)
+    (dx,), (expected,) = (grads(y, [x], torch.ones_like(y)) for y in (ours, theirs))
+    if save == "output":  # does not know a z on a limit from one beyond it
+        expected[[1, 3]] = 0
+    assert torch.equal(dx, expected)
 
 
 @each("activation", ACTIVATIONS)

@@ -20,7 +20,7 @@ from fastbp.forms import FORMS, MLP
 from fastbp.saving import find_kept, legal_policies
 
 SIZES = (6, 8, 7, 5)
-TANH, GELU, LEAKY = bind("tanh"), bind("gelu"), bind("leaky_relu", (0.2,))
+IDENTITY, TANH, GELU, LEAKY = bind("identity"), bind("tanh"), bind("gelu"), bind("leaky_relu", (0.2,))
 CASES = [(form, TANH, save) for form in FORMS.values() for save in legal_policies(TANH, form)]
 CASES += [(form, activation, "auto") for form in FORMS.values() for activation in (GELU, LEAKY)]
 each_form = each("form", FORMS.values())
@@ -78,7 +78,8 @@ def check_ops(form, forward, backward):
 
 
 OP_CASES = [(form, TANH, save) for form, activation, save in CASES if activation is TANH]
-OP_CASES += [(form, LEAKY, "preact") for form in FORMS.values()]
+OP_CASES += [(form, activation, "preact") for form in FORMS.values() for activation in (IDENTITY, LEAKY)]
+OP_CASES += [(FORMS["linear_act"], IDENTITY, "output"), (MLP, IDENTITY, "output")]
 
 
 @each(("form", "activation", "save"), OP_CASES)
@@ -99,8 +100,10 @@ def test_opcheck_of_other_strides(form):
     """A transposed x, weights that are slices, a dy of stride zero."""
     x, weights, biases = draw(form, (3, 4), requires_grad=False)
     weights = [torch.stack([w, w], -1)[..., 0] for w in weights]
-    forward, backward = op_case(form, TANH, "preact", (x.transpose(0, 1), weights, biases))
-    check_ops(form, forward, [torch.ones((), dtype=x.dtype).expand_as(backward[0]), *backward[1:]])
+    for activation in (TANH, GELU, IDENTITY):
+        forward, backward = op_case(form, activation, "preact", (x.transpose(0, 1), weights, biases))
+        check_ops(form, forward, backward)
+        check_ops(form, forward, [torch.ones((), dtype=x.dtype).expand_as(backward[0]), *backward[1:]])
 
 
 @each_form

@@ -223,7 +223,7 @@ def test_third_derivatives(form, activation, save):
 
 def _applied(form, activation, save):
     """The public Function itself, without the function of fastbp in front."""
-    config = configure(form.name, activation.name, activation.params, save, "auto")
+    config = configure(form.name, activation.name, activation.params, save, "reference")
     return lambda *inputs: FUNCTIONS[form.name].apply(config, *inputs)[0]
 
 

@@ -41,6 +41,10 @@ class Activation:
     aten_grad: Callable[..., Tensor] | None = None
     aten_grad_from_output: Callable[..., Tensor] | None = None
 
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        """How torch.fx writes a row into a graph: as the look-up that finds it."""
+        return tracer.create_node("call_function", row_named, (self.name,), {})
+
     @property
     def grad_reads_output(self) -> bool:
         """Whether ``grad_from_output`` looks at y at all: identity's does not."""
@@ -67,10 +71,6 @@ class Bound(NamedTuple):
     def __call__(self, z: Tensor) -> Tensor:
         """y = f(z) in plain differentiable torch."""
         return one_pass(self.row.aten_value, self.row.value, self.params)(z)
-
-    def __fx_create_arg__(self, tracer: Any) -> Any:
-        """How torch.fx writes it into a graph: as the call that makes it."""
-        return tracer.create_node("call_function", bind, (self.name, self.params), {})
 
     def params_for(self, dtype: torch.dtype) -> tuple[float, ...]:
         """The parameters as kernels of this dtype use them."""
@@ -238,6 +238,11 @@ TABLE: tuple[Activation, ...] = (
 )  # fmt: skip
 
 ROWS: dict[str, Activation] = {row.name: row for row in TABLE}
+
+
+def row_named(name: str) -> Activation:
+    """The row of this name."""
+    return ROWS[name]
 
 
 def bind(name: str, params: tuple[float, ...] | None = None) -> Bound:

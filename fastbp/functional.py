@@ -44,8 +44,8 @@ class use:
     """Set the backend or the save policy for the calls of this thread that do not name their own.
 
     ``with fastbp.use(backend="reference", save="recompute"): ...``. A call or module that names a backend or a policy
-    keeps it. A compiled call sees the setting made last, by whichever thread, and is compiled anew for it. Raises as the
-    functions do for an unknown name; a policy that is illegal for an activation is refused by the call it reaches.
+    keeps it. A compiled call sees the setting made last, by whichever thread, and is compiled anew for it. Raises as
+    the functions do for an unknown name; a policy that is illegal for an activation is refused by the call it reaches.
     """
 
     def __init__(self, backend: str | None = None, save: str | None = None) -> None:

@@ -31,8 +31,8 @@ class Activation:
     params: tuple[tuple[str, float], ...] = ()  # name and default, in the order the formulas take them
     invalid: Callable[..., str | None] = lambda *params: None  # why these parameters mean no activation
     output_lost: Callable[..., str | None] = lambda *params: None  # why with these parameters y does not give the slope
-    output_exact: bool = True  # False: from y the gradient is right except where y over- or underflows
-    limits: bool = False  # the parameters are values of z and are rounded to its dtype, as torch.clamp rounds them
+    output_exact: bool = True  # False: legal, but y over- or underflows or its slope cancels, so `auto` keeps z
+    limits: bool = False  # y takes the values of the parameters, so from y they are compared as its dtype rounds them
     module: type[nn.Module] | None = None
     module_attributes: tuple[tuple[str, Any], ...] = ()  # tells apart activations that share a module class
     functions: tuple[Callable[..., Tensor], ...] = ()
@@ -49,6 +49,11 @@ class Activation:
     def grad_reads_output(self) -> bool:
         """Whether ``grad_from_output`` looks at y at all: identity's does not."""
         return self.name != "identity"
+
+
+def rounded(params: tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]:
+    """The parameters as numbers of this dtype."""
+    return tuple(torch.tensor(p, dtype=dtype).item() for p in params)
 
 
 class Bound(NamedTuple):
@@ -73,10 +78,8 @@ class Bound(NamedTuple):
         return one_pass(self.row.aten_value, self.row.value, self.params)(z)
 
     def params_for(self, dtype: torch.dtype) -> tuple[float, ...]:
-        """The parameters as kernels of this dtype use them."""
-        if self.row.limits:
-            return tuple(torch.tensor(p, dtype=dtype).item() for p in self.params)
-        return self.params
+        """The parameters as an output of this dtype shows them: limits are rounded to it."""
+        return rounded(self.params, dtype) if self.row.limits else self.params
 
 
 def _hardtanh_invalid(min_val: float, max_val: float) -> str | None:
@@ -103,7 +106,7 @@ _HARDTANH: dict[str, Any] = dict(
     limits=True,
     aten_value=_aten.hardtanh.default,
     aten_grad=_aten.hardtanh_backward.default,
-    aten_grad_from_output=lambda dy, y, lo, hi: _aten.hardtanh_backward.default(dy, y, lo, hi),
+    aten_grad_from_output=lambda dy, y, *limits: _aten.hardtanh_backward.default(dy, y, *rounded(limits, y.dtype)),
 )
 
 
@@ -166,21 +169,22 @@ TABLE: tuple[Activation, ...] = (
         "hardtanh", "min(max(z, min_val), max_val)", **_HARDTANH, params=(("min_val", -1.0), ("max_val", 1.0)),
         module=nn.Hardtanh, functions=(F.hardtanh, F.hardtanh_),
     ),
+    # From y, the slope of a saturated unit is y + alpha, where all digits cancel: `auto` keeps z for elu, celu, selu.
     Activation(
         "elu", "z if z > 0 else alpha · (eᶻ − 1)", f.elu, f.elu_grad, f.elu_grad_from_output,
-        params=(("alpha", 1.0),), output_lost=_nonnegative("alpha"),
+        params=(("alpha", 1.0),), output_lost=_nonnegative("alpha"), output_exact=False,
         module=nn.ELU, functions=(F.elu, F.elu_),
         aten_value=_aten.elu.default, aten_grad=_elu_backward(False), aten_grad_from_output=_elu_backward(True),
     ),
     Activation(
         "celu", "z if z > 0 else alpha · (e^(z / alpha) − 1)", f.celu, f.celu_grad, f.celu_grad_from_output,
-        params=(("alpha", 1.0),), invalid=_nonzero("alpha"), output_lost=_nonnegative("alpha"),
+        params=(("alpha", 1.0),), invalid=_nonzero("alpha"), output_lost=_nonnegative("alpha"), output_exact=False,
         module=nn.CELU, functions=(F.celu, F.celu_, torch.celu, torch.celu_),
         aten_value=_aten.celu.default, aten_grad=_celu_backward(False), aten_grad_from_output=_celu_backward(True),
     ),
     Activation(
         "selu", "1.0507 · (z if z > 0 else 1.6733 · (eᶻ − 1))", f.selu, f.selu_grad, f.selu_grad_from_output,
-        module=nn.SELU, functions=(F.selu, F.selu_, torch.selu, torch.selu_),
+        output_exact=False, module=nn.SELU, functions=(F.selu, F.selu_, torch.selu, torch.selu_),
         aten_value=torch.selu, aten_grad=_selu_backward(False), aten_grad_from_output=_selu_backward(True),
     ),
     Activation(

@@ -202,9 +202,9 @@ def _call(
     if not isinstance(activation, str):  # a module's parameters may change between calls
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
     if torch.compiler.is_compiling():
-        names = _settle(form, activation, save, backend, _latest.save, _latest.backend, x.dtype)
+        names = _settle(form, activation, save, backend, _latest.save, _latest.backend)
         return run_traced(names, x, weights, biases)
-    settings = (form, activation, save, backend, _defaults.save, _defaults.backend, x.dtype)
+    settings = (form, activation, save, backend, _defaults.save, _defaults.backend)
     try:
         config = _settled[settings]
     except (KeyError, TypeError):  # not seen before, or not hashable and so about to be refused
@@ -226,7 +226,6 @@ def _settle(
     backend: str | None,
     default_save: str | None,
     default_backend: str | None,
-    dtype: torch.dtype,
 ) -> Names:
     """The settings of a call, checked, as ``Config.names``."""
     where = f"fastbp.{form.name}"
@@ -235,7 +234,7 @@ def _settle(
         save = default_save
     policy = saving.resolve(save, bound, form, where)
     backend = backends.check_name(default_backend if backend is None else backend, where)
-    return form.name, bound.name, bound.params_for(dtype), policy, backend
+    return form.name, bound.name, bound.params, policy, backend
 
 
 _settled: dict[tuple[Any, ...], Config] = {}  # grows with the settings a program uses, not with its calls

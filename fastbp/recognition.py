@@ -114,11 +114,11 @@ def recognise(function: Callable[..., Any]) -> Bound | None:
         grid = torch.cat(
             [torch.linspace(-12.01, 12.02, 480), torch.tensor([-601.0, -101.0, -30.0, 30.0, 101.0, 601.0])]
         )
-        z = grid.double().requires_grad_()
+        z = grid.double()
         try:
-            y = function(z)
-            (slope,) = torch.autograd.grad(y.sum(), z)
-            again = function(z.detach().flip(0).view(2, -1)).reshape(-1).flip(0)
+            y, pullback, *_ = torch.func.vjp(lambda z: function(z.clone()), z)  # a clone, for what works in place
+            (slope,) = pullback(torch.ones_like(z))
+            again = function(z.flip(0).view(2, -1)).reshape(-1).flip(0)
         except Exception:  # whatever a stranger's function raises, it is not one of ours
             return None
         if y.shape != z.shape or y.dtype != z.dtype or not _close(y, again, 1e-12):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbp.activations import Bound, wide
+from fastbp.activations import Bound, rounded, wide
 from fastbp.forms import Form
 from fastbp.problem import Config, Problem
 from fastbp.saving import kept, needed_below
@@ -63,8 +63,9 @@ def _grad_from_output(config: Config, dy: Maybe, y: Any, differentiable: bool) -
         return dy
     if not differentiable:
         return kernel(dy, y)
+    params = rounded(config.params, y.dtype) if config.row.limits else config.params
     dtype = wide(dy.dtype)
-    return formula(dy.to(dtype), y.to(dtype), *config.params).to(dy.dtype)
+    return formula(dy.to(dtype), y.to(dtype), *params).to(dy.dtype)
 
 
 def compose(form: Form, activation: Bound, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Maybe]) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import support
@@ -156,7 +157,9 @@ def test_inductor_equals_eager(form):
 
 
 @each_form
-@each(("mode", "requires_grad"), [(torch.no_grad, True), (torch.inference_mode, True), (torch.enable_grad, False)])
+@pytest.mark.parametrize(
+    ("mode", "requires_grad"), [(torch.no_grad, True), (torch.inference_mode, True), (torch.enable_grad, False)]
+)
 def test_compiled_where_no_gradient_is_wanted(form, mode, requires_grad):
     """In inference and for a frozen model: one graph all the same, and nothing kept."""
     call = call_of(form, activation=GELU)
@@ -219,7 +222,9 @@ def test_modules_compiled_one_by_one_keep_their_own_parameters():
         assert_close(compiled(module)(x), expected)
 
 
-@each("given", [nn.LeakyReLU(0.3), F.leaky_relu, "leaky_relu", bind("leaky_relu", (0.3,))])
+@pytest.mark.parametrize(
+    "given", [nn.LeakyReLU(0.3), F.leaky_relu, "leaky_relu", bind("leaky_relu", (0.3,))], ids=lambda g: type(g).__name__
+)
 def test_activation_objects_in_a_compiled_region(given):
     x, (weight, *_), (bias, *_) = draw(FORMS["linear_act"])
 
@@ -269,8 +274,17 @@ def test_use_inside_a_compiled_region_is_respected_and_ends():
     assert kept_by(compiled(call), tensors) > 0
 
 
+def test_use_in_one_thread_does_not_reach_the_compiled_calls_of_another():
+    form = FORMS["linear_act"]
+    step, tensors = compiled(call_of(form, activation=GELU)), draw(form)
+    with ThreadPoolExecutor(1) as other, fastbp.use(save="recompute"):
+        assert kept_by(step, tensors) == 0
+        assert other.submit(kept_by, step, tensors).result() > 0
+        assert kept_by(step, tensors) == 0
+
+
 @each("activation", ["gelu", "silu", "relu"])
-@each("cls", [fastbp.MLP, fastbp.GatedMLP])
+@pytest.mark.parametrize("cls", [fastbp.MLP, fastbp.GatedMLP])
 @each("save", ["auto", "recompute"])
 def test_bytes_kept_by_compiled_blocks(cls, activation, save):
     """The promise: 2 bytes per hidden element in bf16, 4 with a gate, 0 with recompute; as in eager mode."""
@@ -368,24 +382,25 @@ def test_symbolic_trace_records_the_calls():
     assert torch.equal(traced(x), model(x))
 
 
-MODULES = {
-    fastbp.linear_act: [fastbp.Linear, fastbp.LinearAct],
-    fastbp.gated_linear_act: [fastbp.GatedLinear],
-    fastbp.mlp: [fastbp.MLP],
-    fastbp.gated_mlp: [fastbp.GatedMLP],
+FUNCTION_OF = {
+    fastbp.Linear: fastbp.linear_act,
+    fastbp.LinearAct: fastbp.linear_act,
+    fastbp.GatedLinear: fastbp.gated_linear_act,
+    fastbp.MLP: fastbp.mlp,
+    fastbp.GatedMLP: fastbp.gated_mlp,
 }
 
 
-@each(("function", "cls"), [(function, cls) for function, classes in MODULES.items() for cls in classes])
+@pytest.mark.parametrize("cls", FUNCTION_OF)
 @each("activation", ["gelu", "silu", nn.LeakyReLU(0.3)])
-def test_symbolic_trace_goes_through_the_modules(function, cls, activation):
+def test_symbolic_trace_goes_through_the_modules(cls, activation):
     """Each is one call of its function, with its own parameters and settings."""
     settings = {} if cls is fastbp.Linear else dict(activation=activation, save="recompute")
     model = nn.Sequential(cls(6, 8, dtype=torch.float64, **settings))
     x = draw(MLP)[0].detach()
     traced = torch.fx.symbolic_trace(model)
-    called = [node for node in traced.graph.nodes if node.target in MODULES]
-    assert [node.target for node in called] == [function]
+    called = [node for node in traced.graph.nodes if node.target in FUNCTION_OF.values()]
+    assert [node.target for node in called] == [FUNCTION_OF[cls]]
     assert called[0].kwargs["save"] == settings.get("save", "auto")
     assert not [node for node in traced.graph.nodes if node.op == "call_module"]
     assert_close(traced(x), model(x))

@@ -177,7 +177,7 @@ SIGNATURES = {
 }
 
 
-@each("cls", SIGNATURES)
+@pytest.mark.parametrize("cls", SIGNATURES)
 def test_signatures(cls):
     """The contract: nn.Linear's arguments by position, then the settings by keyword."""
     parameters = [p.replace(annotation=p.empty) for p in inspect.signature(cls).parameters.values()]
@@ -227,7 +227,7 @@ def test_mlp_of_several_hidden_sizes_starts_as_linears_made_in_order():
     assert_equal_states(module.state_dict(), expected)
 
 
-@each("cls", [fastbp.MLP, fastbp.GatedMLP])
+@pytest.mark.parametrize("cls", [fastbp.MLP, fastbp.GatedMLP])
 def test_out_features_are_in_features_where_not_given(cls):
     assert cls(K, H)(draw(4, K, dtype=torch.float32)).shape == (4, K)
 

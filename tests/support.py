@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastbp
-from fastbp.activations import TABLE, Bound, bind
+from fastbp.activations import TABLE, Activation, Bound, bind
 from fastbp.forms import FORMS, LINEAR_ACT, Form
 from fastbp.problem import DTYPES as DTYPES
 from fastbp.saving import legal_policies
@@ -59,8 +59,10 @@ SETTINGS = settings(ACTIVATIONS)
 
 
 def label(value: Any) -> str:
-    """A test id."""
-    return value.name if isinstance(value, Form) else str(value).removeprefix("torch.")
+    """A test id, the same in every process: no addresses."""
+    if isinstance(value, (Form, Activation)):
+        return value.name
+    return value.__name__ if callable(value) and hasattr(value, "__name__") else str(value).removeprefix("torch.")
 
 
 each = functools.partial(pytest.mark.parametrize, ids=label)

@@ -22,30 +22,20 @@ def available_activations() -> dict[str, tuple[str, ...]]:
 
 
 class _Defaults(threading.local):
-    backend: str | None = None
-    save: str | None = None
-
-
-_defaults = _Defaults()
-
-
-class _Latest:
-    """The setting made last, by any thread. Graph capture reads this one: it guards a plain object, not a thread's."""
-
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # of instances, not of the class: Dynamo guards only these
         self.backend: str | None = None
         self.save: str | None = None
 
 
-_latest = _Latest()
+_defaults = _Defaults()
 
 
 class use:
     """Set the backend or the save policy for the calls of this thread that do not name their own.
 
     ``with fastbp.use(backend="reference", save="recompute"): ...``. A call or module that names a backend or a policy
-    keeps it. A compiled call sees the setting made last, by whichever thread, and is compiled anew for it. Raises as
-    the functions do for an unknown name; a policy that is illegal for an activation is refused by the call it reaches.
+    keeps it; a compiled call is compiled anew for another setting. Raises as the functions do for an unknown name; a
+    policy that is illegal for an activation is refused by the call it reaches.
     """
 
     def __init__(self, backend: str | None = None, save: str | None = None) -> None:
@@ -58,12 +48,12 @@ class use:
     def __enter__(self) -> None:
         self._before.append((_defaults.backend, _defaults.save))
         if self.backend is not None:
-            _defaults.backend = _latest.backend = self.backend
+            _defaults.backend = self.backend
         if self.save is not None:
-            _defaults.save = _latest.save = self.save
+            _defaults.save = self.save
 
     def __exit__(self, *exception: object) -> None:
-        _defaults.backend, _defaults.save = _latest.backend, _latest.save = self._before.pop()
+        _defaults.backend, _defaults.save = self._before.pop()
 
 
 def linear_act(
@@ -201,10 +191,9 @@ def _call(
     check(form, x, weights, biases)
     if not isinstance(activation, str):  # a module's parameters may change between calls
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
-    if torch.compiler.is_compiling():
-        names = _settle(form, activation, save, backend, _latest.save, _latest.backend)
-        return run_traced(names, x, weights, biases)
     settings = (form, activation, save, backend, _defaults.save, _defaults.backend)
+    if torch.compiler.is_compiling():
+        return run_traced(_settle(*settings), x, weights, biases)
     try:
         config = _settled[settings]
     except (KeyError, TypeError):  # not seen before, or not hashable and so about to be refused

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import support
@@ -271,6 +272,15 @@ def test_use_inside_a_compiled_region_is_respected_and_ends():
     assert kept_by(compiled(region), tensors) == 0
     assert kept_by(call, tensors) > 0
     assert kept_by(compiled(call), tensors) > 0
+
+
+def test_use_in_one_thread_does_not_reach_the_compiled_calls_of_another():
+    form = FORMS["linear_act"]
+    step, tensors = compiled(call_of(form, activation=GELU)), draw(form)
+    with ThreadPoolExecutor(1) as other, fastbp.use(save="recompute"):
+        assert kept_by(step, tensors) == 0
+        assert other.submit(kept_by, step, tensors).result() > 0
+        assert kept_by(step, tensors) == 0
 
 
 @each("activation", ["gelu", "silu", "relu"])

@@ -464,3 +464,9 @@ def test_fuse_takes_modules():
 def test_saved_bytes_takes_tensors_and_modules(exclude):
     with refused(TypeError, "SavedBytes", "exclude must"):
         fastbp.SavedBytes(exclude=exclude)
+
+
+def test_a_function_wants_a_named_backend():
+    config = fastbp.problem.configure("linear_act", "gelu", (), "preact", "auto")
+    with pytest.raises(ValueError, match=r"must name a backend, got 'auto'"):
+        fastbp.autograd.LinearActFunction.apply(config, torch.randn(2, 3), torch.randn(4, 3), None)

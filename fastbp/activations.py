@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,7 @@ _selu_backward = _elu_coefficients(lambda: f.SELU_ALPHA, f.SELU_SCALE, lambda: 1
 # On a CPU, ATen hands contiguous tensors to oneDNN for the erf GELU, which costs 8 µs forward and 16 backward before
 # the first element. A transposed view takes ATen's own vectorised kernel, faster up to about this many elements.
 _SMALL = 8192
+_gelu_backward_kernel: Callable[..., Tensor] = _aten.gelu_backward.default
 
 
 def _gelu(z: Tensor) -> Tensor:
@@ -136,8 +137,8 @@ def _gelu(z: Tensor) -> Tensor:
 
 def _gelu_backward(dy: Tensor, z: Tensor) -> Tensor:
     if z.numel() <= _SMALL and z.dim() > 1 and z.is_cpu:
-        return cast(Tensor, _aten.gelu_backward.default(dy.mT, z.mT).mT)
-    return cast(Tensor, _aten.gelu_backward.default(dy, z))
+        return _gelu_backward_kernel(dy.mT, z.mT).mT
+    return _gelu_backward_kernel(dy, z)
 
 
 TABLE: tuple[Activation, ...] = (

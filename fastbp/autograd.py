@@ -32,6 +32,7 @@ from fastbp.reference import Saved
 from fastbp.saving import find_kept, kept
 
 Outputs = tuple[Tensor, ...]
+_ONLY_NONE = frozenset((None,))
 
 
 class _Traced(torch.autograd.Function):
@@ -93,10 +94,12 @@ class _Eager(torch.autograd.Function):
         batched = functorch_active() or (dy is not None and is_legacy_batchedtensor(dy))
         if torch.is_grad_enabled() or batched or forward_ad._current_level >= 0:
             differentiable = True  # the gradient will be differentiated in its turn, or batched
-        elif dy is None or any(d is not None for d in dresiduals):
+        elif dy is None or not _ONLY_NONE.issuperset(dresiduals):
             differentiable = False  # the end of a double backward, whose gradients reach the residuals themselves
         else:
-            return (None, *module_of(config).backward(config, dy, saved, needs))
+            # Nothing here is to be differentiated, and 15 operations without a stop at autograd's kernels count.
+            with _AutoDispatchBelowADInplaceOrView():
+                return (None, *module_of(config).backward(config, dy, saved, needs))
         return (None, *reference.backward(config, dy, saved, needs, dresiduals, differentiable))
 
     @staticmethod
@@ -147,7 +150,8 @@ def _halves(tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 def _unflatten(tensors: tuple[Any, ...], linears: int) -> Saved:
     """What was saved flat: x, y, weights, biases, residuals."""
     half, end = 2 + linears, 2 + 2 * linears
-    return Saved(tensors[0], tensors[1], tensors[2:half], tensors[half:end], tensors[end:])
+    parts = (tensors[0], tensors[1], tensors[2:half], tensors[half:end], tensors[end:])
+    return tuple.__new__(Saved, parts)
 
 
 class LinearActFunction(_Eager):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastbp import activations, backends, recognition, saving
+from fastbp.activations import Bound
 from fastbp.autograd import run, run_traced
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
 from fastbp.problem import Config, Names, check, configure
@@ -78,10 +80,7 @@ def linear_act(
     Raises ValueError for shapes, devices, names and policies that do not fit, TypeError for dtypes and for what is no
     tensor.
     """
-    if has_torch_function((x, weight, bias)):
-        options = dict(activation=activation, save=save, backend=backend)
-        return handle_torch_function(linear_act, (x, weight, bias), x, weight, bias, **options)
-    return _call(LINEAR_ACT, x, (weight,), (bias,), activation, save, backend)
+    return call(LINEAR_ACT, x, (weight,), (bias,), activation, save, backend)
 
 
 def gated_linear_act(
@@ -102,12 +101,8 @@ def gated_linear_act(
 
     Gradients: ``dg = dy · u · f'(g)``, ``du = dy · f(g)``, then as for two linears of one input.
     """
-    tensors = (x, gate_weight, up_weight, gate_bias, up_bias)
-    if has_torch_function(tensors):
-        options = dict(activation=activation, save=save, backend=backend)
-        return handle_torch_function(gated_linear_act, tensors, *tensors, **options)
     weights, biases = (gate_weight, up_weight), (gate_bias, up_bias)
-    return _call(GATED_LINEAR_ACT, x, weights, biases, activation, save, backend)
+    return call(GATED_LINEAR_ACT, x, weights, biases, activation, save, backend)
 
 
 def mlp(
@@ -127,18 +122,14 @@ def mlp(
 
     Gradients: ``dz_{l-1} = (dz_l W_l) · f'(z_{l-1})``, ``dW_l = dz_lᵀ h_{l-1}``, ``db_l = Σ dz_l``.
     """
-    matrices = _tensors("weights", weights)
-    vectors = (None,) * len(matrices) if biases is None else _tensors("biases", biases)
-    tensors = (x, *matrices, *vectors)
-    if has_torch_function(tensors):
-        options = dict(activation=activation, save=save, backend=backend)
-        return handle_torch_function(mlp, tensors, x, weights, biases, **options)
-    return _call(MLP, x, matrices, vectors, activation, save, backend)
+    matrices = weights if type(weights) is tuple else _tensors("weights", weights)
+    vectors = biases if type(biases) is tuple else _tensors("biases", biases, len(matrices))
+    return call(MLP, x, matrices, vectors, activation, save, backend)
 
 
-def _tensors(name: str, given: Any) -> tuple[Any, ...]:
-    if type(given) is tuple:
-        return given
+def _tensors(name: str, given: Any, nones: int | None = None) -> tuple[Any, ...]:
+    if given is None and nones is not None:
+        return (None,) * nones
     if isinstance(given, Tensor) or not hasattr(given, "__iter__"):
         raise TypeError(f"fastbp.mlp: {name} must be a list or tuple of tensors, got {type(given).__name__}")
     return tuple(given)
@@ -163,15 +154,11 @@ def gated_mlp(
     Arguments and errors as in ``fastbp.linear_act``. g and u are kept, f(g) and f(g) · u are rebuilt in backward: half
     of what eager PyTorch keeps.
     """
-    tensors = (x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
-    if has_torch_function(tensors):
-        options = dict(activation=activation, save=save, backend=backend)
-        return handle_torch_function(gated_mlp, tensors, *tensors, **options)
     weights, biases = (gate_weight, up_weight, down_weight), (gate_bias, up_bias, down_bias)
-    return _call(GATED_MLP, x, weights, biases, activation, save, backend)
+    return call(GATED_MLP, x, weights, biases, activation, save, backend)
 
 
-def _call(
+def call(
     form: Form,
     x: Tensor,
     weights: tuple[Tensor, ...],
@@ -180,16 +167,22 @@ def _call(
     save: str,
     backend: str | None,
 ) -> Tensor:
-    """Cast as autocast asks, check the tensors, settle the settings, run."""
-    device = x.device.type if isinstance(x, Tensor) else "cpu"
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, *tensors = [_cast(t, dtype) for t in (x, *weights, *biases)]
-        weights, biases = tuple(tensors[: len(weights)]), tuple(tensors[len(weights) :])
-        with torch.autocast(device, enabled=False):
-            return _call(form, x, weights, biases, activation, save, backend)
+    """A call of this form, as the functions above and the modules make it; the arguments are those of ``mlp``.
+
+    Hands over to ``__torch_function__``, casts as autocast asks, checks the tensors, settles the settings, and runs.
+    """
+    if has_torch_function((x, *weights, *biases)):
+        return _overridden(form, x, weights, biases, activation=activation, save=save, backend=backend)
+    if any_autocast():
+        device = x.device.type if isinstance(x, Tensor) else "cpu"
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, *tensors = [_cast(t, dtype) for t in (x, *weights, *biases)]
+            weights, biases = tuple(tensors[: len(weights)]), tuple(tensors[len(weights) :])
+            with torch.autocast(device, enabled=False):
+                return call(form, x, weights, biases, activation, save, backend)
     check(form, x, weights, biases)
-    if not isinstance(activation, str):  # a module's parameters may change between calls
+    if type(activation) is not str and type(activation) is not Bound:  # a module's parameters may change between calls
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
     settings = (form, activation, save, backend, _defaults.save, _defaults.backend)
     if torch.compiler.is_compiling():
@@ -199,6 +192,21 @@ def _call(
     except (KeyError, TypeError):  # not seen before, or not hashable and so about to be refused
         config = _settled[settings] = configure(*_settle(*settings))
     return run(config, x, weights, biases)
+
+
+def _overridden(form: Form, x: Any, weights: tuple[Any, ...], biases: tuple[Any, ...], **options: Any) -> Tensor:
+    """The call as the user's function of this form, for tensor-likes that say themselves what to do with one."""
+    tensors = (x, *weights, *biases)
+    arguments = tensors if form.parts else (x, weights, biases)
+    return handle_torch_function(_PUBLIC[form], tensors, *arguments, **options)  # type: ignore[no-any-return]
+
+
+_PUBLIC: dict[Form, Callable[..., Any]] = {
+    LINEAR_ACT: linear_act,
+    GATED_LINEAR_ACT: gated_linear_act,
+    MLP: mlp,
+    GATED_MLP: gated_mlp,
+}
 
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:

@@ -35,12 +35,27 @@ def is_plain(module: nn.Module) -> bool:
     False for a subclass (LoRA, quantised, parametrised), with hooks, and for weights that are tensor subclasses
     (sharded, quantised): then the module has to be called as it is.
     """
-    return (
-        (type(module) is nn.Linear or type(module) is Linear)
-        and type(module.weight) in _PLAIN_TENSORS
-        and not has_hooks(module)
-        and not _has_any_global_hook()
-    )
+    return plain_parts((module,)) is not None
+
+
+def plain_parts(linears: Sequence[nn.Module]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
+    """The weights and the biases of linears that are all plain in the sense of ``is_plain``; None if one is not.
+
+    Blocks ask on every call, so this looks where parameters are registered first: ``nn.Module.__getattr__`` costs as
+    much as everything else here.
+    """
+    weights: tuple[Any, ...] = ()
+    biases: tuple[Any, ...] = ()
+    for linear in linears:
+        if (type(linear) is not nn.Linear and type(linear) is not Linear) or has_hooks(linear):
+            return None
+        own = linear._parameters
+        lent = "weight" not in own or "bias" not in own  # plain attributes, as wrappers set that shard parameters
+        weight, bias = (linear.weight, linear.bias) if lent else (own["weight"], own["bias"])
+        if type(weight) not in _PLAIN_TENSORS:
+            return None
+        weights, biases = (*weights, weight), (*biases, bias)
+    return None if _has_any_global_hook() else (weights, biases)
 
 
 def run_chain(
@@ -50,13 +65,11 @@ def run_chain(
 
     One fused call where all are plain; else each linear is called as it is, with its activation where it is plain.
     """
-    if all(is_plain(linear) for linear in linears):
-        weights, biases = tuple(m.weight for m in linears), tuple(m.bias for m in linears)
-        options: dict[str, Any] = dict(activation=activation, save=save, backend=backend)
-        if projected:
-            return functional.mlp(input, weights, biases, **options)  # type: ignore[arg-type]
-        if len(linears) == 1:
-            return functional.linear_act(input, weights[0], biases[0], **options)  # type: ignore[arg-type]
+    if projected or len(linears) == 1:
+        parts = plain_parts(linears)
+        if parts is not None:
+            form = MLP_FORM if projected else LINEAR_ACT
+            return functional.call(form, input, *parts, activation, save, backend)
     h = input
     for linear in linears[: -1 if projected else None]:
         h = (
@@ -69,14 +82,13 @@ def run_chain(
 
 def run_gated(linears: Sequence[nn.Module], activation: Bound, save: str, backend: str | None, input: Tensor) -> Tensor:
     """Gate and up, and down if there is a third linear; fused as far as they are plain."""
-    options: dict[str, Any] = dict(activation=activation, save=save, backend=backend)
-    plain = [is_plain(linear) for linear in linears]
-    fused = 3 if all(plain) else 2 if all(plain[:2]) else 0
-    tensors = [m.weight for m in linears[:fused]] + [m.bias for m in linears[:fused]]
-    if fused == len(linears) == 3:
-        return functional.gated_mlp(input, *tensors, **options)  # type: ignore[arg-type]
-    if fused:
-        h = functional.gated_linear_act(input, *tensors, **options)  # type: ignore[arg-type]
+    parts = plain_parts(linears)
+    if parts is not None and len(linears) == 3:
+        return functional.call(GATED_MLP, input, *parts, activation, save, backend)
+    if parts is None:
+        parts = plain_parts(linears[:2])
+    if parts is not None:
+        h = functional.call(GATED_LINEAR_ACT, input, *parts, activation, save, backend)
     else:
         h = activation(linears[0](input)) * linears[1](input)
     return linears[2](h) if len(linears) == 3 else h
@@ -143,8 +155,8 @@ class LinearAct(_Settings):
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) to y (..., out_features)."""
-        return functional.linear_act(
-            input, self.weight, self.bias, activation=self.activation, save=self.save, backend=self.backend
+        return functional.call(
+            LINEAR_ACT, input, (self.weight,), (self.bias,), self.activation, self.save, self.backend
         )
 
     def extra_repr(self) -> str:
@@ -157,9 +169,8 @@ class LinearAct(_Settings):
 class _Block(_Settings):
     """A block of plain nn.Linear children, called fused while they are plain and as they are otherwise."""
 
-    def _children(self) -> tuple[nn.Module, ...]:
-        modules = self._modules
-        return tuple(modules[name] for name in self._names)  # type: ignore[misc]
+    def _children(self) -> list[nn.Module]:
+        return [*map(self._modules.__getitem__, self._names)]  # type: ignore[list-item]
 
     def _add_linears(self, sizes: dict[str, tuple[int, int]], bias: bool, device: Any, dtype: Any) -> None:
         self._names = tuple(sizes)

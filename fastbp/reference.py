@@ -116,6 +116,9 @@ def backward(
     ``dy`` may be None, and ``dresiduals`` are gradients that reach the residuals themselves: both in a double backward
     only.
     """
+    given = dy if dy is not None else next((d for d in dresiduals if d is not None), None)
+    if given is not None and given.dim() != 2:
+        return _backward_of_rows(config, dy, saved, needs, dresiduals, differentiable, given.shape[:-1])
     if config.save == "recompute":
         saved = saved._replace(residuals=_replay(config, saved, needs))
     elif config.save == "output" and not config.form.projected:
@@ -130,48 +133,51 @@ def backward(
     grads: list[Maybe] = [None] * len(needs)
     kernel: Any = config.grad_from_output if from_output else config.grad
     plain = not differentiable and not dresiduals and dy is not None  # the first backward, where time counts
-    if not plain:
-        dresiduals = dresiduals or (None,) * len(residuals)
-    dz = dh = dy
+    d: Any = dy
     for i in range(count - 1, -1, -1):
-        if i < len(residuals):  # through the activation above linear i; none is above the last of an mlp
+        if i < len(residuals):  # from dh to dz, through the activation above linear i; none is above the last of an mlp
             if plain:
-                dz = kernel(dh, residuals[i])
-            elif from_output:
-                dz = _grad_from_output(config, _add(dh, dresiduals[i]), residuals[i], differentiable)
+                d = kernel(d, residuals[i])
             else:
-                dz = _add(_grad(config, dh, residuals[i], differentiable), dresiduals[i])
-        h = None
+                dresidual = dresiduals[i] if dresiduals else None
+                if from_output:
+                    d = _grad_from_output(config, _add(d, dresidual), residuals[i], differentiable)
+                else:
+                    d = _add(_grad(config, d, residuals[i], differentiable), dresidual)
+        if d is None:
+            continue
         if needs[1 + i]:
-            h = x if i == 0 else residuals[i - 1] if from_output else config.value(residuals[i - 1])
-        dh, grads[1 + i], grads[1 + count + i] = _linear_backward(
-            dz, h, weights[i], below[i], needs[1 + i], needs[1 + count + i]
-        )
+            h: Any = x if i == 0 else residuals[i - 1] if from_output else config.value(residuals[i - 1])
+            grads[1 + i] = d.t().mm(h)
+        if needs[1 + count + i]:
+            grads[1 + count + i] = d.sum(0)
         if not below[i]:
             break
+        d = d.mm(weights[i])
     else:
-        grads[0] = dh
+        grads[0] = d
     return grads
 
 
-def _linear_backward(
-    dz: Maybe, h: Any, weight: Any, need_input: bool, need_weight: bool, need_bias: bool
-) -> tuple[Maybe, Maybe, Maybe]:
-    """(dh, dW, db) of z = h Wᵀ + b."""
-    if dz is None:
-        return None, None, None
-    if dz.dim() == 2:
-        return (
-            dz.mm(weight) if need_input else None,
-            dz.t().mm(h) if need_weight else None,
-            dz.sum(0) if need_bias else None,
-        )
-    rows = dz.shape[:-1].numel()
-    flat = None if h is None else h.reshape(rows, h.shape[-1])
-    dh, dweight, dbias = _linear_backward(
-        dz.reshape(rows, dz.shape[-1]), flat, weight, need_input, need_weight, need_bias
-    )
-    return None if dh is None else dh.view(*dz.shape[:-1], dh.shape[-1]), dweight, dbias
+def _backward_of_rows(
+    config: Config,
+    dy: Maybe,
+    saved: Saved,
+    needs: tuple[bool, ...],
+    dresiduals: Sequence[Maybe],
+    differentiable: bool,
+    leading: torch.Size,
+) -> list[Maybe]:
+    """``backward`` with the leading sizes of x made one, so that it sees matrices only."""
+    count = leading.numel()
+
+    def rows(t: Maybe) -> Maybe:
+        return None if t is None else t.reshape(count, t.shape[-1])
+
+    x, y, weights, biases, residuals = saved
+    flat = Saved(rows(x), rows(y), weights, biases, [rows(r) for r in residuals])
+    dx, *grads = backward(config, rows(dy), flat, needs, [rows(d) for d in dresiduals], differentiable)
+    return [None if dx is None else dx.view(*leading, dx.shape[-1]), *grads]
 
 
 def _gated_backward(
@@ -186,23 +192,29 @@ def _gated_backward(
     x, _, weights, _, (g, u) = saved
     count = len(weights)
     need_x, need_weights, need_biases = needs[0], needs[1 : 1 + count], needs[1 + count :]
-    dh: Maybe = dy
-    dweights: list[Maybe] = [None] * count
-    dbiases: list[Maybe] = [None] * count
-    if config.form.projected:
-        h = config.value(g) * u if need_weights[2] else None
-        need_hidden = needed_below(config.form, needs)[1]
-        dh, dweights[2], dbiases[2] = _linear_backward(dy, h, weights[2], need_hidden, need_weights[2], need_biases[2])
+    grads: list[Maybe] = [None] * len(needs)
+    dh: Any = dy
+    if config.form.projected and dy is not None:
+        if need_weights[2]:
+            grads[3] = dy.t().mm(config.value(g) * u)
+        if need_biases[2]:
+            grads[6] = dy.sum(0)
+        dh = dy.mm(weights[2]) if needed_below(config.form, needs)[1] else None
     dg, du = dresiduals or (None, None)
     if dh is not None and (need_x or need_weights[0] or need_biases[0]):
         dg = _add(_grad(config, dh * u, g, differentiable), dg)
     if dh is not None and (need_x or need_weights[1] or need_biases[1]):
         du = _add(dh * config.value(g), du)
-    dx = None
     for i, dz in enumerate((dg, du)):
-        part, dweights[i], dbiases[i] = _linear_backward(dz, x, weights[i], need_x, need_weights[i], need_biases[i])
-        dx = _add(dx, part)
-    return [dx, *dweights, *dbiases]
+        if dz is None:
+            continue
+        if need_weights[i]:
+            grads[1 + i] = dz.t().mm(x)  # type: ignore[arg-type]
+        if need_biases[i]:
+            grads[1 + count + i] = dz.sum(0)
+        if need_x:
+            grads[0] = _add(grads[0], dz.mm(weights[i]))
+    return grads
 
 
 def _add(a: Maybe, b: Maybe) -> Maybe:

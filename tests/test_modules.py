@@ -257,10 +257,10 @@ def test_settings_reach_the_call(name, monkeypatch):
         pytest.skip("it has none")
     seen = []
     forms = {"LinearAct": "linear_act", "GatedLinear": "gated_linear_act", "MLP": "mlp", "GatedMLP": "gated_mlp"}
-    monkeypatch.setattr(fastbp.functional, forms[name], lambda *tensors, **settings: seen.append(settings))
+    monkeypatch.setattr(fastbp.functional, "call", lambda form, *arguments: seen.append((form.name, *arguments[-3:])))
     module = PAIRS[name][0](activation="tanh", save="recompute", backend="reference")
     module(draw(4, K, dtype=torch.float32))
-    assert seen == [dict(activation=bind("tanh"), save="recompute", backend="reference")]
+    assert seen == [(forms[name], bind("tanh"), "recompute", "reference")]
 
 
 def test_repr_shows_what_is_not_default():
@@ -509,12 +509,27 @@ def test_tensor_subclasses_as_parameters(name, child, part, monkeypatch):
 def test_what_is_still_plain_is_still_fused(monkeypatch):
     block, stock = make("GatedMLP", dtype=torch.float64)
     calls = []
-    gated = fastbp.functional.gated_linear_act
-    monkeypatch.setattr(fastbp.functional, "gated_linear_act", lambda *a, **k: calls.append(1) or gated(*a, **k))
+    call = fastbp.functional.call
+    monkeypatch.setattr(fastbp.functional, "call", lambda form, *a: calls.append(form.name) or call(form, *a))
     for module in (block, stock):
         hooked(module.down_proj)
     assert_same_run(block, stock, draw(4, K))
-    assert calls == [1]
+    assert calls == ["gated_linear_act"]
+
+
+@each("name", BLOCKS)
+@each("part", ["weight", "bias"])
+def test_parts_that_are_attributes_and_no_parameters_are_used(name, part):
+    """As wrappers do that keep the parameters elsewhere and lend the module its tensors."""
+    ours, stock = make(name, dtype=torch.float64)
+    for block in (ours, stock):
+        for child in block.children():
+            if isinstance(child, nn.Linear):
+                lent = getattr(child, part).detach() * 2
+                delattr(child, part)
+                setattr(child, part, lent)
+    x = draw(4, K)
+    assert_close(ours(x), stock(x))
 
 
 @each("name", BLOCKS)

@@ -54,7 +54,7 @@ def choose(config: Config, data: Tensor, weights: Sequence[Tensor], biases: Sequ
     ``data`` is x or dy. ValueError where the call names a backend that does not support it. Ending with the reference
     on a GPU warns once for each set of reasons.
     """
-    if config.backend == REFERENCE or (_ONLY_REFERENCE and data.device.type != "cuda"):
+    if config.backend == REFERENCE or (_ONLY_REFERENCE and not data.is_cuda):
         return config if config.backend == REFERENCE else with_backend(config, REFERENCE)
     problem = describe(config, data, weights, biases)
     if config.backend != AUTO:

@@ -106,8 +106,8 @@ def environment() -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--calls", type=int, default=500, help="calls in each repeat")
+    parser.add_argument("--repeats", type=int, default=61)
+    parser.add_argument("--calls", type=int, default=200, help="calls in each repeat")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu" / "overhead.json")
     arguments = parser.parse_args()
     result = {"environment": environment(), "rows": measure(arguments.repeats, arguments.calls)}

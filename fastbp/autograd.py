@@ -82,10 +82,9 @@ class _Eager(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         config = ctx.config = inputs[0]
         needs = ctx.needs = ctx.needs_input_grad[1:]
-        candidates = (inputs[1], output[0], *inputs[2:], *output[1:], None)
-        ctx.save_for_backward(*_pick(config, needs)(candidates))
+        ctx.save_for_backward(*_pick(config, needs)((*inputs, *output, None)))
         if forward_ad._current_level >= 0 or functorch_active():
-            ctx.save_for_forward(*candidates[:-1])
+            ctx.save_for_forward(inputs[1], output[0], *inputs[2:], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dresiduals: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -136,9 +135,14 @@ def _forward(config: Config, x: Tensor, weights: Sequence[Any], biases: Sequence
 
 @lru_cache(maxsize=1024)
 def _pick(config: Config, needs: tuple[bool, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """From (x, y, weights, biases, residuals, None) to the same without the last, and None for what is not kept."""
+    """From (config, x, weights, biases, y, residuals, None): x, y, weights, biases, residuals; None for what is not kept.
+
+    ``itemgetter`` finds them all in one step.
+    """
     keep = kept(config.form, config.save, config.row.grad_reads_output, needs)
-    return itemgetter(*(i if k else len(keep) for i, k in enumerate(keep)))
+    y = 1 + len(needs)
+    places = (1, y, *range(2, y), *range(y + 1, 1 + len(keep)))
+    return itemgetter(*(place if k else -1 for place, k in zip(places, keep, strict=True)))
 
 
 def _halves(tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

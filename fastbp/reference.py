@@ -148,7 +148,7 @@ def backward(
             continue
         if needs[1 + i]:
             h: Any = x if i == 0 else residuals[i - 1] if from_output else config.value(residuals[i - 1])
-            grads[1 + i] = d.t().mm(h)
+            grads[1 + i] = d.mT.mm(h)
         if needs[1 + count + i]:
             grads[1 + count + i] = d.sum(0)
         if not below[i]:
@@ -196,7 +196,7 @@ def _gated_backward(
     dh: Any = dy
     if config.form.projected and dy is not None:
         if need_weights[2]:
-            grads[3] = dy.t().mm(config.value(g) * u)
+            grads[3] = dy.mT.mm(config.value(g) * u)
         if need_biases[2]:
             grads[6] = dy.sum(0)
         dh = dy.mm(weights[2]) if needed_below(config.form, needs)[1] else None
@@ -209,7 +209,7 @@ def _gated_backward(
         if dz is None:
             continue
         if need_weights[i]:
-            grads[1 + i] = dz.t().mm(x)  # type: ignore[arg-type]
+            grads[1 + i] = dz.mT.mm(x)  # type: ignore[arg-type]
         if need_biases[i]:
             grads[1 + count + i] = dz.sum(0)
         if need_x:

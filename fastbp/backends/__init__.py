@@ -67,11 +67,12 @@ def choose(config: Config, data: Tensor, weights: Sequence[Tensor], biases: Sequ
 
 def module_of(config: Config) -> ModuleType:
     """The backend that a config names, once it is chosen."""
-    if config.backend == AUTO:
-        raise ValueError(f"fastbp.autograd: the config of a Function must name a backend, got 'auto' in {config}")
-    entry = BACKENDS[config.backend]
-    assert isinstance(entry, ModuleType), config
-    return entry
+    entry = BACKENDS.get(config.backend)
+    if isinstance(entry, ModuleType):
+        return entry
+    raise ValueError(
+        f"fastbp.autograd: the config of a Function must name a backend, got {config.backend!r} in {config}"
+    )
 
 
 @lru_cache(maxsize=4096)

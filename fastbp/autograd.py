@@ -135,9 +135,9 @@ def _forward(config: Config, x: Tensor, weights: Sequence[Any], biases: Sequence
 
 @lru_cache(maxsize=1024)
 def _pick(config: Config, needs: tuple[bool, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """From (config, x, weights, biases, y, residuals, None): x, y, weights, biases, residuals; None for what is not kept.
+    """From (config, x, weights, biases, y, residuals, None) to x, y, weights, biases, residuals, in one step.
 
-    ``itemgetter`` finds them all in one step.
+    None, the last of them, stands for all that is not kept.
     """
     keep = kept(config.form, config.save, config.row.grad_reads_output, needs)
     y = 1 + len(needs)

@@ -106,7 +106,7 @@ def environment() -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=61)
+    parser.add_argument("--repeats", type=int, default=181)
     parser.add_argument("--calls", type=int, default=200, help="calls in each repeat")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu" / "overhead.json")
     arguments = parser.parse_args()

@@ -39,6 +39,11 @@ def resolve(activation: Any, where: str = "fastbp") -> Bound:
         return activation
     if isinstance(activation, nn.Module):
         return _resolve_module(activation, where)
+    if isinstance(activation, type):
+        name = activation.__name__
+        raise TypeError(
+            f"{where}: activation must be a name, an nn.Module or a function, got the class {name}; try {name}()"
+        )
     if callable(activation):
         return _resolve_function(activation, where)
     raise TypeError(

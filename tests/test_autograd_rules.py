@@ -1,20 +1,17 @@
-"""What autograd promises its users, kept: one graph twice, in-place changes, frozen inputs, strides, modes, hooks."""
+"""What autograd promises its users, kept: one graph twice, in-place changes, frozen inputs, strides, hooks."""
 
 import gc
 import itertools
 import random
-import threading
-import types
 import weakref
 
 import pytest
 import torch
+from autograd_cases import CASES, FORM_CASES, assert_all_close, assert_equal, kept_tensors, ours_of
 from support import (
     FEATURES,
     FEW,
     SMALL,
-    assert_close,
-    call,
     cases,
     each,
     eager,
@@ -26,42 +23,11 @@ from support import (
 )
 from torch.utils.checkpoint import checkpoint
 
-import fastbp
-from fastbp import backends, functional, reference
-from fastbp.activations import bind
-from fastbp.forms import LINEAR_ACT, MLP
+from fastbp import reference
+from fastbp.forms import MLP
 from fastbp.problem import configure
 from fastbp.reference import Saved
 from fastbp.saving import kept
-
-CASES = cases(FEW)
-FORM_CASES = cases([bind("gelu"), bind("tanh")])
-
-
-def _ours(form, activation, save):
-    return on_flat(call, form, activation=activation, save=save)
-
-
-def _assert_equal(ours, theirs):
-    """Bit for bit, and None in the same places."""
-    for mine, other in zip(ours, theirs, strict=True):
-        assert (mine is None) == (other is None)
-        assert mine is None or torch.equal(mine, other)
-
-
-def _assert_close(ours, theirs):
-    for mine, other in zip(ours, theirs, strict=True):
-        assert (mine is None) == (other is None)
-        if other is not None:
-            assert_close(mine, other)
-
-
-def _kept_tensors(function, inputs):
-    """What autograd keeps of one call, and the result."""
-    found = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
-        return function(*inputs), found
-
 
 # One graph, several backwards.
 
@@ -70,16 +36,16 @@ def _kept_tensors(function, inputs):
 @each(("form", "activation", "save"), CASES)
 def test_two_backwards_give_equal_bits(form, activation, save, dtype):
     inputs = flatten(*tensors(form, dtype, seed=41))
-    y = _ours(form, activation, save)(*inputs)
+    y = ours_of(form, activation, save)(*inputs)
     dy = like(y, 42)
     first = [g.clone() for g in grads(y, inputs, dy, retain_graph=True)]
-    _assert_equal(grads(y, inputs, dy, retain_graph=True), first)
+    assert_equal(grads(y, inputs, dy, retain_graph=True), first)
 
 
 @each(("form", "activation", "save"), FORM_CASES)
 def test_freed_graph_is_refused(form, activation, save):
     inputs = flatten(*tensors(form, seed=43))
-    y = _ours(form, activation, save)(*inputs)
+    y = ours_of(form, activation, save)(*inputs)
     grads(y, inputs, torch.ones_like(y))
     with pytest.raises(RuntimeError, match="second time"):
         grads(y, inputs, torch.ones_like(y))
@@ -92,7 +58,7 @@ def test_freed_graph_is_refused(form, activation, save):
 def test_changing_a_kept_tensor_raises_and_another_is_free(form, activation, save):
     def fresh():
         inputs = flatten(*tensors(form, seed=44, rows=5))
-        return inputs, _ours(form, activation, save)(*inputs)
+        return inputs, ours_of(form, activation, save)(*inputs)
 
     inputs, y = fresh()
     expected = grads(y, inputs, like(y, 45))
@@ -105,7 +71,7 @@ def test_changing_a_kept_tensor_raises_and_another_is_free(form, activation, sav
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 torch.autograd.grad(y, inputs, like(y, 45))
         else:
-            _assert_equal(grads(y, inputs, like(y, 45)), expected)
+            assert_equal(grads(y, inputs, like(y, 45)), expected)
 
 
 @each("rows", [(), 1, 37, (2, 3)])
@@ -114,13 +80,15 @@ def test_changing_y_in_place(form, activation, save, rows):
     inputs = flatten(*tensors(form, seed=46, rows=rows))
     may = not kept(form, save, activation.row.grad_reads_output, (True,) * len(inputs))[1]
     for change in (lambda y: y.mul_(2), torch.nn.functional.relu_, lambda y: y.add_(y.detach().clone())):
-        ours = change(_ours(form, activation, save)(*inputs))
+        ours = change(ours_of(form, activation, save)(*inputs))
         if not may:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 grads(ours, inputs, like(ours, 47))
             continue
         theirs = change(on_flat(eager, form, activation=activation)(*inputs).clone())
-        _assert_close([ours, *grads(ours, inputs, like(ours, 47))], [theirs, *grads(theirs, inputs, like(theirs, 47))])
+        assert_all_close(
+            [ours, *grads(ours, inputs, like(ours, 47))], [theirs, *grads(theirs, inputs, like(theirs, 47))]
+        )
 
 
 # Memory.
@@ -131,7 +99,7 @@ def test_changing_y_in_place(form, activation, save, rows):
 def test_no_reference_cycles(form, activation, save, create_graph):
     def use_and_drop():
         inputs = flatten(*tensors(form, seed=48))
-        y = _ours(form, activation, save)(*[t * 1 for t in inputs])
+        y = ours_of(form, activation, save)(*[t * 1 for t in inputs])
         alive = [weakref.ref(t) for t in (*inputs, y, y.grad_fn)]
         if create_graph:
             first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
@@ -161,14 +129,14 @@ def test_frozen_inputs(form, activation, save):
     choices = list(itertools.product((False, True), repeat=len(leaves)))
     for needs in choices if len(choices) <= 32 else random.Random(52).sample(choices, 24):
         inputs = [t.detach().requires_grad_(need) for t, need in zip(leaves, needs, strict=True)]
-        ours, packed = _kept_tensors(_ours(form, activation, save), inputs)
+        ours, packed = kept_tensors(ours_of(form, activation, save), inputs)
         assert ours.requires_grad == any(needs)
         if not any(needs):
             assert not packed
             continue
         theirs = on_flat(eager, form, activation=activation)(*inputs)
         expected = grads(theirs, inputs, dy)
-        _assert_close(grads(ours, inputs, dy), expected)
+        assert_all_close(grads(ours, inputs, dy), expected)
 
         keep = kept(form, save, activation.row.grad_reads_output, needs)
         assert len(packed) == sum(keep)
@@ -178,7 +146,7 @@ def test_frozen_inputs(form, activation, save):
         def check_backward(tensors, needs=needs, expected=expected):
             x, y, *rest = tensors
             saved = Saved(x, y, rest[:count], rest[count : 2 * count], rest[2 * count :])
-            _assert_close(reference.backward(config, dy, saved, needs), expected)
+            assert_all_close(reference.backward(config, dy, saved, needs), expected)
 
         check_backward(enough)
         if activation.name == "identity" and save != "output":
@@ -206,9 +174,9 @@ def test_empty_features(form, activation, save, features):
 
 
 def _compare(form, activation, save, inputs, dy=None):
-    ours, theirs = _ours(form, activation, save)(*inputs), on_flat(eager, form, activation=activation)(*inputs)
+    ours, theirs = ours_of(form, activation, save)(*inputs), on_flat(eager, form, activation=activation)(*inputs)
     dy = like(theirs, 53) if dy is None else dy(theirs)
-    _assert_close([ours, *grads(ours, inputs, dy)], [theirs, *grads(theirs, inputs, dy)])
+    assert_all_close([ours, *grads(ours, inputs, dy)], [theirs, *grads(theirs, inputs, dy)])
 
 
 # Each as a view that holds the same numbers, or other ones where that cannot be.
@@ -252,9 +220,9 @@ def test_any_bias_may_be_missing(form, activation, save):
 @each(("form", "activation", "save"), CASES)
 def test_gradient_of_a_sum(form, activation, save):
     inputs = flatten(*tensors(form, seed=56))
-    ours, theirs = _ours(form, activation, save)(*inputs), on_flat(eager, form, activation=activation)(*inputs)
+    ours, theirs = ours_of(form, activation, save)(*inputs), on_flat(eager, form, activation=activation)(*inputs)
     ours.sum().backward()
-    _assert_close([t.grad for t in inputs], torch.autograd.grad(theirs.sum(), inputs))
+    assert_all_close([t.grad for t in inputs], torch.autograd.grad(theirs.sum(), inputs))
 
 
 @each(("form", "activation", "save"), CASES)
@@ -268,145 +236,7 @@ def test_inputs_that_share_a_tensor(form, activation, save):
     def gradients(function):
         return torch.autograd.grad(function(matrix, *[matrix] * count, *[vector] * count).sum(), (matrix, vector))
 
-    _assert_close(gradients(_ours(form, activation, save)), gradients(on_flat(eager, form, activation=activation)))
-
-
-# Modes and settings.
-
-
-@each("mode", [torch.no_grad, torch.inference_mode])
-@each(("form", "activation", "save"), CASES)
-def test_without_grad_nothing_is_kept(form, activation, save, mode):
-    inputs = flatten(*tensors(form, seed=59))
-    function = _ours(form, activation, save)
-    with mode():
-        y, packed = _kept_tensors(function, inputs)
-        y.mul_(1)  # nobody else holds it
-    assert not packed and not y.requires_grad
-    assert torch.equal(y, function(*inputs))
-
-
-def _bytes(**options):
-    """What linear_act + gelu keeps beyond its inputs: z under preact, nothing under recompute."""
-    x, weights, biases = tensors(LINEAR_ACT, seed=60)
-    with fastbp.SavedBytes(exclude=[x, *weights, *biases]) as saved:
-        y = fastbp.linear_act(x, *weights, *biases, **{"activation": "gelu", **options})
-    return saved.total // (y.numel() * y.element_size())
-
-
-def test_use_sets_what_a_call_leaves_open():
-    assert _bytes() == 1
-    with fastbp.use(save="recompute"):
-        assert _bytes() == 0
-        assert _bytes(save="preact") == 1
-        with fastbp.use(save="preact"):
-            assert _bytes() == 1
-            with fastbp.use(backend="reference"):
-                assert _bytes() == 1
-        assert _bytes() == 0
-    assert _bytes() == 1
-
-
-def test_use_ends_with_an_exception():
-    with pytest.raises(KeyError), fastbp.use(save="recompute"):
-        raise KeyError
-    assert _bytes() == 1
-
-
-def test_use_may_be_entered_again(monkeypatch):
-    monkeypatch.setattr(functional._defaults, "save", None)  # and is so again for the tests that follow
-    recompute = fastbp.use(save="recompute")
-    with recompute, recompute:
-        assert _bytes() == 0
-    assert _bytes() == 1
-
-
-def test_use_is_per_thread():
-    seen = {}
-
-    def other():
-        seen["default"] = _bytes()
-        with fastbp.use(save="recompute"):
-            inside.set()
-            done.wait(60)
-            seen["used"] = _bytes()
-
-    inside, done = threading.Event(), threading.Event()
-    with fastbp.use(save="recompute"):
-        thread = threading.Thread(target=other)
-        thread.start()
-        assert inside.wait(60)
-    assert _bytes() == 1
-    done.set()
-    thread.join(60)
-    assert seen == {"default": 1, "used": 0}
-
-
-def test_use_refuses_what_a_call_would():
-    with pytest.raises(ValueError, match=r"fastbp\.use: neither backend nor save"):
-        fastbp.use()
-    with pytest.raises(ValueError, match=r"fastbp\.use: unknown save policy 'preakt'; did you mean 'preact'"):
-        fastbp.use(save="preakt")
-    with pytest.raises(ValueError, match=r"fastbp\.use: unknown backend 'referense'; did you mean 'reference'"):
-        fastbp.use(backend="referense")
-    with fastbp.use(save="output"), pytest.raises(ValueError, match="save='output' cannot serve gelu"):
-        _bytes()
-
-
-@pytest.fixture
-def spies(monkeypatch):
-    """Two backends made of the reference, and two lists: who did what, and the problems they were asked about."""
-    done, problems = [], []
-
-    def spy(name):
-        def noting(step):
-            return lambda *args: done.append((name, step)) or getattr(reference, step)(*args)
-
-        backend = types.ModuleType(name)
-        backend.supports = problems.append  # whose None means yes
-        backend.forward, backend.backward = noting("forward"), noting("backward")
-        return backend
-
-    for name in ("native", "triton"):
-        monkeypatch.setitem(backends.BACKENDS, name, spy(name))
-    monkeypatch.setattr(backends, "_ONLY_REFERENCE", False, raising=False)
-    monkeypatch.setattr(functional, "_settled", {})  # no setting of these backends outlives the test
-    return done, problems
-
-
-def test_use_names_the_backend(spies):
-    _bytes()
-    with fastbp.use(backend="triton"):
-        _bytes()
-        _bytes(backend="native")
-        _bytes(backend="reference")
-    assert [name for name, _ in spies[0]] == ["native", "triton", "native"]
-
-
-@each(("form", "activation", "save"), FORM_CASES)
-def test_backward_goes_where_forward_went(form, activation, save, spies):
-    done, problems = spies
-    leaves = flatten(*tensors(form, seed=64, requires_grad=False))
-    for trained in range(len(leaves)):
-        inputs = [t.detach().requires_grad_(i == trained) for i, t in enumerate(leaves)]
-        y = on_flat(call, form, activation=activation, save=save, backend="triton")(*inputs)
-        grads(y, inputs, like(y, 65))
-    assert done == [("triton", "forward"), ("triton", "backward")] * len(leaves)
-    assert all(problem == problems[0] for problem in problems)  # whatever backward was left of it
-
-
-@each(("form", "activation", "save"), cases([bind("gelu")]))
-def test_batched_gradients_reach_no_backend(form, activation, save, spies):
-    """Kernels know nothing of vmap, nor of the older one behind is_grads_batched."""
-    inputs = flatten(*tensors(form, seed=68))
-    y = on_flat(call, form, activation=activation, save=save, backend="triton")(*inputs)
-    dys = torch.stack([like(y, 69), like(y, 70)])
-    older = torch.autograd.grad(y, inputs, dys, is_grads_batched=True, retain_graph=True)
-    newer = torch.vmap(lambda dy: torch.autograd.grad(y, inputs, dy, retain_graph=True))(dys)
-    assert [step for _, step in spies[0]] == ["forward"]
-    for batched in (older, newer):
-        for index, dy in enumerate(dys):
-            _assert_close([g[index] for g in batched], grads(y, inputs, dy, retain_graph=True))
+    assert_all_close(gradients(ours_of(form, activation, save)), gradients(on_flat(eager, form, activation=activation)))
 
 
 # Around it: hooks, checkpoints.
@@ -415,19 +245,19 @@ def test_batched_gradients_reach_no_backend(form, activation, save, spies):
 @each(("form", "activation", "save"), FORM_CASES)
 def test_hooks(form, activation, save):
     inputs = flatten(*tensors(form, seed=61))
-    plain = grads(_ours(form, activation, save)(*inputs), inputs, torch.ones(37, _width(form)).double())
+    plain = grads(ours_of(form, activation, save)(*inputs), inputs, torch.ones(37, _width(form)).double())
     seen = []
     inputs[1].register_hook(lambda g: g * 2)
     inputs[1].register_post_accumulate_grad_hook(lambda t: seen.append(t.grad.clone()))
     x = inputs[0] * 1
     x.retain_grad()
-    y = _ours(form, activation, save)(x, *inputs[1:])
+    y = ours_of(form, activation, save)(x, *inputs[1:])
     y.retain_grad()
     y.register_hook(lambda g: g * 3)
     y.sum().backward()
     assert torch.equal(y.grad, torch.full_like(y, 3))
-    _assert_close([x.grad, *[t.grad for t in inputs[1:]]], [plain[0] * 3, plain[1] * 6, *[g * 3 for g in plain[2:]]])
-    _assert_equal(seen, [inputs[1].grad])
+    assert_all_close([x.grad, *[t.grad for t in inputs[1:]]], [plain[0] * 3, plain[1] * 6, *[g * 3 for g in plain[2:]]])
+    assert_equal(seen, [inputs[1].grad])
 
 
 def _width(form):
@@ -438,8 +268,8 @@ def _width(form):
 @each(("form", "activation", "save"), CASES)
 def test_checkpoint(form, activation, save, use_reentrant):
     inputs = flatten(*tensors(form, seed=62))
-    function = _ours(form, activation, save)
+    function = ours_of(form, activation, save)
     y = checkpoint(function, *inputs, use_reentrant=use_reentrant)
     y.backward(like(y, 63))
     plain = function(*inputs)
-    _assert_equal([y, *[t.grad for t in inputs]], [plain, *grads(plain, inputs, like(y, 63))])
+    assert_equal([y, *[t.grad for t in inputs]], [plain, *grads(plain, inputs, like(y, 63))])

@@ -1,0 +1,87 @@
+"""Autocast, as F.linear behaves under it, eager and compiled."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import GELU, call_of, compiled, draw, each_form, run
+from support import assert_close, each, flatten, like
+
+from fastbp.forms import MLP
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+AUTOCAST = [torch.bfloat16, torch.float16]
+
+
+@each_form
+@each("dtype", AUTOCAST)
+@each("how", ["eager", "compiled"])
+def test_autocast_casts_inputs_and_returns_float32_gradients(form, dtype, how):
+    call = call_of(form, activation=GELU)
+    function = call if how == "eager" else compiled(call)
+    tensors = draw(form, dtype=torch.float32)
+    x, weights, biases = tensors
+    with torch.autocast("cpu", dtype=dtype):
+        assert F.linear(x, weights[0], biases[0]).dtype == dtype
+        y = function(*tensors)
+    gradients = torch.autograd.grad(y, flatten(*tensors), like(y, seed=1))
+    assert y.dtype == dtype
+    assert [g.dtype for g in gradients] == [torch.float32] * len(gradients)
+
+    narrow = [t.detach().to(dtype).requires_grad_() for t in flatten(*tensors)]
+    expected = call(narrow[0], narrow[1 : 1 + len(weights)], narrow[1 + len(weights) :])
+    assert torch.equal(y, expected)
+    for mine, theirs in zip(gradients, torch.autograd.grad(expected, narrow, like(y, seed=1)), strict=True):
+        assert torch.equal(mine, theirs.float())
+
+
+@each_form
+@each("dtype", AUTOCAST)
+@each("how", ["eager", "compiled"])
+def test_autocast_off_inside_autocast(form, dtype, how):
+    call = call_of(form, activation=GELU)
+
+    def region(*tensors):
+        with torch.autocast("cpu", enabled=False):
+            return call(*tensors)
+
+    tensors = draw(form, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        y = (region if how == "eager" else compiled(region))(*tensors)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, call(*tensors))
+
+
+@each_form
+@each("how", ["eager", "compiled"])
+def test_autocast_leaves_float64_alone(form, how):
+    call = call_of(form, activation=GELU)
+    tensors = draw(form)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.linear(tensors[0], tensors[1][0]).dtype == torch.float64
+        mine = run(call if how == "eager" else compiled(call), tensors)
+    for found, expected in zip(mine, run(call, tensors), strict=True):
+        assert found.dtype == torch.float64
+        assert_close(found, expected)
+
+
+@each_form
+def test_autocast_takes_mixed_inputs(form):
+    """A narrow x with float32 weights, which is what the layer before it hands over."""
+    call = call_of(form, activation=GELU)
+    x, weights, biases = draw(form, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, plain = call(x.bfloat16(), weights, biases), call(x, weights, biases)
+    assert torch.equal(mixed, plain)
+
+
+def test_autocast_does_not_reach_backward_or_what_comes_after():
+    call = call_of(MLP, activation=GELU)
+    tensors = draw(MLP, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = call(*tensors)
+        inside = torch.autograd.grad(y.float().sum(), flatten(*tensors), retain_graph=True)
+        assert torch.is_autocast_enabled("cpu")
+    outside = torch.autograd.grad(y.float().sum(), flatten(*tensors))
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+    assert call(*tensors).dtype == torch.float32

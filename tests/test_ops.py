@@ -1,0 +1,73 @@
+"""The ops under torch.library's checks."""
+
+import pytest
+import torch
+from graphs import CASES, GELU, IDENTITY, LEAKY, TANH, draw, each_form
+from support import each, flatten, like
+
+from fastbp.forms import FORMS, MLP
+from fastbp.saving import find_kept, legal_policies
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def op_case(form, activation, save, tensors, needs=None):
+    """Arguments of a form's forward op, and those of its backward op as a graph would hold them."""
+    x, weights, biases = tensors
+    packed = [*weights, *biases] if form.parts else [weights, biases]
+    settings = [activation.name, list(activation.params), save, "auto"]
+    forward = [x, *packed, *settings]
+    y, residuals = getattr(torch.ops.fastbp, form.name)(*forward)
+    needs = [t is not None for t in flatten(*tensors)] if needs is None else needs
+    kept = find_kept(form, save, activation.row.grad_reads_output, tuple(needs))
+    residuals = [r if k else None for r, k in zip(residuals, kept[2 + 2 * len(weights) :], strict=True)]
+    dy = like(y, seed=1)
+    backward = [dy, x if kept[0] else None, y if kept[1] else None, *packed, residuals, *settings, needs]
+    return forward, backward
+
+
+def check_ops(form, forward, backward):
+    torch.library.opcheck(getattr(torch.ops.fastbp, form.name).default, forward)
+    torch.library.opcheck(getattr(torch.ops.fastbp, f"{form.name}_backward").default, backward)
+
+
+OP_CASES = [(form, TANH, save) for form, activation, save in CASES if activation is TANH]
+OP_CASES += [(form, activation, "preact") for form in FORMS.values() for activation in (IDENTITY, LEAKY)]
+OP_CASES += [(FORMS["linear_act"], IDENTITY, "output"), (MLP, IDENTITY, "output")]
+
+
+@each(("form", "activation", "save"), OP_CASES)
+@each("bias", [True, False])
+def test_opcheck(form, activation, save, bias):
+    check_ops(form, *op_case(form, activation, save, draw(form, bias=bias, requires_grad=False)))
+
+
+@each_form
+@each("rows", [(), (2, 3), (0,), (2, 0, 3), (1,)])
+def test_opcheck_of_other_shapes(form, rows):
+    for save in legal_policies(TANH, form):
+        check_ops(form, *op_case(form, TANH, save, draw(form, rows, requires_grad=False)))
+
+
+@each_form
+def test_opcheck_of_other_strides(form):
+    """A transposed x, weights that are slices, a dy of stride zero."""
+    x, weights, biases = draw(form, (3, 4), requires_grad=False)
+    weights = [torch.stack([w, w], -1)[..., 0] for w in weights]
+    for activation in (TANH, GELU, IDENTITY):
+        forward, backward = op_case(form, activation, "preact", (x.transpose(0, 1), weights, biases))
+        check_ops(form, forward, backward)
+        check_ops(form, forward, [torch.ones((), dtype=x.dtype).expand_as(backward[0]), *backward[1:]])
+
+
+@each_form
+def test_opcheck_of_partial_needs(form):
+    """Each input alone, and all but each, with what backward then reads and nothing else."""
+    tensors = draw(form, requires_grad=False)
+    count = len(flatten(*tensors))
+    op = getattr(torch.ops.fastbp, f"{form.name}_backward").default
+    for save in legal_policies(TANH, form):
+        for wanted in range(count):
+            for needs in ([i == wanted for i in range(count)], [i != wanted for i in range(count)]):
+                _, backward = op_case(form, TANH, save, tensors, needs)
+                torch.library.opcheck(op, backward, test_utils=("test_schema", "test_faketensor"))

@@ -155,7 +155,7 @@ def _unflatten(tensors: tuple[Any, ...], linears: int) -> Saved:
     """What was saved flat: x, y, weights, biases, residuals."""
     half, end = 2 + linears, 2 + 2 * linears
     parts = (tensors[0], tensors[1], tensors[2:half], tensors[half:end], tensors[end:])
-    return tuple.__new__(Saved, parts)
+    return tuple.__new__(Saved, parts)  # without the Python call that Saved() is
 
 
 class LinearActFunction(_Eager):

@@ -85,3 +85,12 @@ def test_autocast_does_not_reach_backward_or_what_comes_after():
     outside = torch.autograd.grad(y.float().sum(), flatten(*tensors))
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
     assert call(*tensors).dtype == torch.float32
+
+
+@each_form
+def test_a_compiled_call_follows_autocast_as_it_comes_and_goes(form):
+    tensors = draw(form, dtype=torch.float32)
+    run_compiled = compiled(call_of(form, activation="gelu"))
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert run_compiled(*tensors).dtype == (torch.bfloat16 if enabled else torch.float32)

@@ -8,28 +8,33 @@ WORKERS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))"
 
 .PHONY: demo test check bench render clean
 
-# The stamp is newer than what it was made from, so a second `make` starts at once. torch comes first and by itself: a
-# later resolver run must not replace the build that was chosen.
-$(VENV)/.stamp: pyproject.toml setup.py
+# The stamps are newer than what they were made from, so a second `make` starts at once. torch comes first and by itself:
+# a later resolver run must not replace the build that was chosen. FASTBP_BUILD=auto, the default, builds what it can.
+$(VENV)/.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "numpy==2.3.5" "setuptools==81.0.0"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	FASTBP_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/.stamp
+$(VENV)/.built: $(VENV)/.stamp setup.py fastbp/version.py $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(BIN)/python -c "import fastbp; print('native kernels:', fastbp.available_backends()['native'])"
+	touch $@
+
+demo: $(VENV)/.built
 	$(BIN)/python -m fastbp demo $(ARGS)
 
-test: $(VENV)/.stamp
+test: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
 	$(BIN)/python tools/render.py --check
 
-bench: $(VENV)/.stamp
+bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
 # Rewrite the files that are made from the tables: Triton and C++ activations, tables in README.md.

@@ -6,7 +6,7 @@
 #ifdef __CUDACC__
 #define HD __host__ __device__ __forceinline__
 #else
-#define HD inline
+#define HD inline __attribute__((always_inline))
 #endif
 
 // A namespace of their own keeps them apart from the C library's functions and from the activations of the same names.

@@ -201,7 +201,7 @@ _DIRECT: dict[str, Callable[..., Outputs]] = {
 
 def run(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """y of a checked eager call, differentiable where autograd or a transform asks for it."""
-    config = choose(config, x, weights, biases)
+    config = choose(config, x, (*weights, *biases))
     if functorch_active():
         if _nested_forward_mode():
             return reference.compose(config.form, bind(config.row.name, config.params), x, weights, biases)

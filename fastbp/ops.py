@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbp.backends import choose, module_of
+from fastbp.backends import REFERENCE, choose, module_of, with_backend
 from fastbp.forms import FORMS, Form
 from fastbp.problem import Config, Names, configure
 from fastbp.reference import Saved
@@ -32,13 +32,13 @@ Grads = list[Tensor | None]
 
 def forward(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> tuple[Tensor, list[Tensor]]:
     """y and the residuals, from the backend that serves."""
-    config = choose(config, x, weights, biases)
+    config = choose(config, x, (*weights, *biases))
     return module_of(config).forward(config, x, weights, biases)  # type: ignore[no-any-return]
 
 
 def backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> Grads:
     """The gradients that are needed, from the backend that serves."""
-    config = choose(config, dy, saved.weights, saved.biases)
+    config = choose(config, dy, (*saved.weights, *saved.biases))
     return module_of(config).backward(config, dy, saved, needs)  # type: ignore[no-any-return]
 
 
@@ -93,7 +93,11 @@ def _kernels(form: Form) -> tuple[Callable[..., Any], Callable[..., Any], Callab
         return configure(form.name, activation, tuple(params), save, backend), x, weights, biases
 
     def forward_kernel(*args: Any) -> tuple[Tensor, list[Tensor]]:
-        y, residuals = forward(*split_forward(*args))
+        config, x, weights, biases = split_forward(*args)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases)):
+            # An exported program is being trained: autograd looks inside the op, and sees what PyTorch's own do.
+            config = with_backend(config, REFERENCE)
+        y, residuals = forward(config, x, weights, biases)
         return y.contiguous(), [r.contiguous() for r in residuals]
 
     def forward_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:

@@ -57,16 +57,6 @@ class Problem(NamedTuple):
     config: Config
     device: torch.device
     dtype: torch.dtype
-    rows: int  # M, the product of the leading sizes of x
-    features: tuple[int, ...]  # K, then out_features of every linear
-    biases: tuple[bool, ...]
-
-
-def describe(config: Config, data: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Problem:
-    """The problem that a call with these tensors poses; ``data`` is x, or dy, which has as many rows."""
-    rows = data.shape[:-1].numel()
-    features = (weights[0].shape[1], *(w.shape[0] for w in weights))
-    return Problem(config, data.device, data.dtype, rows, features, tuple(b is not None for b in biases))
 
 
 def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

@@ -10,6 +10,7 @@ from support import (
     cases,
     each,
     eager,
+    exact,
     flatten,
     formula,
     grads,
@@ -32,12 +33,12 @@ def _assert_accurate(form, activation, save, tensors, **options):
     ours = call(form, *tensors, activation=activation, save=save)
     theirs = eager(form, *tensors, activation)
     half = 1 + len(inputs) // 2
-    exact = eager(form, wide[0], wide[1:half], wide[half:], formula(activation))
+    truth = exact(form, wide[0], wide[1:half], wide[half:], formula(activation))
     dy = like(ours, seed=2)
     assert_as_good_as_eager(
         [ours, *grads(ours, inputs, dy, **options)],
         [theirs, *grads(theirs, inputs, dy)],
-        [exact, *grads(exact, wide, dy.double())],
+        [truth, *grads(truth, wide, dy.double())],
     )
 
 

@@ -64,6 +64,7 @@ ACTIVATION_CASES = {
     "slope a word": (nn.LeakyReLU("steep"), TypeError, "the parameters of leaky_relu must be numbers, got ('steep',)"),
     "keyword a word": (STEEP, TypeError, "the parameters of leaky_relu must be numbers, got ('steep',)"),
 }
+AVAILABLE = ", ".join(name for name, state in fastbp.available_backends().items() if state == "available")
 OTHER_CASES = {
     "save unknown": (dict(save="preactt"), ValueError, "'preactt'; did you mean 'preact'? there are auto, preact,"),
     "save a number": (dict(save=3), TypeError, "save must be the name of a policy, got int 3"),
@@ -75,7 +76,7 @@ OTHER_CASES = {
     save: (dict(save=save), ValueError, f"{save!r} is not in this version; there are auto, {', '.join(POLICIES)}")
     for save in ("output_bits", "output_lsb", "fp8")
 } | {
-    name: (dict(backend=name), ValueError, f"backend {name!r} is not available: {reason}", "available: reference")
+    name: (dict(backend=name), ValueError, f"backend {name!r} is not available: {reason}", f"available: {AVAILABLE}")
     for name, reason in fastbp.available_backends().items()
     if reason != "available"
 }  # fmt: skip

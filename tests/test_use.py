@@ -118,7 +118,7 @@ def spies(monkeypatch):
 
     for name in ("native", "triton"):
         monkeypatch.setitem(backends.BACKENDS, name, spy(name))
-    monkeypatch.setattr(backends, "_ONLY_REFERENCE", False, raising=False)
+    monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(functional, "_settled", {})  # no setting of these backends outlives the test
     return done, problems
 

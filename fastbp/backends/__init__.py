@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbp import reference
 from fastbp.activations import nearest
-from fastbp.problem import Config, Problem, configure, describe
+from fastbp.backends import native
+from fastbp.problem import Config, Problem, configure
 
 AUTO = "auto"
 REFERENCE = "reference"
@@ -19,7 +21,7 @@ REFERENCE = "reference"
 # Fastest first. A backend is a module with supports(problem) -> reason or None, forward and backward; one that is not
 # there stands here as the reason.
 BACKENDS: dict[str, ModuleType | str] = {
-    "native": "this version has no C++ or CUDA kernels",
+    "native": native.unavailable or native,
     "triton": "this version has no Triton kernels, only their activations",
     REFERENCE: reference,
 }
@@ -48,21 +50,48 @@ def check_name(backend: object, where: str) -> str:
     return backend
 
 
-def choose(config: Config, data: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Config:
+def choose(config: Config, data: Tensor, tensors: Sequence[Tensor | None] = ()) -> Config:
     """The same call with the backend that serves it in place of ``auto``: the first that supports the problem.
 
-    ``data`` is x or dy. ValueError where the call names a backend that does not support it. Ending with the reference
-    on a GPU warns once for each set of reasons.
+    ``data`` is x or dy, ``tensors`` what else the call has. Tensor subclasses (sharded, quantised, fake, functional
+    ones) know PyTorch's operations and no others, so only the reference, which is made of those, takes them.
+
+    ValueError where the call names a backend that does not support it. Ending with the reference on a GPU warns once
+    for each set of reasons.
     """
-    if config.backend == REFERENCE or (_ONLY_REFERENCE and not data.is_cuda):
-        return config if config.backend == REFERENCE else with_backend(config, REFERENCE)
-    problem = describe(config, data, weights, biases)
-    if config.backend != AUTO:
-        reason = module_of(config).supports(problem)
-        if reason:
-            raise ValueError(f"fastbp.{config.form.name}: backend {config.backend!r} cannot take this call: {reason}")
-        return config
-    return with_backend(config, _first_that_supports(problem))
+    for tensor in (data, *tensors):
+        if type(tensor) not in _PLAIN:
+            return _choose_for_subclass(config, tensor)
+    try:
+        return _chosen[config, data.device, data.dtype]
+    except KeyError:
+        problem = Problem(config, data.device, data.dtype)
+        choice = _chosen[problem] = with_backend(config, _named(problem) or _first_that_supports(problem))
+        return choice
+
+
+_PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer, type(None)))
+_chosen: dict[Problem | tuple[Any, ...], Config] = {}  # grows with the settings a program uses, not with its calls
+
+
+def _choose_for_subclass(config: Config, tensor: Tensor | None) -> Config:
+    if config.backend not in (AUTO, REFERENCE):
+        raise ValueError(
+            f"fastbp.{config.form.name}: backend {config.backend!r} takes plain tensors only, got a "
+            f"{type(tensor).__name__}; backend='reference' takes it"
+        )
+    return with_backend(config, REFERENCE)
+
+
+def _named(problem: Problem) -> str | None:
+    """The backend that a call names, which must support it; None for ``auto``."""
+    config = problem.config
+    if config.backend == AUTO:
+        return None
+    reason = module_of(config).supports(problem)
+    if reason:
+        raise ValueError(f"fastbp.{config.form.name}: backend {config.backend!r} cannot take this call: {reason}")
+    return config.backend
 
 
 def module_of(config: Config) -> ModuleType:
@@ -81,7 +110,6 @@ def with_backend(config: Config, backend: str) -> Config:
     return configure(*config.names[:-1], backend)
 
 
-_ONLY_REFERENCE = all(isinstance(entry, str) or name == REFERENCE for name, entry in BACKENDS.items())
 _warned: set[str] = set()
 
 

@@ -1,0 +1,176 @@
+#include "call.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+
+namespace fastbp::cpu {
+
+using torch::headeronly::ScalarType;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      STD_TORCH_CHECK(false, "fastbp: tensors must be float64, float32, bfloat16 or float16");
+  }
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype) {
+  static const int32_t types[] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                                  aoti_torch_dtype_float16()};
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = step;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), types[static_cast<int>(dtype)],
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor made(handle);
+  if (poison) memset(made.mutable_data_ptr(), 0xff, made.numel() * kItemSize[static_cast<int>(dtype)]);
+  return made;
+}
+
+Rows::Rows(const Tensor& tensor) : any_(true), data_(tensor.const_data_ptr()), dtype_(dtype_of(tensor)) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const size_t last = sizes.size() - 1;
+  size = sizes[last];
+  stride_ = size == 1 ? 1 : strides[last];
+  count = 1;
+  bool started = false;
+  int64_t expected = 0;
+  for (size_t i = last; i-- > 0;) {  // from the inside out: each dimension must go on where the one inside it ends
+    count *= sizes[i];
+    if (sizes[i] == 1) continue;
+    if (!started) {
+      row_stride_ = strides[i];
+      started = true;
+    } else if (strides[i] != expected) {
+      uniform_ = false;
+    }
+    expected = strides[i] * sizes[i];
+  }
+  if (!uniform_) {
+    sizes_.assign(sizes.begin(), sizes.end() - 1);
+    strides_.assign(strides.begin(), strides.end() - 1);
+  }
+}
+
+const void* Rows::at(int64_t row, int64_t column) const {
+  int64_t offset = column * stride_;
+  if (uniform_) {
+    offset += row * row_stride_;
+  } else {
+    for (size_t i = sizes_.size(); i-- > 0; row /= sizes_[i]) offset += row % sizes_[i] * strides_[i];
+  }
+  return static_cast<const char*>(data_) + offset * kItemSize[static_cast<int>(dtype_)];
+}
+
+Out::Out(const Tensor& tensor)
+    : data(static_cast<char*>(tensor.mutable_data_ptr())), dtype(dtype_of(tensor)), size(tensor.sizes().back()) {}
+
+Tensor Call::make(int64_t features) const {
+  std::vector<int64_t> sizes = leading;
+  sizes.push_back(features);
+  return empty(sizes, dtype);
+}
+
+template <class S>
+void Call::output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_stride, S* to, int64_t to_stride) const {
+  for (int64_t i = 0; i < rows; ++i) {
+    S* row = to + i * to_stride;
+    value(n, kept[0] + i * kept_stride, row);
+    if (settings.gated) kernels<S>().times(n, row, kept[1] + i * kept_stride, row);
+    round(n, row);
+  }
+}
+
+template <class S>
+void Call::slope(int64_t rows, int64_t n, const S* dh, int64_t stride, const S* const* kept, int64_t kept_stride,
+                 S* const* dz) const {
+  const auto& k = kernels<S>();
+  Scratch scratch;
+  S* part = scratch.take<S>(n);
+  S* rounded = rounds<S>() ? scratch.take<S>(n) : nullptr;
+  for (int64_t i = 0; i < rows; ++i) {
+    const S* dh_row = dh + i * stride;
+    const S* row[2] = {kept[0] ? kept[0] + i * kept_stride : dh_row, kept[1] ? kept[1] + i * kept_stride : nullptr};
+    if (rounded) {
+      std::copy_n(dh_row, n, rounded);
+      round(n, rounded);
+      dh_row = rounded;
+    }
+    if (!settings.gated) {
+      grad(n, dh_row, row[0], dz[0] + i * n);  // identity looks at nothing that was kept
+      round(n, dz[0] + i * n);
+      continue;
+    }
+    if (dz[0]) {  // dg = dh · u · f'(g)
+      k.times(n, dh_row, row[1], part);
+      grad(n, part, row[0], dz[0] + i * n);
+      round(n, dz[0] + i * n);
+    }
+    if (dz[1]) {  // du = dh · f(g)
+      value(n, row[0], part);
+      k.times(n, dh_row, part, dz[1] + i * n);
+      round(n, dz[1] + i * n);
+    }
+  }
+}
+
+template <class S>
+void Call::read_input(int64_t layer, int64_t r, int64_t rows, int64_t c, int64_t n, S* to, int64_t to_stride) const {
+  if (layer == 0) return x.read(r, rows, c, n, to, to_stride);
+  const Rows* kept = &residuals[first(layer - 1)];
+  kept[0].read(r, rows, c, n, to, to_stride);
+  if (settings.save == Save::output) return;
+  Scratch scratch;
+  S* up = settings.gated ? scratch.take<S>(n) : nullptr;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (up) kept[1].read(r + i, 1, c, n, up, n);
+    const S* const parts[2] = {to + i * to_stride, up};
+    output(1, n, parts, n, to + i * to_stride, n);
+  }
+}
+
+template <class S>
+void Call::read_slope(int64_t layer, int64_t r, int64_t rows, int64_t c, int64_t n, const S* dh, int64_t stride,
+                      S* const* dz) const {
+  Scratch scratch;
+  S* parts[2] = {nullptr, nullptr};
+  for (int part = 0; part < width(); ++part) {
+    const Rows& kept = residuals[first(layer) + part];
+    if (!kept.any()) continue;
+    parts[part] = scratch.take<S>(rows * n);
+    kept.read(r, rows, c, n, parts[part], n);
+  }
+  slope(rows, n, dh, stride, parts, n, dz);
+}
+
+template <class S>
+const S* read_bias(const Maybe& bias, Scratch& scratch) {
+  if (!bias) return nullptr;
+  const Rows row(*bias);
+  S* numbers = scratch.take<S>(row.size);
+  row.read(0, 1, 0, row.size, numbers, row.size);
+  return numbers;
+}
+
+#define FASTBP_INSTANTIATE(S)                                                                                      \
+  template void Call::output(int64_t, int64_t, const S* const*, int64_t, S*, int64_t) const;                       \
+  template void Call::slope(int64_t, int64_t, const S*, int64_t, const S* const*, int64_t, S* const*) const;       \
+  template void Call::read_input(int64_t, int64_t, int64_t, int64_t, int64_t, S*, int64_t) const;                  \
+  template void Call::read_slope(int64_t, int64_t, int64_t, int64_t, int64_t, const S*, int64_t, S* const*) const; \
+  template const S* read_bias(const Maybe&, Scratch&);
+FASTBP_INSTANTIATE(float)
+FASTBP_INSTANTIATE(double)
+
+}  // namespace fastbp::cpu

@@ -1,0 +1,199 @@
+// One call, its tensors seen as rows of numbers. What all ways of computing it share.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+#include "scratch.h"
+
+namespace fastbp::cpu {
+
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+// The last dimension of a tensor as rows, all others counted through; any strides.
+class Rows {
+ public:
+  Rows() = default;
+  explicit Rows(const Tensor& tensor);
+  // Whether there is a tensor behind it.
+  bool any() const { return any_; }
+  const void* at(int64_t row, int64_t column) const;
+  // The rows as one piece of memory of S, where they are that; null otherwise.
+  template <class S>
+  const S* dense() const {
+    return uniform_ && stride_ == 1 && kItemSize[static_cast<int>(dtype_)] == sizeof(S) ? static_cast<const S*>(data_)
+                                                                                        : nullptr;
+  }
+  int64_t row_stride() const { return row_stride_; }
+
+  int64_t count = 0, size = 0;
+
+  // Numbers [c, c + n) of rows [r, r + rows), to rows `to_stride` apart.
+  template <class S>
+  void read(int64_t r, int64_t rows, int64_t c, int64_t n, S* to, int64_t to_stride) const {
+    const auto& k = kernels<S>();
+    for (int64_t i = 0; i < rows; ++i) k.read(dtype_, n, at(r + i, c), stride_, to + i * to_stride);
+  }
+
+ private:
+  bool any_ = false;
+  const void* data_ = nullptr;
+  Dtype dtype_ = Dtype::float32;
+  int64_t stride_ = 1, row_stride_ = 0;
+  bool uniform_ = true;  // whether rows are row_stride_ apart; else their places follow from sizes_ and strides_
+  std::vector<int64_t> sizes_, strides_;
+};
+
+// A contiguous result of rows.
+struct Out {
+  char* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t size = 0;
+
+  Out() = default;
+  explicit Out(const Tensor& tensor);
+  explicit operator bool() const { return data != nullptr; }
+
+  void* at(int64_t row, int64_t column) const {
+    return data + (row * size + column) * kItemSize[static_cast<int>(dtype)];
+  }
+  template <class S>
+  void write(int64_t r, int64_t rows, int64_t c, int64_t n, const S* from, int64_t from_stride) const {
+    const auto& k = kernels<S>();
+    for (int64_t i = 0; i < rows; ++i) k.write(dtype, n, from + i * from_stride, at(r + i, c));
+  }
+};
+
+struct Weight {
+  bool any = false;  // false where backward does not read it
+  const void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t out = 0, in = 0, out_stride = 0, in_stride = 0;
+
+  // A block of Wᵀ (in × out) or of W (out × in), in the layout that multiply reads.
+  template <class S>
+  void pack_transposed(int64_t k0, int64_t nk, int64_t c0, int64_t nc, S* to) const {
+    pack(k0 * in_stride + c0 * out_stride, nk, nc, in_stride, out_stride, to);
+  }
+  template <class S>
+  void pack_plain(int64_t k0, int64_t nk, int64_t c0, int64_t nc, S* to) const {
+    pack(k0 * out_stride + c0 * in_stride, nk, nc, out_stride, in_stride, to);
+  }
+
+ private:
+  template <class S>
+  void pack(int64_t offset, int64_t depth, int64_t columns, int64_t depth_stride, int64_t column_stride, S* to) const {
+    const int d = static_cast<int>(dtype);
+    kernels<S>().pack[d](depth, columns, static_cast<const char*>(data) + offset * kItemSize[d], depth_stride,
+                         column_stride, to);
+  }
+};
+
+enum class Save : int { preact, output, recompute };
+
+struct Settings {
+  bool gated, projected;
+  int activation;
+  double params[2];
+  Save save;
+};
+
+// A call: rows of x, the linears, and what is known of the hidden layers.
+struct Call {
+  Settings settings;
+  Dtype dtype;
+  int64_t rows;
+  std::vector<int64_t> leading;  // the sizes of x but the last
+  Rows x;
+  std::vector<Weight> weights;
+  std::vector<Maybe> biases;
+  // Of the hidden layers: z, or their outputs.
+  std::vector<Maybe> kept;
+  std::vector<Rows> residuals;
+
+  int64_t linears() const { return static_cast<int64_t>(weights.size()); }
+  int width() const { return settings.gated ? 2 : 1; }
+  int64_t hidden() const { return (linears() - settings.projected) / width(); }
+  // The layers: the hidden ones, and the last plain linear as one of its own.
+  int64_t layers() const { return hidden() + settings.projected; }
+  int parts(int64_t layer) const { return layer < hidden() ? width() : 1; }
+  int64_t layer_of(int64_t linear) const { return linear / width() < hidden() ? linear / width() : hidden(); }
+  int64_t first(int64_t layer) const { return layer * width(); }
+
+  // A residual, as a tensor and as rows; nothing where backward does not read it.
+  void keep(const Maybe& tensor) {
+    kept.push_back(tensor);
+    residuals.push_back(tensor ? Rows(*tensor) : Rows());
+  }
+
+  // Whether backward computes z of a linear again: nothing was kept of it, and what it takes is there.
+  bool replays(int64_t linear) const { return settings.save == Save::recompute && x.any() && weights[linear].any; }
+
+  // Operations of one product with every weight.
+  double work() const {
+    double sum = 0;
+    for (const Weight& w : weights) sum += 2.0 * w.in * w.out;
+    return sum * rows;
+  }
+
+  Tensor make(int64_t features) const;  // (..., features), of the call's dtype
+
+  template <class S>
+  void value(int64_t n, const S* z, S* y) const {
+    kernels<S>().value[settings.activation](n, z, y, settings.params);
+  }
+  template <class S>
+  void grad(int64_t n, const S* dy, const S* residual, S* dz) const {
+    const auto& k = kernels<S>();
+    const auto* table = settings.save == Save::output ? k.grad_from_output : k.grad;
+    table[settings.activation](n, dy, residual, dz, settings.params);
+  }
+
+  // Whether the call's dtype has fewer digits than the compute type.
+  template <class S>
+  bool rounds() const {
+    return kItemSize[static_cast<int>(dtype)] < static_cast<int64_t>(sizeof(S));
+  }
+
+  // A row as a tensor of the call's dtype would keep it. Whatever eager PyTorch keeps between two operations, z, h, dh
+  // and dz, is rounded where it is: then what overflows there overflows here, and backward sees the z of forward.
+  template <class S>
+  void round(int64_t n, S* row) const {
+    if (!rounds<S>()) return;
+    const auto& k = kernels<S>();
+    Scratch scratch;
+    S* rounded = scratch.take<S>(n);
+    k.write(dtype, n, row, rounded);
+    k.read(dtype, n, rounded, 1, row);
+  }
+
+  // Rows of a hidden layer's output from its pre-activations (or of what was kept of it), g and u of a gated layer.
+  template <class S>
+  void output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_stride, S* to, int64_t to_stride) const;
+
+  // dz of a hidden layer's linears from rows of dh: dz[0], and dz[1] of a gated layer, n apart; either may be null.
+  // `kept` is what the layer kept, and null where nothing of it is looked at.
+  template <class S>
+  void slope(int64_t rows, int64_t n, const S* dh, int64_t stride, const S* const* kept, int64_t kept_stride,
+             S* const* dz) const;
+
+  // The input of a layer: x, or the output of the hidden layer beneath it, rebuilt from what was kept.
+  template <class S>
+  void read_input(int64_t layer, int64_t r, int64_t rows, int64_t c, int64_t n, S* to, int64_t to_stride) const;
+  // `slope` with what was kept of columns [c, c + n) of rows from r on.
+  template <class S>
+  void read_slope(int64_t layer, int64_t r, int64_t rows, int64_t c, int64_t n, const S* dh, int64_t stride,
+                  S* const* dz) const;
+};
+
+Dtype dtype_of(const Tensor& tensor);
+Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype);
+// A bias as a row of S, or null; the memory lasts as long as the scratch.
+template <class S>
+const S* read_bias(const Maybe& bias, Scratch& scratch);
+
+}  // namespace fastbp::cpu

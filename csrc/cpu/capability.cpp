@@ -1,0 +1,66 @@
+#include <stdlib.h>
+#include <string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace fastbp::cpu {
+
+#define FASTBP_DECLARE(NAME)          \
+  namespace NAME {                    \
+  const Kernels<float>* in_float();   \
+  const Kernels<double>* in_double(); \
+  }
+FASTBP_FOR_EACH_CAPABILITY(FASTBP_DECLARE)
+#undef FASTBP_DECLARE
+
+namespace {
+
+// Whether this CPU and its operating system run the instructions of a capability.
+bool runs(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!strcmp(name, "avx512")) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && runs("avx2");
+  }
+  if (!strcmp(name, "avx2")) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+#endif
+  return !strcmp(name, "generic");
+}
+
+bool multiplies_bf16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");  // every CPU with AMX has it too
+#else
+  return false;
+#endif
+}
+
+Capability find() {
+  const char* asked = getenv("FASTBP_CPU_CAPABILITY");
+  if (asked && !*asked) asked = nullptr;
+  std::string known;
+#define FASTBP_TRY(NAME)                                                              \
+  known += std::string(known.empty() ? "" : ", ") + #NAME;                            \
+  if (runs(#NAME) && (!asked || !strcmp(asked, #NAME))) {                             \
+    return {#NAME, !asked && multiplies_bf16(), NAME::in_float(), NAME::in_double()}; \
+  }
+  FASTBP_FOR_EACH_CAPABILITY(FASTBP_TRY)
+#undef FASTBP_TRY
+  throw std::runtime_error("fastbp: FASTBP_CPU_CAPABILITY=" + std::string(asked) +
+                           " is not a capability of this CPU; there are " + known);
+}
+
+}  // namespace
+
+const Capability& capability() {
+  static const Capability found = find();
+  return found;
+}
+
+}  // namespace fastbp::cpu

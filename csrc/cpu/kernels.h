@@ -1,0 +1,86 @@
+// What a capability offers: the loops over numbers, chosen once when the library is loaded. Nothing here depends on an
+// instruction set; kernels.cpp fills the table once for each.
+#pragma once
+
+#include <stdint.h>
+
+// Best first. setup.py has the compiler's flags for each.
+#if defined(__x86_64__)
+#define FASTBP_FOR_EACH_CAPABILITY(F) F(avx512) F(avx2) F(generic)
+#else
+#define FASTBP_FOR_EACH_CAPABILITY(F) F(generic)
+#endif
+
+namespace fastbp::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// The order is that of the tables below.
+enum class Dtype : int { float64, float32, bfloat16, float16 };
+constexpr int kDtypes = 4, kMostActivations = 64;
+constexpr int64_t kItemSize[kDtypes] = {8, 4, 2, 2};
+
+// C (rows × columns) = A B, plus C where it accumulates, plus a bias for each column.
+template <class S>
+struct Product {
+  int64_t rows, columns, depth;
+  const S* a;
+  int64_t a_stride;   // between the rows of A; or where A lies by columns, between the steps of the reduction
+  bool a_by_columns;  // the rows of a tile side by side, and the tiles `a_tile` apart
+  int64_t a_tile;
+  const S* b;
+  int64_t b_stride, b_tile;  // between the steps of the reduction; between tiles of columns
+  S* c;
+  int64_t c_stride;
+  const S* bias;
+  bool accumulate;
+};
+
+template <class S>
+struct Kernels {
+  int tile_rows, tile_columns;
+  void (*multiply)(const Product<S>&);
+
+  // B (depth × columns) into tiles of columns, the last one filled up with zeros.
+  void (*pack[kDtypes])(int64_t depth, int64_t columns, const void* b, int64_t depth_stride, int64_t column_stride,
+                        S* to);
+  void (*read)(Dtype, int64_t n, const void* from, int64_t stride, S* to);
+  void (*write)(Dtype, int64_t n, const S* from, void* to);
+
+  // Rows of n numbers; activations in the order of activations.h.
+  using Value = void (*)(int64_t n, const S* z, S* y, const double* params);
+  using Grad = void (*)(int64_t n, const S* dy, const S* z_or_y, S* dz, const double* params);
+  Value value[kMostActivations];
+  Grad grad[kMostActivations], grad_from_output[kMostActivations];  // null where y does not give the slope
+  void (*times)(int64_t n, const S* a, const S* b, S* product);
+  // sum += the sum of rows of n numbers, `stride` apart.
+  void (*add_rows)(int64_t rows, int64_t n, const S* a, int64_t stride, S* sum);
+};
+
+struct Capability {
+  const char* name;
+  bool bf16;  // whether the CPU multiplies bfloat16 itself, which the library GEMM then uses
+  const Kernels<float>* in_float;
+  const Kernels<double>* in_double;
+};
+
+// The best that this CPU has, or what FASTBP_CPU_CAPABILITY names; found once.
+const Capability& capability();
+
+template <class S>
+const Kernels<S>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() {
+  return *capability().in_float;
+}
+template <>
+inline const Kernels<double>& kernels<double>() {
+  return *capability().in_double;
+}
+
+}  // namespace fastbp::cpu

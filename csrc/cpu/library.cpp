@@ -1,0 +1,144 @@
+#include "library.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include "slopes.h"
+
+namespace fastbp::cpu {
+
+namespace {
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
+  StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                          torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor mm(const Tensor& a, const Tensor& b) {
+  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor add(const Tensor& a, const Tensor& b) {
+  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
+                          torch::stable::detail::from(1.0)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::add", "Tensor", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The leading sizes made one; a view where the strides allow it.
+Tensor matrix(const Tensor& tensor, int64_t rows) {
+  const int64_t sizes[] = {rows, tensor.sizes().back()};
+  return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {sizes, 2});
+}
+
+// f(z), or f(g) · u, in one pass; over z itself where that is not wanted any more.
+template <class S>
+Tensor outputs(const Call& call, const Tensor& z, const Maybe& up, bool in_place) {
+  const Rows rows(z), up_rows = up ? Rows(*up) : Rows();
+  const Tensor result = in_place ? z : call.make(rows.size);
+  const Out out(result);
+  for_panels<S>(rows, groups_of(rows), [&](int64_t, int64_t r, int64_t count, S* panel) {
+    Scratch scratch;
+    S* const u = up ? scratch.take<S>(count * rows.size) : nullptr;
+    if (u) up_rows.read(r, count, 0, rows.size, u, rows.size);
+    const S* const parts[2] = {panel, u};
+    call.output(count, rows.size, parts, rows.size, panel, rows.size);
+    out.write(r, count, 0, rows.size, panel, rows.size);
+  });
+  return result;
+}
+
+}  // namespace
+
+template <class S>
+std::vector<Tensor> forward_library(Call& call, const Tensor& x, const std::vector<Tensor>& weights) {
+  const Settings& settings = call.settings;
+  const bool keeps_z = settings.save == Save::preact;
+  std::vector<Tensor> results(1);
+  Tensor h = x;
+  for (int64_t layer = 0; layer < call.hidden(); ++layer) {
+    const int64_t first = call.first(layer);
+    const Tensor z = linear(h, weights[first], call.biases[first]);
+    Maybe up;
+    if (settings.gated) up = linear(h, weights[first + 1], call.biases[first + 1]);
+    if (keeps_z) {
+      results.push_back(z);
+      if (up) results.push_back(*up);
+    }
+    h = outputs<S>(call, z, up, !keeps_z);
+    if (settings.save == Save::output && settings.projected) results.push_back(h);
+  }
+  results[0] = settings.projected ? linear(h, weights.back(), call.biases.back()) : h;
+  return results;
+}
+
+template <class S>
+std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x, const std::vector<Maybe>& weights,
+                                    const std::vector<bool>& wanted) {
+  const Needs needs(call, wanted);
+  const int64_t linears = call.linears();
+  if (call.settings.save == Save::recompute) {
+    Maybe h = x;
+    for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
+      const bool replayed = call.replays(i);
+      if (replayed && i > 0 && !call.settings.gated) h = outputs<S>(call, *call.kept[i - 1], std::nullopt, false);
+      call.keep(replayed ? Maybe(linear(*h, *weights[i], call.biases[i])) : Maybe());
+    }
+    call.settings.save = Save::preact;
+  }
+  // The input of a layer as a matrix, rebuilt where it was not kept.
+  const auto input = [&](int64_t layer) {
+    if (layer == 0) return matrix(*x, call.rows);
+    const int64_t below = call.first(layer - 1);
+    if (call.settings.save == Save::output) return matrix(*call.kept[below], call.rows);
+    Maybe up;
+    if (call.settings.gated) up = *call.kept[below + 1];
+    return matrix(outputs<S>(call, *call.kept[below], up, false), call.rows);
+  };
+
+  std::vector<Maybe> grads(wanted.size()), keep;
+  std::vector<Rows> rows;
+  Tensor dh = dy;
+  for (int64_t layer = call.layers() - 1; layer >= 0; --layer) {
+    const int64_t first = call.first(layer);
+    if (layer < call.hidden()) {
+      const Rows dh_rows(dh);
+      Slopes<S> slopes(call, needs, layer, groups_of(dh_rows));
+      slopes.all(dh_rows);
+      collect(call, needs, layer, slopes, grads, keep, rows);
+    } else {
+      keep = {dy};
+      if (needs.bias(first)) grads[1 + linears + first] = column_sums<S>(call, Rows(dy));
+    }
+    Maybe h, dx;
+    for (int part = 0; part < call.parts(layer); ++part) {
+      if (!keep[part]) continue;
+      const Tensor dz = matrix(*keep[part], call.rows);
+      if (needs.weight(first + part)) {
+        if (!h) h = input(layer);
+        grads[1 + first + part] = mm(torch::stable::transpose(dz, 0, 1), *h);
+      }
+      if (!needs.below(layer)) continue;
+      const Tensor found = mm(dz, *weights[first + part]);
+      dx = dx ? add(*dx, found) : found;
+    }
+    if (!dx) return grads;
+    dh = *dx;
+  }
+  std::vector<int64_t> sizes = call.leading;
+  sizes.push_back(call.weights[0].in);
+  grads[0] = torch::stable::view(dh, {sizes.data(), sizes.size()});
+  return grads;
+}
+
+#define FASTBP_INSTANTIATE(S)                                                                                    \
+  template std::vector<Tensor> forward_library<S>(Call&, const Tensor&, const std::vector<Tensor>&);             \
+  template std::vector<Maybe> backward_library<S>(Call&, const Tensor&, const Maybe&, const std::vector<Maybe>&, \
+                                                  const std::vector<bool>&);
+FASTBP_INSTANTIATE(float)
+FASTBP_INSTANTIATE(double)
+
+}  // namespace fastbp::cpu

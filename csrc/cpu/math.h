@@ -1,0 +1,150 @@
+// The primitives of fastbp/formulas.py on registers, for float and double, and the activations made of them.
+//
+// exp, expm1 and sigmoid rest on one polynomial for eʳ − 1 after the reduction of Cody and Waite, x = n ln 2 + r; tanh
+// and erf have a range near 0 and one made of exp, log1p the series of atanh. Polynomials: tools/fit_polynomials.py.
+// Errors: docs/numerics.md. NaN stays NaN everywhere, as a comparison with it is false.
+#pragma once
+
+#include "polynomials.h"
+#include "vec.h"
+
+namespace fastbp::prim {
+
+template <class S>
+using Register = cpu::FASTBP_CAPABILITY::Vec<S>;
+template <class S>
+using Condition = cpu::FASTBP_CAPABILITY::Mask<S>;
+
+template <class S>
+struct Range;
+template <>
+struct Range<float> {
+  static constexpr float kHuge = 89, kTiny = -104;  // where eˣ is inf and 0
+  static constexpr float kLog2Hi = 0.693145751953125f, kLog2Lo = 1.42860682e-06f;
+  static constexpr float kMagic = 12582912.0f;  // 1.5 · 2²³: adding it rounds to an integer, in the low bits
+  static constexpr float kTanhIsOne = 10, kErfEnd = 4, kExpm1IsExp = 30, kMost = 3.4028235e38f;
+  static constexpr int kMantissa = 23, kBias = 127, kSqrtHalf = 0x3f3504f3, kAbs = 0x7fffffff;
+};
+template <>
+struct Range<double> {
+  static constexpr double kHuge = 710, kTiny = -746;
+  static constexpr double kLog2Hi = 6.93147180369123816490e-01, kLog2Lo = 1.90821492927058770002e-10;
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 · 2⁵²
+  static constexpr double kTanhIsOne = 20, kErfEnd = 6, kExpm1IsExp = 60, kMost = 1.7976931348623157e308;
+  static constexpr int64_t kMantissa = 52, kBias = 1023, kSqrtHalf = 0x3fe6a09e667f3bcd, kAbs = 0x7fffffffffffffff;
+};
+
+template <class S>
+HD Register<S> select(Condition<S> condition, Register<S> a, Register<S> b) {
+  return Register<S>(condition.m ? a.v : b.v);
+}
+
+template <class S>
+HD Register<S> maximum(Register<S> a, Register<S> b) {
+  return select(a < b, b, a);
+}
+
+template <class S>
+HD Register<S> minimum(Register<S> a, Register<S> b) {
+  return select(a > b, b, a);
+}
+
+template <class S>
+HD Register<S> absolute(Register<S> x) {
+  return Register<S>::of(x.bits() & Range<S>::kAbs);
+}
+
+template <class S>
+HD Register<S> copy_sign(Register<S> magnitude, Register<S> sign) {
+  return Register<S>::of((magnitude.bits() & Range<S>::kAbs) | (sign.bits() & ~Range<S>::kAbs));
+}
+
+template <class S>
+HD Register<S> sqrt(Register<S> x) {
+  for (int i = 0; i < Register<S>::size; ++i)
+    x.v[i] = sizeof(S) == 4 ? __builtin_sqrtf(x.v[i]) : __builtin_sqrt(x.v[i]);
+  return x;
+}
+
+template <class S, int count>
+HD Register<S> horner(const S (&coefficients)[count], Register<S> x) {
+  Register<S> sum(coefficients[0]);
+  FASTBP_UNROLL for (int i = 1; i < count; ++i) sum = sum * x + Register<S>(coefficients[i]);
+  return sum;
+}
+
+// eˣ = (tail + 1) · first · second; the power of two comes by halves, for it may leave the range where eˣ does not.
+template <class S>
+struct Exponential {
+  Register<S> tail, first, second;
+};
+
+template <class S>
+HD Exponential<S> exponential(Register<S> x) {
+  using V = Register<S>;
+  using R = Range<S>;
+  x = maximum(minimum(x, V(R::kHuge)), V(R::kTiny));
+  const V shifted = x * V(S(1.4426950408889634)) + V(R::kMagic);
+  const V n = shifted - V(R::kMagic);
+  const V r = (x - n * V(R::kLog2Hi)) - n * V(R::kLog2Lo);
+  const V tail = r + r * r * horner(cpu::polynomials::Of<S>::kExpm1, r);
+  const auto power = shifted.bits() - V(R::kMagic).bits(), half = power >> 1;
+  return {tail, V::of((half + R::kBias) << R::kMantissa), V::of((power - half + R::kBias) << R::kMantissa)};
+}
+
+template <class S>
+HD Register<S> exp(Register<S> x) {
+  const auto e = exponential(x);
+  return (e.tail + Register<S>(S(1))) * e.first * e.second;
+}
+
+template <class S>
+HD Register<S> expm1(Register<S> x) {
+  using V = Register<S>;
+  const auto e = exponential(x);
+  const V one(S(1)), power = e.first * e.second;
+  return select(x > V(Range<S>::kExpm1IsExp), (e.tail + one) * e.first * e.second, e.tail * power + (power - one));
+}
+
+template <class S>
+HD Register<S> sigmoid(Register<S> x) {
+  return Register<S>(S(1)) / (Register<S>(S(1)) + exp(-x));
+}
+
+template <class S>
+HD Register<S> tanh(Register<S> x) {
+  using V = Register<S>;
+  const V t = minimum(absolute(x), V(Range<S>::kTanhIsOne)), one(S(1)), two(S(2));
+  const V near = t + t * horner(cpu::polynomials::Of<S>::kTanh, t * t);
+  const V far = one - two / (exp(t + t) + one);
+  return copy_sign(select(t < V(S(0.6)), near, far), x);
+}
+
+template <class S>
+HD Register<S> erf(Register<S> x) {
+  using V = Register<S>;
+  using P = cpu::polynomials::Of<S>;
+  const V t = minimum(absolute(x), V(Range<S>::kErfEnd));
+  const V near = t + t * horner(P::kErf, t * t);
+  const V far = V(S(1)) - exp(-horner(P::kErfc, t - V(S(1))));
+  return copy_sign(select(t < V(S(1)), near, far), x);
+}
+
+// For x >= 0, which is all that softplus asks. With u = 1 + x rounded, log(1 + x) = log u + (1 + x − u) / u.
+template <class S>
+HD Register<S> log1p(Register<S> x) {
+  using V = Register<S>;
+  using R = Range<S>;
+  const V one(S(1)), u = one + x;
+  const V lost = select(x < one, x - (u - one), one - (u - x));
+  const auto exponent = (u.bits() - R::kSqrtHalf) >> R::kMantissa;
+  const V f = V::of(u.bits() - (exponent << R::kMantissa)) - one;
+  const V s = f / (V(S(2)) + f), w = s * s;
+  const V k(__builtin_convertvector(exponent, typename V::Lanes));
+  const V log = (s + s) + s * w * horner(cpu::polynomials::Of<S>::kLog, w);
+  return select(x <= V(R::kMost), k * V(R::kLog2Hi) + (log + (k * V(R::kLog2Lo) + lost / u)), x);
+}
+
+}  // namespace fastbp::prim
+
+#include "../activations.h"

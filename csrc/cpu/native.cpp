@@ -1,0 +1,246 @@
+#include "native.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <string_view>
+
+#include "../activations.h"
+#include "call.h"
+#include "library.h"
+#include "narrow.h"
+#include "needs.h"
+#include "route.h"
+#include "wide.h"
+
+#ifndef FASTBP_IDENTITY
+#error "FASTBP_IDENTITY must be the version of the package and the fingerprint of the sources"
+#endif
+
+namespace fastbp::cpu {
+
+namespace {
+
+#define FASTBP_NAME(A) " " #A
+constexpr const char* kActivationNames = FASTBP_FOR_EACH_ACTIVATION(FASTBP_NAME);
+#define FASTBP_COUNT(A) +1
+constexpr int kActivations = FASTBP_FOR_EACH_ACTIVATION(FASTBP_COUNT);
+static_assert(kActivations <= kMostActivations);
+static_assert(std::string_view(kActivationNames).starts_with(" identity "));  // see check_complete
+
+// Every tensor that reaches a pointer passes here: the Python side has said it better, but an op can be called alone.
+void check(const Tensor& tensor, Dtype dtype, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), "fastbp_native: ", name, " must be on the CPU");
+  STD_TORCH_CHECK(tensor.dim() > 0, "fastbp_native: ", name, " must have a dimension");
+  STD_TORCH_CHECK(dtype_of(tensor) == dtype, "fastbp_native: ", name, " must have the dtype of the other tensors");
+}
+
+// An absent tensor is one without dimensions, see ops.cpp.
+Maybe if_any(const Tensor& tensor) { return tensor.dim() == 0 ? Maybe() : Maybe(tensor); }
+
+std::vector<Maybe> if_any(const std::vector<Tensor>& tensors) {
+  std::vector<Maybe> found;
+  found.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) found.push_back(if_any(tensor));
+  return found;
+}
+
+Weight weight_of(const Tensor& tensor, Dtype dtype) {
+  check(tensor, dtype, "weight");
+  STD_TORCH_CHECK(tensor.dim() == 2, "fastbp_native: weight must be a matrix");
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  return {true, tensor.const_data_ptr(), dtype, sizes[0], sizes[1], strides[0], strides[1]};
+}
+
+Call make_call(const Tensor& data, int64_t linears, int64_t form, int64_t activation, const std::vector<double>& params,
+               int64_t save) {
+  STD_TORCH_CHECK(linears > 0 && form >= 0 && form < 4 && activation >= 0 && activation < kActivations &&
+                      params.size() <= 2 && save >= 0 && save < 3,
+                  "fastbp_native: no such call");
+  Call call;
+  call.settings = {(form & 1) != 0, (form & 2) != 0, static_cast<int>(activation), {0, 0}, static_cast<Save>(save)};
+  for (size_t i = 0; i < params.size(); ++i) call.settings.params[i] = params[i];
+  STD_TORCH_CHECK(
+      call.settings.gated ? linears == 2 + call.settings.projected : call.settings.projected || linears == 1,
+      "fastbp_native: this form does not have ", linears, " linears");
+  call.dtype = dtype_of(data);
+  check(data, call.dtype, "x or dy");
+  const auto sizes = data.sizes();
+  call.leading.assign(sizes.begin(), sizes.end() - 1);
+  call.rows = 1;
+  for (int64_t size : call.leading) call.rows *= size;
+  call.weights.resize(linears);
+  return call;
+}
+
+void check_bias(const Maybe& bias, const Weight& weight, Dtype dtype) {
+  if (!bias) return;
+  check(*bias, dtype, "bias");
+  STD_TORCH_CHECK(bias->dim() == 1 && (!weight.any || bias->size(0) == weight.out),
+                  "fastbp_native: bias must have as many numbers as its weight has rows");
+}
+
+// A saved tensor must have as many rows as the call.
+void check_rows(const Maybe& tensor, const Call& call, const char* name) {
+  if (!tensor) return;
+  check(*tensor, call.dtype, name);
+  const int64_t rows = Rows(*tensor).count;
+  STD_TORCH_CHECK(rows == call.rows, "fastbp_native: ", name, " has ", rows, " rows and not ", call.rows);
+}
+
+template <class S>
+std::vector<Tensor> compute_forward(Call& call, const Tensor& x, const std::vector<Tensor>& weights) {
+  switch (route_of(call)) {
+    case Route::narrow:
+      return forward_narrow<S>(call);
+    case Route::wide:
+      return forward_wide<S>(call);
+    default:
+      return forward_library<S>(call, x, weights);
+  }
+}
+
+template <class S>
+std::vector<Maybe> compute_backward(Call& call, const Tensor& dy, const Maybe& x, const std::vector<Maybe>& weights,
+                                    const std::vector<bool>& needs) {
+  switch (route_of(call)) {
+    case Route::narrow:
+      return backward_narrow<S>(call, dy, needs);
+    case Route::wide:
+      return backward_wide<S>(call, dy, needs);
+    default:
+      return backward_library<S>(call, dy, x, weights, needs);
+  }
+}
+
+// A weight that backward does not read is not there, and its sizes follow from what lies around it.
+void infer_sizes(Call& call, int64_t last) {
+  for (int64_t layer = call.layers() - 1; layer >= 0; --layer) {  // above each layer lies one whose input is known
+    const int64_t first = call.first(layer), above = first + call.parts(layer);
+    int64_t out = layer == call.layers() - 1 ? last : call.weights[above].any ? call.weights[above].in : 0;
+    for (int64_t i = first; i < above; ++i) {
+      if (call.biases[i]) out = call.biases[i]->size(0);
+      if (layer < call.hidden() && !call.residuals.empty() && call.residuals[i].any()) out = call.residuals[i].size;
+      if (call.weights[i].any) out = call.weights[i].out;
+    }
+    for (int64_t i = first; i < above; ++i) call.weights[i].out = out;
+  }
+  for (int64_t layer = 0; layer < call.layers(); ++layer) {
+    const int64_t first = call.first(layer);
+    int64_t in = layer == 0 ? call.x.size : call.weights[call.first(layer - 1)].out;
+    for (int64_t i = first; i < first + call.parts(layer); ++i) {
+      if (call.weights[i].any) in = call.weights[i].in;
+    }
+    for (int64_t i = first; i < first + call.parts(layer); ++i) call.weights[i].in = in;
+  }
+}
+
+// Whether the slopes of a hidden layer look at what one of its linears kept.
+bool looks_at(const Call& call, const Needs& needs, int64_t linear) {
+  if (call.settings.activation == 0 && call.settings.save == Save::output) return false;  // identity's do not
+  if (!call.settings.gated) return needs.slope(linear);
+  return needs.slope(0) || (linear == 0 && needs.slope(1));  // dg looks at g and u, du at g
+}
+
+// What backward is going to read must be there and fit together; which of it that is, follows from the needs.
+void check_complete(const Call& call, const std::vector<bool>& wanted, int64_t last) {
+  const Needs needs(call, wanted);
+  const auto expect = [](bool fine, const char* what) { STD_TORCH_CHECK(fine, "fastbp_native: ", what); };
+  const bool replay = call.settings.save == Save::recompute;
+  expect(!call.x.any() || call.x.size == call.weights[0].in, "x does not fit the first weight");
+  expect(call.weights.back().out == last, "dy does not fit the last weight");
+  for (int64_t layer = 0; layer < call.layers(); ++layer) {
+    const int64_t first = call.first(layer);
+    bool reads_input = false;
+    for (int64_t i = first; i < first + call.parts(layer); ++i) {
+      const Weight& w = call.weights[i];
+      const int64_t into = layer == 0 ? w.in : call.weights[call.first(layer - 1)].out;
+      expect(w.in == into && w.in == call.weights[first].in && w.out == call.weights[first].out,
+             "the weights do not fit together");
+      expect(w.any || !needs.below(layer), "a weight that backward reads is absent");
+      reads_input = reads_input || needs.weight(i);
+      if (replay || layer == call.hidden()) continue;
+      expect(!call.residuals[i].any() || call.residuals[i].size == w.out, "a residual does not fit its weight");
+      expect(call.residuals[i].any() || !looks_at(call, needs, i), "a residual that backward reads is absent");
+    }
+    if (!reads_input) continue;
+    expect(layer > 0 || call.x.any(), "x, which backward reads, is absent");
+    for (int64_t i = layer > 0 ? call.first(layer - 1) : first; i < first && !replay; ++i) {
+      expect(call.residuals[i].any(), "a residual that backward reads is absent");
+    }
+  }
+  for (int64_t i = 0; i < call.hidden() * call.width() && replay; ++i) {
+    const int64_t above = call.first(call.layer_of(i) + 1);
+    const bool reads = looks_at(call, needs, i) || (above < call.linears() && needs.weight(above));
+    expect(call.replays(i) || !reads, "x or a weight that backward reads is absent");
+  }
+}
+
+}  // namespace
+
+std::string build_info() { return std::string(FASTBP_IDENTITY) + kActivationNames; }
+
+std::string capability_name() { return capability().name; }
+
+void set_poison(bool on) { poison = on; }
+
+std::vector<Tensor> forward(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> bias_list, int64_t form,
+                            int64_t activation, std::vector<double> params, int64_t save) {
+  std::vector<Maybe> biases = if_any(bias_list);
+  const int64_t linears = static_cast<int64_t>(weights.size());
+  STD_TORCH_CHECK(biases.size() == weights.size(), "fastbp_native: a bias or None for each weight");
+  Call call = make_call(x, linears, form, activation, params, save);
+  call.x = Rows(x);
+  int64_t features = call.x.size;
+  for (int64_t i = 0; i < linears; ++i) {
+    Weight& weight = call.weights[i] = weight_of(weights[i], call.dtype);
+    STD_TORCH_CHECK(weight.in == features, "fastbp_native: weight ", i, " has ", weight.in, " columns and not ",
+                    features);
+    check_bias(biases[i], weight, call.dtype);
+    if (call.settings.gated && i == 1) {
+      STD_TORCH_CHECK(weight.out == call.weights[0].out, "fastbp_native: gate and up differ");
+    }
+    if (!call.settings.gated || i == 1) features = weight.out;
+  }
+  call.biases = std::move(biases);
+  return call.dtype == Dtype::float64 ? compute_forward<double>(call, x, weights)
+                                      : compute_forward<float>(call, x, weights);
+}
+
+std::vector<Tensor> backward(const Tensor& dy, const Tensor& x_or_none, const Tensor& y_or_none,
+                             std::vector<Tensor> weight_list, std::vector<Tensor> bias_list,
+                             std::vector<Tensor> residual_list, int64_t form, int64_t activation,
+                             std::vector<double> params, int64_t save, std::vector<bool> needs) {
+  const Maybe x = if_any(x_or_none), y = if_any(y_or_none);
+  const std::vector<Maybe> weights = if_any(weight_list);
+  std::vector<Maybe> biases = if_any(bias_list), residuals = if_any(residual_list);
+  const int64_t linears = static_cast<int64_t>(weights.size());
+  Call call = make_call(dy, linears, form, activation, params, save);
+  STD_TORCH_CHECK(biases.size() == weights.size() && static_cast<int64_t>(needs.size()) == 1 + 2 * linears,
+                  "fastbp_native: a bias or None and two needs for each weight");
+  check_rows(x, call, "x");
+  if (x) call.x = Rows(*x);
+  if (call.settings.save == Save::output && !call.settings.projected) residuals = {y};
+  residuals.resize(call.settings.save == Save::recompute ? 0 : call.hidden() * call.width());
+  for (const Maybe& residual : residuals) {
+    check_rows(residual, call, "residual");
+    call.keep(residual);
+  }
+  for (int64_t i = 0; i < linears; ++i) {
+    if (weights[i]) call.weights[i] = weight_of(*weights[i], call.dtype);
+  }
+  call.biases = std::move(biases);
+  infer_sizes(call, dy.sizes().back());
+  for (int64_t i = 0; i < linears; ++i) check_bias(call.biases[i], call.weights[i], call.dtype);
+  check_complete(call, needs, dy.sizes().back());
+  const auto grads = call.dtype == Dtype::float64 ? compute_backward<double>(call, dy, x, weights, needs)
+                                                  : compute_backward<float>(call, dy, x, weights, needs);
+  std::vector<Tensor> found;
+  for (size_t i = 0; i < needs.size(); ++i) {
+    if (!needs[i]) continue;
+    STD_TORCH_CHECK(grads[i].has_value(), "fastbp_native: a gradient that is needed was not found");
+    found.push_back(*grads[i]);
+  }
+  return found;
+}
+
+}  // namespace fastbp::cpu

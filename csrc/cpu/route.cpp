@@ -1,0 +1,51 @@
+#include "route.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+
+namespace fastbp::cpu {
+
+namespace {
+
+constexpr int64_t kNarrowFeatures = 256, kNarrowWeights = 1 << 18;
+constexpr int64_t kFewRows = 8;
+constexpr double kTinyWork = 2e6;
+
+bool is_intel() {
+#if defined(__x86_64__)
+  static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+  return intel;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+Route route_of(const Call& call) {
+  int64_t widest = 0, narrowest = INT64_MAX, total = 0;
+  for (const Weight& w : call.weights) {
+    widest = std::max({widest, w.in, w.out});
+    narrowest = std::min({narrowest, w.in, w.out});
+    total += w.in * w.out;
+  }
+  if (call.rows == 0 || narrowest == 0) return Route::wide;
+  const bool narrow = widest <= kNarrowFeatures && total <= kNarrowWeights;
+  const bool tiny = narrow && call.work() < kTinyWork;
+  switch (call.dtype) {
+    case Dtype::bfloat16:  // where the CPU multiplies bfloat16 itself, oneDNN is twice as fast as float panels
+      if (capability().bf16 && !tiny) return Route::library;
+      break;
+    case Dtype::float16:
+      break;
+    default:
+      if (narrow) break;
+      if (call.rows < kFewRows) return Route::library;  // there a product is a walk over the weights
+      if (call.dtype == Dtype::float32 && is_intel()) return Route::library;  // MKL is at the CPU's limit there
+  }
+  return narrow ? Route::narrow : Route::wide;
+}
+
+}  // namespace fastbp::cpu

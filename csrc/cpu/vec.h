@@ -1,0 +1,96 @@
+// A register of numbers, by the vector extensions that GCC and Clang share: the same text for every instruction set.
+//
+// Everything here and in the files that build on it is compiled once per capability (kernels.cpp), each time in a
+// namespace of its own, so that no function compiled for a wide instruction set can be linked into the path of another.
+#pragma once
+
+#include <stdint.h>
+
+#include "../primitives.h"
+
+#ifndef FASTBP_CAPABILITY
+#error "FASTBP_CAPABILITY must name the capability that this file is compiled for"
+#endif
+
+#if defined(__AVX512F__)
+#define FASTBP_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTBP_VECTOR_BYTES 32
+#else
+#define FASTBP_VECTOR_BYTES 16
+#endif
+
+#define FASTBP_UNROLL _Pragma("GCC unroll 16")
+
+namespace fastbp::cpu::FASTBP_CAPABILITY {
+
+// The compiler's own register types; `Anywhere` is one in memory, at any address.
+template <class S>
+struct Native;
+template <>
+struct Native<float> {
+  typedef float Lanes __attribute__((vector_size(FASTBP_VECTOR_BYTES)));
+  typedef int32_t Bits __attribute__((vector_size(FASTBP_VECTOR_BYTES)));
+  typedef float Anywhere __attribute__((vector_size(FASTBP_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <>
+struct Native<double> {
+  typedef double Lanes __attribute__((vector_size(FASTBP_VECTOR_BYTES)));
+  typedef int64_t Bits __attribute__((vector_size(FASTBP_VECTOR_BYTES)));
+  typedef double Anywhere __attribute__((vector_size(FASTBP_VECTOR_BYTES), aligned(8), may_alias));
+};
+
+template <class S>
+struct Mask;
+
+// One register of S, float or double.
+template <class S>
+struct Vec {
+  static constexpr int size = FASTBP_VECTOR_BYTES / sizeof(S);
+  using Lanes = typename Native<S>::Lanes;
+  using Bits = typename Native<S>::Bits;
+  using Anywhere = typename Native<S>::Anywhere;
+
+  Lanes v;
+
+  HD Vec() = default;
+  HD Vec(Lanes lanes) : v(lanes) {}
+  HD Vec(S number) : v(number - Lanes{}) {}  // x - 0 is x for every x, -0 and NaN too
+
+  static HD Vec load(const S* from) { return Vec(*reinterpret_cast<const Anywhere*>(from)); }
+  HD void store(S* to) const { *reinterpret_cast<Anywhere*>(to) = v; }
+
+  // The first n numbers, with zeros after them; the first n numbers only.
+  static HD Vec load(const S* from, int64_t n) {
+    S buffer[size] = {};
+    for (int64_t i = 0; i < n; ++i) buffer[i] = from[i];
+    return load(buffer);
+  }
+  HD void store(S* to, int64_t n) const {
+    S buffer[size];
+    store(buffer);
+    for (int64_t i = 0; i < n; ++i) to[i] = buffer[i];
+  }
+
+  HD Bits bits() const { return reinterpret_cast<Bits>(v); }
+  static HD Vec of(Bits bits) { return Vec(reinterpret_cast<Lanes>(bits)); }
+
+  HD Vec operator-() const { return Vec(-v); }
+  friend HD Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+  friend HD Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+  friend HD Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+  friend HD Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+  friend HD Mask<S> operator<(Vec a, Vec b) { return {a.v < b.v}; }
+  friend HD Mask<S> operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
+  friend HD Mask<S> operator>(Vec a, Vec b) { return {a.v > b.v}; }
+  friend HD Mask<S> operator>=(Vec a, Vec b) { return {a.v >= b.v}; }
+  friend HD Mask<S> operator==(Vec a, Vec b) { return {a.v == b.v}; }
+};
+
+// What a comparison gives: all bits of a lane, or none.
+template <class S>
+struct Mask {
+  typename Vec<S>::Bits m;
+};
+
+}  // namespace fastbp::cpu::FASTBP_CAPABILITY

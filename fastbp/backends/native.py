@@ -1,0 +1,103 @@
+"""The C++ kernels: one shared library, loaded here, one op call forward and one backward.
+
+``unavailable`` is None, or why there is no library to call: not built, not loadable, or built from other sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbp.activations import TABLE, rounded
+from fastbp.problem import Config, Problem
+from fastbp.reference import Saved
+from fastbp.version import __version__, fingerprint
+
+LIBRARY = Path(__file__).parents[1] / "_native.abi3.so"
+SOURCES = Path(__file__).parents[2] / "csrc"  # there in a checkout, not in an installed package
+REBUILD = "FASTBP_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps"
+_SAVES = ("preact", "output", "recompute")  # the order of csrc/cpu/call.h
+
+
+def rebuild_command() -> str:
+    """What to type to get the library that belongs to this package."""
+    return f"{REBUILD} -e {SOURCES.parent}" if SOURCES.is_dir() else f"{REBUILD} fastbp"
+
+
+def load(library: Path = LIBRARY, sources: Path = SOURCES) -> str | None:
+    """Load the library; None, or in a line why it cannot serve and what to do about it."""
+    if not library.is_file():
+        return f"the C++ kernels were not built; `{rebuild_command()}` builds them and says what is missing"
+    try:
+        torch.ops.load_library(library)
+        info, capability = _ops().build_info(), _ops().capability
+    except (OSError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        return f"{library.name} does not load into torch {torch.__version__}: {reason}; `{rebuild_command()}`"
+    version, built_from, *names = info.split()
+    if version != __version__ or names != [row.name for row in TABLE]:
+        return f"{library.name} belongs to fastbp {version}, and this is {__version__}; `{rebuild_command()}`"
+    if sources.is_dir() and built_from != fingerprint(sources):
+        return f"{library.name} was built from other sources than {sources.name}/ holds; `{rebuild_command()}`"
+    try:
+        capability()
+    except RuntimeError as error:  # FASTBP_CPU_CAPABILITY names what this CPU does not have
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def _ops() -> Any:
+    return torch.ops.fastbp_native
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this backend cannot serve the problem, or None."""
+    if problem.device.type != "cpu":
+        return f"the C++ kernels run on the CPU, and x is on {problem.device}"
+    return None
+
+
+def forward(
+    config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor]]:
+    """y and the residuals of the policy."""
+    y, *residuals = _forward(x, weights, _filled(biases), *_codes(config, torch.float64))
+    return y, residuals
+
+
+def backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask."""
+    x, y, weights, biases, residuals = saved
+    x, y = _ABSENT if x is None else x, _ABSENT if y is None else y
+    lists = _filled(weights), _filled(biases), _filled(residuals)
+    found = _backward(dy, x, y, *lists, *_codes(config, dy.dtype), needs)
+    if len(found) == len(needs):
+        return found  # type: ignore[no-any-return]
+    grads = iter(found)
+    return [next(grads) if need else None for need in needs]
+
+
+_ABSENT = torch.empty(())
+
+
+def _filled(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """A list without None, as the ops take it."""
+    return [_ABSENT if tensor is None else tensor for tensor in tensors]
+
+
+@lru_cache(maxsize=4096)
+def _codes(config: Config, dtype: torch.dtype) -> tuple[int, int, list[float], int]:
+    """A config as the ops take it: form, activation, parameters as y of this dtype shows them, policy."""
+    params = rounded(config.params, dtype) if config.save == "output" and config.row.limits else config.params
+    form = config.form.gated + 2 * config.form.projected
+    return form, TABLE.index(config.row), list(params), _SAVES.index(config.save)
+
+
+unavailable = load()
+if unavailable is None:
+    _forward, _backward = _ops().forward.default, _ops().backward.default

@@ -28,10 +28,15 @@ MODES = ("auto", "none", "cpu", "cuda")
 OLDEST_TORCH = (2, 11)
 ABI = "0x020b000000000000"  # the same as a number: newer functions of the stable ABI then do not compile
 
-# The kernels are compiled once for each capability; the library takes the best one that the CPU has.
-KERNELS = SOURCES / "cpu" / "kernels.cpp"
+# These are compiled once for each capability; the library takes the best one that the CPU has.
+KERNELS = {
+    SOURCES / "cpu" / "products.cpp": [],
+    SOURCES / "cpu" / "elementwise.cpp": ["-fschedule-insns", "-fsched-pressure"],
+}
+AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 X86 = {
-    "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
+    "avx512": AVX512,
     "avx2": "-mavx2 -mfma -mf16c",
     "generic": "",
 }
@@ -48,6 +53,7 @@ FLAGS = [
 ]
 # Registers in signatures are fine: they never leave a translation unit.
 QUIET = ["-Wno-attributes", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
+QUIET += ["-Wno-ignored-optimization-argument"]  # Clang schedules without being told
 
 
 class Unable(Exception):
@@ -110,10 +116,10 @@ class Build(build_ext):
 
         jobs = []
         for source in sorted(SOURCES.rglob("*.cpp")):
-            if source == KERNELS:
+            if source in KERNELS:
                 for name, flags in CAPABILITIES.items():
-                    own = ["-O3", *flags.split(), f"-DFASTBP_CAPABILITY={name}"]
-                    jobs.append((objects / f"kernels_{name}.o", source, own))
+                    own = ["-O3", *KERNELS[source], *flags.split(), f"-DFASTBP_CAPABILITY={name}"]
+                    jobs.append((objects / f"{source.stem}_{name}.o", source, own))
             else:
                 own = ["-O2", *torch_flags, f'-DFASTBP_IDENTITY="{identity}"']
                 jobs.append((objects / f"{source.stem}.o", source, own))

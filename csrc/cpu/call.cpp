@@ -85,9 +85,13 @@ Tensor Call::make(int64_t features) const {
 
 template <class S>
 void Call::output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_stride, S* to, int64_t to_stride) const {
+  const auto value = loops<S>(kDtypeOf<S>).value[settings.activation];
+  if (!settings.gated && !rounds<S>() && kept_stride == n && to_stride == n) {  // one long row
+    return value(rows * n, kept[0], to, settings.params);
+  }
   for (int64_t i = 0; i < rows; ++i) {
     S* row = to + i * to_stride;
-    value(n, kept[0] + i * kept_stride, row);
+    value(n, kept[0] + i * kept_stride, row, settings.params);
     if (settings.gated) kernels<S>().times(n, row, kept[1] + i * kept_stride, row);
     round(n, row);
   }
@@ -95,8 +99,14 @@ void Call::output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_st
 
 template <class S>
 void Call::slope(int64_t rows, int64_t n, const S* dh, int64_t stride, const S* const* kept, int64_t kept_stride,
-                 S* const* dz) const {
+                 S* const* dz, int64_t dz_stride) const {
   const auto& k = kernels<S>();
+  const Elementwise& in_s = loops<S>(kDtypeOf<S>);
+  const auto grad = grad_of(in_s);
+  const double* params = settings.params;
+  if (!settings.gated && !rounds<S>() && stride == n && dz_stride == n && (!kept[0] || kept_stride == n)) {
+    return grad(rows * n, dh, kept[0] ? kept[0] : dh, dz[0], params);  // one long row
+  }
   Scratch scratch;
   S* part = scratch.take<S>(n);
   S* rounded = rounds<S>() ? scratch.take<S>(n) : nullptr;
@@ -109,19 +119,19 @@ void Call::slope(int64_t rows, int64_t n, const S* dh, int64_t stride, const S* 
       dh_row = rounded;
     }
     if (!settings.gated) {
-      grad(n, dh_row, row[0], dz[0] + i * n);  // identity looks at nothing that was kept
-      round(n, dz[0] + i * n);
+      grad(n, dh_row, row[0], dz[0] + i * dz_stride, params);  // identity looks at nothing that was kept
+      round(n, dz[0] + i * dz_stride);
       continue;
     }
     if (dz[0]) {  // dg = dh · u · f'(g)
       k.times(n, dh_row, row[1], part);
-      grad(n, part, row[0], dz[0] + i * n);
-      round(n, dz[0] + i * n);
+      grad(n, part, row[0], dz[0] + i * dz_stride, params);
+      round(n, dz[0] + i * dz_stride);
     }
     if (dz[1]) {  // du = dh · f(g)
-      value(n, row[0], part);
-      k.times(n, dh_row, part, dz[1] + i * n);
-      round(n, dz[1] + i * n);
+      in_s.value[settings.activation](n, row[0], part, params);
+      k.times(n, dh_row, part, dz[1] + i * dz_stride);
+      round(n, dz[1] + i * dz_stride);
     }
   }
 }
@@ -143,16 +153,23 @@ void Call::read_input(int64_t layer, int64_t r, int64_t rows, int64_t c, int64_t
 
 template <class S>
 void Call::read_slope(int64_t layer, int64_t r, int64_t rows, int64_t c, int64_t n, const S* dh, int64_t stride,
-                      S* const* dz) const {
+                      S* const* dz, int64_t dz_stride) const {
   Scratch scratch;
-  S* parts[2] = {nullptr, nullptr};
+  const S* parts[2] = {nullptr, nullptr};
+  const Rows* kept = &residuals[first(layer)];
+  const bool as_it_is = kept[0].dense_as<S>() && (!settings.gated || kept[1].dense_as<S>() == nullptr ||
+                                                  kept[1].row_stride() == kept[0].row_stride());
   for (int part = 0; part < width(); ++part) {
-    const Rows& kept = residuals[first(layer) + part];
-    if (!kept.any()) continue;
-    parts[part] = scratch.take<S>(rows * n);
-    kept.read(r, rows, c, n, parts[part], n);
+    if (!kept[part].any()) continue;
+    if (as_it_is && kept[part].dense_as<S>()) {
+      parts[part] = static_cast<const S*>(kept[part].at(r, c));
+      continue;
+    }
+    S* copy = scratch.take<S>(rows * n);
+    kept[part].read(r, rows, c, n, copy, n);
+    parts[part] = copy;
   }
-  slope(rows, n, dh, stride, parts, n, dz);
+  slope(rows, n, dh, stride, parts, as_it_is ? kept[0].row_stride() : n, dz, dz_stride);
 }
 
 template <class S>
@@ -164,11 +181,12 @@ const S* read_bias(const Maybe& bias, Scratch& scratch) {
   return numbers;
 }
 
-#define FASTBP_INSTANTIATE(S)                                                                                      \
-  template void Call::output(int64_t, int64_t, const S* const*, int64_t, S*, int64_t) const;                       \
-  template void Call::slope(int64_t, int64_t, const S*, int64_t, const S* const*, int64_t, S* const*) const;       \
-  template void Call::read_input(int64_t, int64_t, int64_t, int64_t, int64_t, S*, int64_t) const;                  \
-  template void Call::read_slope(int64_t, int64_t, int64_t, int64_t, int64_t, const S*, int64_t, S* const*) const; \
+#define FASTBP_INSTANTIATE(S)                                                                                         \
+  template void Call::output(int64_t, int64_t, const S* const*, int64_t, S*, int64_t) const;                          \
+  template void Call::slope(int64_t, int64_t, const S*, int64_t, const S* const*, int64_t, S* const*, int64_t) const; \
+  template void Call::read_input(int64_t, int64_t, int64_t, int64_t, int64_t, S*, int64_t) const;                     \
+  template void Call::read_slope(int64_t, int64_t, int64_t, int64_t, int64_t, const S*, int64_t, S* const*, int64_t)  \
+      const;                                                                                                          \
   template const S* read_bias(const Maybe&, Scratch&);
 FASTBP_INSTANTIATE(float)
 FASTBP_INSTANTIATE(double)

@@ -22,11 +22,12 @@ class Rows {
   // Whether there is a tensor behind it.
   bool any() const { return any_; }
   const void* at(int64_t row, int64_t column) const;
-  // The rows as one piece of memory of S, where they are that; null otherwise.
+  // Whether each row is one piece of memory, and all rows row_stride() apart.
+  bool dense() const { return uniform_ && stride_ == 1; }
+  // Such rows, if they are of S; null otherwise.
   template <class S>
-  const S* dense() const {
-    return uniform_ && stride_ == 1 && kItemSize[static_cast<int>(dtype_)] == sizeof(S) ? static_cast<const S*>(data_)
-                                                                                        : nullptr;
+  const S* dense_as() const {
+    return dense() && kItemSize[static_cast<int>(dtype_)] == sizeof(S) ? static_cast<const S*>(data_) : nullptr;
   }
   int64_t row_stride() const { return row_stride_; }
 
@@ -60,6 +61,11 @@ struct Out {
 
   void* at(int64_t row, int64_t column) const {
     return data + (row * size + column) * kItemSize[static_cast<int>(dtype)];
+  }
+  // Where numbers of S may be written at once; null where they must be converted on the way.
+  template <class S>
+  S* direct(int64_t row, int64_t column) const {
+    return data && kItemSize[static_cast<int>(dtype)] == sizeof(S) ? static_cast<S*>(at(row, column)) : nullptr;
   }
   template <class S>
   void write(int64_t r, int64_t rows, int64_t c, int64_t n, const S* from, int64_t from_stride) const {
@@ -142,15 +148,13 @@ struct Call {
 
   Tensor make(int64_t features) const;  // (..., features), of the call's dtype
 
+  // The loops over numbers of a dtype, and the gradient that goes with what is kept.
   template <class S>
-  void value(int64_t n, const S* z, S* y) const {
-    kernels<S>().value[settings.activation](n, z, y, settings.params);
+  const Elementwise& loops(Dtype of) const {
+    return kernels<S>().of[static_cast<int>(of)];
   }
-  template <class S>
-  void grad(int64_t n, const S* dy, const S* residual, S* dz) const {
-    const auto& k = kernels<S>();
-    const auto* table = settings.save == Save::output ? k.grad_from_output : k.grad;
-    table[settings.activation](n, dy, residual, dz, settings.params);
+  Elementwise::Grad grad_of(const Elementwise& loops) const {
+    return (settings.save == Save::output ? loops.grad_from_output : loops.grad)[settings.activation];
   }
 
   // Whether the call's dtype has fewer digits than the compute type.
@@ -175,11 +179,11 @@ struct Call {
   template <class S>
   void output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_stride, S* to, int64_t to_stride) const;
 
-  // dz of a hidden layer's linears from rows of dh: dz[0], and dz[1] of a gated layer, n apart; either may be null.
-  // `kept` is what the layer kept, and null where nothing of it is looked at.
+  // dz of a hidden layer's linears from rows of dh: dz[0], and dz[1] of a gated layer; either may be null. `kept` is
+  // what the layer kept, and null where nothing of it is looked at.
   template <class S>
   void slope(int64_t rows, int64_t n, const S* dh, int64_t stride, const S* const* kept, int64_t kept_stride,
-             S* const* dz) const;
+             S* const* dz, int64_t dz_stride) const;
 
   // The input of a layer: x, or the output of the hidden layer beneath it, rebuilt from what was kept.
   template <class S>
@@ -187,7 +191,7 @@ struct Call {
   // `slope` with what was kept of columns [c, c + n) of rows from r on.
   template <class S>
   void read_slope(int64_t layer, int64_t r, int64_t rows, int64_t c, int64_t n, const S* dh, int64_t stride,
-                  S* const* dz) const;
+                  S* const* dz, int64_t dz_stride) const;
 };
 
 Dtype dtype_of(const Tensor& tensor);

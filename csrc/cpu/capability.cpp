@@ -8,10 +8,12 @@
 
 namespace fastbp::cpu {
 
-#define FASTBP_DECLARE(NAME)          \
-  namespace NAME {                    \
-  const Kernels<float>* in_float();   \
-  const Kernels<double>* in_double(); \
+#define FASTBP_DECLARE(NAME)               \
+  namespace NAME {                         \
+  void fill_products(Kernels<float>&);     \
+  void fill_products(Kernels<double>&);    \
+  void fill_elementwise(Kernels<float>&);  \
+  void fill_elementwise(Kernels<double>&); \
   }
 FASTBP_FOR_EACH_CAPABILITY(FASTBP_DECLARE)
 #undef FASTBP_DECLARE
@@ -22,6 +24,7 @@ namespace {
 bool runs(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (!strcmp(name, "avx512_bf16")) return __builtin_cpu_supports("avx512bf16") && runs("avx512");
   if (!strcmp(name, "avx512")) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && runs("avx2");
@@ -45,10 +48,15 @@ Capability find() {
   const char* asked = getenv("FASTBP_CPU_CAPABILITY");
   if (asked && !*asked) asked = nullptr;
   std::string known;
-#define FASTBP_TRY(NAME)                                                              \
-  known += std::string(known.empty() ? "" : ", ") + #NAME;                            \
-  if (runs(#NAME) && (!asked || !strcmp(asked, #NAME))) {                             \
-    return {#NAME, !asked && multiplies_bf16(), NAME::in_float(), NAME::in_double()}; \
+#define FASTBP_TRY(NAME)                                          \
+  known += std::string(known.empty() ? "" : ", ") + #NAME;        \
+  if (runs(#NAME) && (!asked || !strcmp(asked, #NAME))) {         \
+    Capability found{#NAME, !asked && multiplies_bf16(), {}, {}}; \
+    NAME::fill_products(found.in_float);                          \
+    NAME::fill_products(found.in_double);                         \
+    NAME::fill_elementwise(found.in_float);                       \
+    NAME::fill_elementwise(found.in_double);                      \
+    return found;                                                 \
   }
   FASTBP_FOR_EACH_CAPABILITY(FASTBP_TRY)
 #undef FASTBP_TRY

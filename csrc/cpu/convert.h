@@ -1,10 +1,6 @@
 // Numbers of every dtype into registers of the compute type, and back: 16-bit floats are computed in float.
 #pragma once
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 #include "kernels.h"
 #include "vec.h"
 
@@ -14,13 +10,36 @@ typedef uint16_t Words __attribute__((vector_size(FASTBP_VECTOR_BYTES / 2)));
 typedef uint16_t WordsAnywhere __attribute__((vector_size(FASTBP_VECTOR_BYTES / 2), aligned(2), may_alias));
 using Bits32 = Native<float>::Bits;
 
-HD Vec<float> widen(Words words, BFloat16) { return Vec<float>::of(__builtin_convertvector(words, Bits32) << 16); }
+// GCC takes a detour for __builtin_convertvector between these widths.
+HD Bits32 longer(Words words) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Bits32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(words)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Bits32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(words)));
+#else
+  return __builtin_convertvector(words, Bits32);
+#endif
+}
+
+// The low halves.
+HD Words shorter(Bits32 bits) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits)));
+#else
+  return __builtin_convertvector(bits, Words);
+#endif
+}
+
+HD Vec<float> widen(Words words, BFloat16) { return Vec<float>::of(longer(words) << 16); }
 
 // To nearest, ties to even; NaN becomes the quiet NaN that PyTorch writes.
 HD Words narrow(Vec<float> x, BFloat16) {
-  const Bits32 bits = x.bits();
-  const Bits32 rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
-  return __builtin_convertvector((x == x).m ? rounded : Bits32{} + 0x7fc0, Words);
+#if defined(__AVX512BF16__)  // which makes a subnormal 0, as its products do
+  return reinterpret_cast<Words>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x.v)));
+#else
+  const Bits32 bits = x.bits(), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return shorter((x == x).m ? rounded : Bits32{} + 0x7fc0);
+#endif
 }
 
 HD Vec<float> widen(Words words, Half) {
@@ -30,7 +49,7 @@ HD Vec<float> widen(Words words, Half) {
   return Vec<float>(reinterpret_cast<Native<float>::Lanes>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(words))));
 #else
   // The exponent is moved to float's place by a product, which also makes subnormal halves normal.
-  const Bits32 bits = __builtin_convertvector(words, Bits32), magnitude = (bits & 0x7fff) << 13;
+  const Bits32 bits = longer(words), magnitude = (bits & 0x7fff) << 13;
   const Bits32 moved = (Vec<float>::of(magnitude) * Vec<float>(0x1p112f)).bits();
   const Bits32 special = magnitude >= 0x7c00 << 13;  // inf and NaN
   return Vec<float>::of((special ? magnitude | 0x7f800000 : moved) | ((bits & 0x8000) << 16));
@@ -50,25 +69,25 @@ HD Words narrow(Vec<float> x, Half) {
   const Bits32 finite = magnitude < 113 << 23 ? subnormal : normal;
   const Bits32 special = magnitude > 0x7f800000 ? Bits32{} + 0x7e00 : Bits32{} + 0x7c00;
   const Bits32 half = magnitude >= 0x477ff000 ? special : finite;  // 65520 rounds to inf
-  return __builtin_convertvector(half | ((all >> 16) & 0x8000), Words);
+  return shorter(half | ((all >> 16) & 0x8000));
 #endif
 }
 
 template <class T, class S>
 HD Vec<S> load(const T* from) {
-  if constexpr (sizeof(T) == sizeof(S)) {
-    return Vec<S>::load(reinterpret_cast<const S*>(from));
+  if constexpr (sizeof(T) == sizeof(typename Vec<S>::Number)) {
+    return Vec<S>::load(reinterpret_cast<const typename Vec<S>::Number*>(from));
   } else {
-    return widen(*reinterpret_cast<const WordsAnywhere*>(from), T{});
+    return Vec<S>(widen(*reinterpret_cast<const WordsAnywhere*>(from), T{}).v);
   }
 }
 
 template <class T, class S>
 HD void store(Vec<S> x, T* to) {
-  if constexpr (sizeof(T) == sizeof(S)) {
-    x.store(reinterpret_cast<S*>(to));
+  if constexpr (sizeof(T) == sizeof(typename Vec<S>::Number)) {
+    x.store(reinterpret_cast<typename Vec<S>::Number*>(to));
   } else {
-    *reinterpret_cast<WordsAnywhere*>(to) = narrow(x, T{});
+    *reinterpret_cast<WordsAnywhere*>(to) = narrow(Vec<float>(x.v), T{});
   }
 }
 

@@ -18,7 +18,26 @@ constexpr int kTileColumns = 2 * Vec<S>::size;
 // Where a tile of A lies: row-major (rows `stride` apart) or by columns (steps of the reduction `stride` apart).
 enum class Order { rows, columns };
 
-template <class S, int R, Order order>
+// How a number of A and a register of B come to a sum.
+template <class S>
+struct Numbers {
+  using Lanes = typename Vec<S>::Lanes;
+  static HD Lanes add(Lanes sum, S number, Lanes b) { return sum + number * b; }
+};
+
+#if defined(__AVX512BF16__)
+// Two bfloat16 in the place of a float: two steps of the reduction in one.
+struct Pairs {
+  using Lanes = Vec<float>::Lanes;
+  static HD Lanes add(Lanes sum, float pair, Lanes b) {
+    const auto a = _mm512_set1_ps(pair);
+    return reinterpret_cast<Lanes>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+  }
+};
+#endif
+
+template <class S, class Arithmetic, int R, Order order>
 static void tile(int64_t depth, const S* a, int64_t stride, const S* b, int64_t b_stride, S* c, int64_t c_stride,
                  const S* bias, bool accumulate, int64_t columns) {
   using V = Vec<S>;
@@ -32,8 +51,8 @@ static void tile(int64_t depth, const S* a, int64_t stride, const S* b, int64_t 
     FASTBP_UNROLL for (int i = 0; i < R; ++i) {
       // Row 3j + r lies r strides behind row 3j: four addresses and one stride serve twelve rows.
       const S number = order == Order::rows ? rows[i / 3][(i % 3) * stride] : a[i];
-      low[i] += number * b_low;
-      high[i] += number * b_high;
+      low[i] = Arithmetic::add(low[i], number, b_low);
+      high[i] = Arithmetic::add(high[i], number, b_high);
     }
     if (order == Order::rows) {
       FASTBP_UNROLL for (int j = 0; j < kTriples; ++j)++ rows[j];
@@ -70,18 +89,19 @@ static void tile(int64_t depth, const S* a, int64_t stride, const S* b, int64_t 
 }
 
 // The same for a number of rows that is known only now: a last tile of few rows costs no more than it must.
-template <class S, Order order, int R = kTileRows>
+template <class S, class Arithmetic, Order order, int R = kTileRows>
 static void tile_of(int rows, int64_t depth, const S* a, int64_t stride, const S* b, int64_t b_stride, S* c,
                     int64_t c_stride, const S* bias, bool accumulate, int64_t columns) {
   if constexpr (R > 1) {
     if (rows < R) {
-      return tile_of<S, order, R - 1>(rows, depth, a, stride, b, b_stride, c, c_stride, bias, accumulate, columns);
+      return tile_of<S, Arithmetic, order, R - 1>(rows, depth, a, stride, b, b_stride, c, c_stride, bias, accumulate,
+                                                  columns);
     }
   }
-  tile<S, R, order>(depth, a, stride, b, b_stride, c, c_stride, bias, accumulate, columns);
+  tile<S, Arithmetic, R, order>(depth, a, stride, b, b_stride, c, c_stride, bias, accumulate, columns);
 }
 
-template <class S>
+template <class S, class Arithmetic>
 static void multiply(const Product<S>& p) {
   constexpr int64_t width = kTileColumns<S>;
   for (int64_t j = 0; j < p.columns; j += width) {  // a tile of columns of B stays in the cache for all rows of A
@@ -92,11 +112,11 @@ static void multiply(const Product<S>& p) {
       const int rows = p.rows - i < kTileRows ? p.rows - i : kTileRows;
       S* c = p.c + i * p.c_stride + j;
       if (p.a_by_columns) {
-        tile_of<S, Order::columns>(rows, p.depth, p.a + i / kTileRows * p.a_tile, p.a_stride, b, p.b_stride, c,
-                                   p.c_stride, bias, p.accumulate, columns);
+        tile_of<S, Arithmetic, Order::columns>(rows, p.depth, p.a + i / kTileRows * p.a_tile, p.a_stride, b, p.b_stride,
+                                               c, p.c_stride, bias, p.accumulate, columns);
       } else {
-        tile_of<S, Order::rows>(rows, p.depth, p.a + i * p.a_stride, p.a_stride, b, p.b_stride, c, p.c_stride, bias,
-                                p.accumulate, columns);
+        tile_of<S, Arithmetic, Order::rows>(rows, p.depth, p.a + i * p.a_stride, p.a_stride, b, p.b_stride, c,
+                                            p.c_stride, bias, p.accumulate, columns);
       }
     }
   }

@@ -1,12 +1,12 @@
 // What a capability offers: the loops over numbers, chosen once when the library is loaded. Nothing here depends on an
-// instruction set; kernels.cpp fills the table once for each.
+// instruction set; products.cpp and elementwise.cpp are compiled once for each and fill the table.
 #pragma once
 
 #include <stdint.h>
 
 // Best first. setup.py has the compiler's flags for each.
 #if defined(__x86_64__)
-#define FASTBP_FOR_EACH_CAPABILITY(F) F(avx512) F(avx2) F(generic)
+#define FASTBP_FOR_EACH_CAPABILITY(F) F(avx512_bf16) F(avx512) F(avx2) F(generic)
 #else
 #define FASTBP_FOR_EACH_CAPABILITY(F) F(generic)
 #endif
@@ -41,32 +41,41 @@ struct Product {
   bool accumulate;
 };
 
+// Rows of n numbers of one dtype; the activations in the order of activations.h.
+struct Elementwise {
+  using Value = void (*)(int64_t n, const void* z, void* y, const double* params);
+  using Grad = void (*)(int64_t n, const void* dy, const void* z_or_y, void* dz, const double* params);
+  Value value[kMostActivations];
+  Grad grad[kMostActivations], grad_from_output[kMostActivations];  // null where y does not give the slope
+  // sums += the sum of rows that are `stride` numbers apart; the sums are of the compute type.
+  void (*add_rows)(int64_t rows, int64_t n, const void* numbers, int64_t stride, void* sums);
+};
+
 template <class S>
 struct Kernels {
   int tile_rows, tile_columns;
   void (*multiply)(const Product<S>&);
-
+  // The same where A and B hold two bfloat16 in the place of a float, two steps of the reduction; null where the CPU
+  // does not multiply those. And two rows of bfloat16 as one of such pairs.
+  void (*multiply_pairs)(const Product<S>&);
+  void (*pair_rows)(int64_t n, const uint16_t* even, const uint16_t* odd_or_null, S* pairs);
   // B (depth × columns) into tiles of columns, the last one filled up with zeros.
   void (*pack[kDtypes])(int64_t depth, int64_t columns, const void* b, int64_t depth_stride, int64_t column_stride,
                         S* to);
   void (*read)(Dtype, int64_t n, const void* from, int64_t stride, S* to);
   void (*write)(Dtype, int64_t n, const S* from, void* to);
-
-  // Rows of n numbers; activations in the order of activations.h.
-  using Value = void (*)(int64_t n, const S* z, S* y, const double* params);
-  using Grad = void (*)(int64_t n, const S* dy, const S* z_or_y, S* dz, const double* params);
-  Value value[kMostActivations];
-  Grad grad[kMostActivations], grad_from_output[kMostActivations];  // null where y does not give the slope
+  Elementwise of[kDtypes];  // those that are computed in S
   void (*times)(int64_t n, const S* a, const S* b, S* product);
-  // sum += the sum of rows of n numbers, `stride` apart.
-  void (*add_rows)(int64_t rows, int64_t n, const S* a, int64_t stride, S* sum);
 };
+
+template <class S>
+constexpr Dtype kDtypeOf = sizeof(S) == 8 ? Dtype::float64 : Dtype::float32;
 
 struct Capability {
   const char* name;
   bool bf16;  // whether the CPU multiplies bfloat16 itself, which the library GEMM then uses
-  const Kernels<float>* in_float;
-  const Kernels<double>* in_double;
+  Kernels<float> in_float;
+  Kernels<double> in_double;
 };
 
 // The best that this CPU has, or what FASTBP_CPU_CAPABILITY names; found once.
@@ -76,11 +85,11 @@ template <class S>
 const Kernels<S>& kernels();
 template <>
 inline const Kernels<float>& kernels<float>() {
-  return *capability().in_float;
+  return capability().in_float;
 }
 template <>
 inline const Kernels<double>& kernels<double>() {
-  return *capability().in_double;
+  return capability().in_double;
 }
 
 }  // namespace fastbp::cpu

@@ -5,13 +5,18 @@
 // Errors: docs/numerics.md. NaN stays NaN everywhere, as a comparison with it is false.
 #pragma once
 
-#include "polynomials.h"
+#include <type_traits>
+
 #include "vec.h"
+// after vec.h, which declares Coarse
+#include "polynomials.h"
 
 namespace fastbp::prim {
 
 template <class S>
 using Register = cpu::FASTBP_CAPABILITY::Vec<S>;
+template <class S>
+using Number = typename Register<S>::Number;
 template <class S>
 using Condition = cpu::FASTBP_CAPABILITY::Mask<S>;
 
@@ -26,10 +31,12 @@ struct Range<float> {
   static constexpr int kMantissa = 23, kBias = 127, kSqrtHalf = 0x3f3504f3, kAbs = 0x7fffffff;
 };
 template <>
+struct Range<cpu::Coarse> : Range<float> {};
+template <>
 struct Range<double> {
   static constexpr double kHuge = 710, kTiny = -746;
   static constexpr double kLog2Hi = 6.93147180369123816490e-01, kLog2Lo = 1.90821492927058770002e-10;
-  static constexpr double kMagic = 6755399441055744.0;  // 1.5 · 2⁵²
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 · 2⁵², whose low bits are zero too
   static constexpr double kTanhIsOne = 20, kErfEnd = 6, kExpm1IsExp = 60, kMost = 1.7976931348623157e308;
   static constexpr int64_t kMantissa = 52, kBias = 1023, kSqrtHalf = 0x3fe6a09e667f3bcd, kAbs = 0x7fffffffffffffff;
 };
@@ -41,12 +48,12 @@ HD Register<S> select(Condition<S> condition, Register<S> a, Register<S> b) {
 
 template <class S>
 HD Register<S> maximum(Register<S> a, Register<S> b) {
-  return select(a < b, b, a);
+  return greater(a, b);
 }
 
 template <class S>
 HD Register<S> minimum(Register<S> a, Register<S> b) {
-  return select(a > b, b, a);
+  return lesser(a, b);
 }
 
 template <class S>
@@ -62,18 +69,51 @@ HD Register<S> copy_sign(Register<S> magnitude, Register<S> sign) {
 template <class S>
 HD Register<S> sqrt(Register<S> x) {
   for (int i = 0; i < Register<S>::size; ++i)
-    x.v[i] = sizeof(S) == 4 ? __builtin_sqrtf(x.v[i]) : __builtin_sqrt(x.v[i]);
+    x.v[i] = sizeof(Number<S>) == 4 ? __builtin_sqrtf(x.v[i]) : __builtin_sqrt(x.v[i]);
   return x;
 }
 
-template <class S, int count>
-HD Register<S> horner(const S (&coefficients)[count], Register<S> x) {
+template <class S, class N, int count>
+HD Register<S> horner(const N (&coefficients)[count], Register<S> x) {
   Register<S> sum(coefficients[0]);
   FASTBP_UNROLL for (int i = 1; i < count; ++i) sum = sum * x + Register<S>(coefficients[i]);
   return sum;
 }
 
-// eˣ = (tail + 1) · first · second; the power of two comes by halves, for it may leave the range where eˣ does not.
+// eˣ = (tail + 1) · power, where neither leaves the range of the type: |x| below 80.
+template <class S>
+struct Bounded {
+  Register<S> tail, power;
+};
+
+template <class S>
+HD Register<S> reduced(Register<S> x, Register<S>& shifted) {
+  using V = Register<S>;
+  using R = Range<S>;
+  shifted = x * V(Number<S>(1.4426950408889634)) + V(R::kMagic);
+  const V n = shifted - V(R::kMagic);
+  const V r = (x - n * V(R::kLog2Hi)) - n * V(R::kLog2Lo);
+  return r + r * r * horner(cpu::polynomials::Of<S>::kExpm1, r);
+}
+
+template <class S>
+HD Bounded<S> bounded_exponential(Register<S> x) {
+  using V = Register<S>;
+  using R = Range<S>;
+  V shifted;
+  const V tail = reduced(x, shifted);
+  // The integer is in the low bits of `shifted`, and all that is above them goes out on the left.
+  return {tail, V::of((shifted.bits() + R::kBias) << R::kMantissa)};
+}
+
+template <class S>
+HD Register<S> bounded_exp(Register<S> x) {
+  const auto e = bounded_exponential(x);
+  return e.tail * e.power + e.power;
+}
+
+// The same for every x: eˣ = (tail + 1) · first · second, the power of two by halves, for it may leave the range where
+// eˣ does not.
 template <class S>
 struct Exponential {
   Register<S> tail, first, second;
@@ -83,11 +123,8 @@ template <class S>
 HD Exponential<S> exponential(Register<S> x) {
   using V = Register<S>;
   using R = Range<S>;
-  x = maximum(minimum(x, V(R::kHuge)), V(R::kTiny));
-  const V shifted = x * V(S(1.4426950408889634)) + V(R::kMagic);
-  const V n = shifted - V(R::kMagic);
-  const V r = (x - n * V(R::kLog2Hi)) - n * V(R::kLog2Lo);
-  const V tail = r + r * r * horner(cpu::polynomials::Of<S>::kExpm1, r);
+  V shifted;
+  const V tail = reduced(maximum(minimum(x, V(R::kHuge)), V(R::kTiny)), shifted);
   const auto power = shifted.bits() - V(R::kMagic).bits(), half = power >> 1;
   return {tail, V::of((half + R::kBias) << R::kMantissa), V::of((power - half + R::kBias) << R::kMantissa)};
 }
@@ -95,39 +132,45 @@ HD Exponential<S> exponential(Register<S> x) {
 template <class S>
 HD Register<S> exp(Register<S> x) {
   const auto e = exponential(x);
-  return (e.tail + Register<S>(S(1))) * e.first * e.second;
+  return (e.tail + Register<S>(Number<S>(1))) * e.first * e.second;
 }
 
 template <class S>
 HD Register<S> expm1(Register<S> x) {
   using V = Register<S>;
   const auto e = exponential(x);
-  const V one(S(1)), power = e.first * e.second;
+  const V one(Number<S>(1)), power = e.first * e.second;
   return select(x > V(Range<S>::kExpm1IsExp), (e.tail + one) * e.first * e.second, e.tail * power + (power - one));
 }
 
 template <class S>
 HD Register<S> sigmoid(Register<S> x) {
-  return Register<S>(S(1)) / (Register<S>(S(1)) + exp(-x));
+  return Register<S>(Number<S>(1)) / (Register<S>(Number<S>(1)) + exp(-x));
 }
 
 template <class S>
 HD Register<S> tanh(Register<S> x) {
   using V = Register<S>;
-  const V t = minimum(absolute(x), V(Range<S>::kTanhIsOne)), one(S(1)), two(S(2));
+  const V t = minimum(absolute(x), V(Range<S>::kTanhIsOne)), one(Number<S>(1)), two(Number<S>(2));
   const V near = t + t * horner(cpu::polynomials::Of<S>::kTanh, t * t);
-  const V far = one - two / (exp(t + t) + one);
-  return copy_sign(select(t < V(S(0.6)), near, far), x);
+  const V far = one - two / (bounded_exp(t + t) + one);
+  return copy_sign(select(t < V(Number<S>(0.6)), near, far), x);
 }
 
 template <class S>
 HD Register<S> erf(Register<S> x) {
   using V = Register<S>;
   using P = cpu::polynomials::Of<S>;
-  const V t = minimum(absolute(x), V(Range<S>::kErfEnd));
-  const V near = t + t * horner(P::kErf, t * t);
-  const V far = V(S(1)) - exp(-horner(P::kErfc, t - V(S(1))));
-  return copy_sign(select(t < V(S(1)), near, far), x);
+  const V t = minimum(absolute(x), V(Range<S>::kErfEnd)), one(Number<S>(1));
+  if constexpr (std::is_same_v<S,
+                               cpu::Coarse>) {  // erf t = 1 − e^(−q); by way of e^(−q) − 1 a small t keeps its digits
+    const auto e = bounded_exponential(-(t * horner(P::kErfc, t)));
+    return copy_sign(e.tail * e.power + (e.power - one), x);
+  } else {
+    const V near = t + t * horner(P::kErf, t * t);
+    const V far = one - bounded_exp(-horner(P::kErfc, t - one));
+    return copy_sign(select(t < one, near, far), x);
+  }
 }
 
 // For x >= 0, which is all that softplus asks. With u = 1 + x rounded, log(1 + x) = log u + (1 + x − u) / u.
@@ -135,11 +178,11 @@ template <class S>
 HD Register<S> log1p(Register<S> x) {
   using V = Register<S>;
   using R = Range<S>;
-  const V one(S(1)), u = one + x;
+  const V one(Number<S>(1)), u = one + x;
   const V lost = select(x < one, x - (u - one), one - (u - x));
   const auto exponent = (u.bits() - R::kSqrtHalf) >> R::kMantissa;
   const V f = V::of(u.bits() - (exponent << R::kMantissa)) - one;
-  const V s = f / (V(S(2)) + f), w = s * s;
+  const V s = f / (V(Number<S>(2)) + f), w = s * s;
   const V k(__builtin_convertvector(exponent, typename V::Lanes));
   const V log = (s + s) + s * w * horner(cpu::polynomials::Of<S>::kLog, w);
   return select(x <= V(R::kMost), k * V(R::kLog2Hi) + (log + (k * V(R::kLog2Lo) + lost / u)), x);

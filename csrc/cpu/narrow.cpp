@@ -10,7 +10,6 @@ std::vector<Tensor> forward_narrow(Call& call) {
   const Settings& settings = call.settings;
   const int64_t hidden = call.hidden(), layers = call.layers();
   const bool keeps_z = settings.save == Save::preact, keeps_h = settings.save == Save::output && settings.projected;
-  const bool same = kItemSize[static_cast<int>(call.dtype)] == sizeof(S);
   std::vector<Tensor> results{call.make(call.weights.back().out)};
   std::vector<Out> kept;
   for (int64_t i = 0; i < hidden * call.width(); ++i) {
@@ -30,8 +29,8 @@ std::vector<Tensor> forward_narrow(Call& call) {
     S* z_room[2] = {scratch.take<S>(kPanel * room), settings.gated ? scratch.take<S>(kPanel * room) : nullptr};
     // Where numbers of the compute type may be written at once, they are.
     const auto place = [&](const Out& out, S* otherwise) -> std::pair<S*, int64_t> {
-      if (same && out) return {static_cast<S*>(out.at(r, 0)), out.size};
-      return {otherwise, room};
+      S* const direct = out.template direct<S>(r, 0);
+      return direct ? std::pair{direct, out.size} : std::pair{otherwise, room};
     };
     Panel<S> h = panel_of(call.x, r, rows, buffer, room);
     for (int64_t layer = 0; layer < layers; ++layer) {

@@ -12,15 +12,15 @@ template <class S>
 class Chunk {
  public:
   Chunk(const Call& call, const Needs& needs, const Packed<S>* forward, const Packed<S>& backward, const Rows& dy,
-        const Out& dx, const std::vector<int64_t>& places, S* sums)
+        const Out& dx, const Sums<S>& sums, S* own)
       : call_(call),
         needs_(needs),
         forward_(forward),
         backward_(backward),
         dy_(dy),
         dx_(dx),
-        places_(places),
         sums_(sums),
+        own_(own),
         room_(round_up(widest(call), kernels<S>().tile_columns) + 16) {}
 
   void run(int64_t r, int64_t rows) {
@@ -41,7 +41,7 @@ class Chunk {
           if (needs_.slope(first + part)) parts[part] = dz_room[part];
         }
         const S* z[2] = {kept[first].data, call_.settings.gated ? kept[first + 1].data : nullptr};
-        call_.slope(rows, n, d.data, d.stride, z, kept[first].stride, parts);
+        call_.slope(rows, n, d.data, d.stride, z, kept[first].stride, parts, n);
         for (int part = 0; part < 2; ++part) dz[part] = {parts[part], n};
       }
       add_up(layer, rows, dz, x, kept, h_room);
@@ -98,17 +98,17 @@ class Chunk {
   void add_up(int64_t layer, int64_t rows, const Panel<S>* dz, Panel<S> x, const std::vector<Panel<S>>& kept,
               S* h_room) {
     const auto& k = kernels<S>();
-    const int64_t linears = call_.linears(), first = call_.first(layer), in = call_.weights[first].in;
+    const int64_t first = call_.first(layer), in = call_.weights[first].in;
     Panel<S> h;
     for (int part = 0; part < call_.parts(layer); ++part) {
       const int64_t linear = first + part, n = call_.weights[linear].out;
       if (needs_.bias(linear)) {
-        k.add_rows(rows, n, dz[part].data, dz[part].stride, sums_ + places_[1 + linears + linear]);
+        k.of[static_cast<int>(kDtypeOf<S>)].add_rows(rows, n, dz[part].data, dz[part].stride, sums_.bias(own_, linear));
       }
       if (!needs_.weight(linear)) continue;
       if (!h.data) h = input(layer, rows, in, x, kept, h_room);
       k.multiply({n, in, rows, dz[part].data, dz[part].stride, true, k.tile_rows, h.data, h.stride, k.tile_columns,
-                  sums_ + places_[1 + linear], in, nullptr, true});
+                  sums_.weight(own_, linear), in, nullptr, true});
     }
   }
 
@@ -133,8 +133,8 @@ class Chunk {
   const Packed<S>& backward_;
   const Rows& dy_;
   const Out& dx_;
-  const std::vector<int64_t>& places_;
-  S* sums_;
+  const Sums<S>& sums_;
+  S* own_;
   int64_t room_;
   S* spare_ = nullptr;
 };
@@ -144,47 +144,22 @@ class Chunk {
 template <class S>
 std::vector<Maybe> backward_narrow(Call& call, const Tensor& dy, const std::vector<bool>& wanted) {
   const Needs needs(call, wanted);
-  const int64_t linears = call.linears();
   std::vector<Maybe> grads(wanted.size());
   Out dx;
   if (wanted[0]) {
     grads[0] = call.make(call.weights[0].in);
     dx = Out(*grads[0]);
   }
-  // Where each gradient of a weight or bias has its sum.
-  std::vector<int64_t> places(wanted.size());
-  int64_t total = 0;
-  for (int64_t i = 1; i <= 2 * linears; ++i) {
-    const Weight& w = call.weights[(i - 1) % linears];
-    places[i] = total;
-    if (wanted[i]) total += i <= linears ? w.out * w.in : w.out;
-  }
-  const int64_t threads = threads_for(2 * call.work()), panels = (call.rows + kPanel - 1) / kPanel;
-  const int64_t chunks = std::max<int64_t>(1, std::min(panels, threads > 1 ? 4 * threads : 1));
   Scratch shared;
-  const bool replays = call.settings.save == Save::recompute;
   std::optional<Packed<S>> forward;
-  if (replays) forward.emplace(call, true, shared);
+  if (call.settings.save == Save::recompute) forward.emplace(call, true, shared);
   const Packed<S> backward(call, false, shared);
-  S* sums = shared.take<S>(chunks * total);
+  const Sums<S> sums(call, wanted, 2 * call.work(), shared);
   const Rows dy_rows(dy);
-  for_each(chunks, threads, [&](int64_t chunk) {
-    S* own = sums + chunk * total;
-    std::fill_n(own, total, S(0));
-    for (int64_t p = panels * chunk / chunks; p < panels * (chunk + 1) / chunks; ++p) {
-      Chunk<S> part(call, needs, replays ? &*forward : nullptr, backward, dy_rows, dx, places, own);
-      part.run(p * kPanel, std::min(kPanel, call.rows - p * kPanel));
-    }
+  sums.for_panels([&](S* own, int64_t r, int64_t rows) {
+    Chunk<S>(call, needs, forward ? &*forward : nullptr, backward, dy_rows, dx, sums, own).run(r, rows);
   });
-  const auto& k = kernels<S>();
-  if (chunks > 1) k.add_rows(chunks - 1, total, sums + total, total, sums);
-  for (int64_t i = 1; i <= 2 * linears; ++i) {
-    if (!wanted[i]) continue;
-    const Weight& w = call.weights[(i - 1) % linears];
-    const bool matrix = i <= linears;
-    grads[i] = matrix ? empty({w.out, w.in}, call.dtype) : empty({w.out}, call.dtype);
-    k.write(call.dtype, matrix ? w.out * w.in : w.out, sums + places[i], grads[i]->mutable_data_ptr());
-  }
+  sums.finish(grads);
   return grads;
 }
 

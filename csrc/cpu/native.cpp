@@ -92,6 +92,8 @@ std::vector<Tensor> compute_forward(Call& call, const Tensor& x, const std::vect
   switch (route_of(call)) {
     case Route::narrow:
       return forward_narrow<S>(call);
+    case Route::narrow_pairs:
+      return forward_narrow_pairs(call);
     case Route::wide:
       return forward_wide<S>(call);
     default:
@@ -105,6 +107,8 @@ std::vector<Maybe> compute_backward(Call& call, const Tensor& dy, const Maybe& x
   switch (route_of(call)) {
     case Route::narrow:
       return backward_narrow<S>(call, dy, needs);
+    case Route::narrow_pairs:
+      return backward_narrow_pairs(call, dy, needs);
     case Route::wide:
       return backward_wide<S>(call, dy, needs);
     default:

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "call.h"
+#include "parallel.h"
 
 namespace fastbp::cpu {
 
@@ -21,7 +22,7 @@ struct Panel {
 // The rows of a tensor where they lie, or read into `copy`, which has room for rows `stride` apart.
 template <class S>
 Panel<S> panel_of(const Rows& rows, int64_t r, int64_t count, S* copy, int64_t stride) {
-  const S* dense = rows.dense<S>();
+  const S* dense = rows.dense_as<S>();
   // Rows a multiple of 4 KiB apart share a place in the cache.
   if (dense && rows.row_stride() * sizeof(S) % 4096 != 0) return {dense + r * rows.row_stride(), rows.row_stride()};
   rows.read(r, count, 0, rows.size, copy, stride);
@@ -73,5 +74,65 @@ inline int64_t widest(const Call& call) {
   for (const Weight& w : call.weights) most = std::max({most, w.in, w.out});
   return most;
 }
+
+// Sums of the weights' and biases' gradients: a set for each chunk of rows, which do not depend on who takes them.
+template <class S>
+class Sums {
+ public:
+  Sums(const Call& call, const std::vector<bool>& wanted, double work, Scratch& scratch)
+      : call_(call), wanted_(wanted), places_(wanted.size()) {
+    for (size_t i = 1; i < wanted.size(); ++i) {
+      places_[i] = total_;
+      if (wanted[i]) total_ += size(i);
+    }
+    threads = threads_for(work);
+    const int64_t panels = (call.rows + kPanel - 1) / kPanel;
+    chunks_ = std::max<int64_t>(1, std::min(panels, threads > 1 ? 4 * threads : 1));
+    sums_ = scratch.take<S>(chunks_ * total_);
+  }
+
+  // f(set of sums, first row, rows) over all panels.
+  template <class F>
+  void for_panels(const F& f) const {
+    const int64_t panels = (call_.rows + kPanel - 1) / kPanel;
+    for_each(chunks_, threads, [&](int64_t chunk) {
+      S* own = sums_ + chunk * total_;
+      std::fill_n(own, total_, S(0));
+      for (int64_t p = panels * chunk / chunks_; p < panels * (chunk + 1) / chunks_; ++p) {
+        f(own, p * kPanel, std::min(kPanel, call_.rows - p * kPanel));
+      }
+    });
+  }
+
+  S* weight(S* own, int64_t linear) const { return own + places_[1 + linear]; }
+  S* bias(S* own, int64_t linear) const { return own + places_[1 + call_.linears() + linear]; }
+
+  // The sums of all chunks, as the gradients they are.
+  void finish(std::vector<Maybe>& grads) const {
+    const auto& k = kernels<S>();
+    if (chunks_ > 1) {
+      k.of[static_cast<int>(kDtypeOf<S>)].add_rows(chunks_ - 1, total_, sums_ + total_, total_, sums_);
+    }
+    for (size_t i = 1; i < wanted_.size(); ++i) {
+      if (!wanted_[i]) continue;
+      const Weight& w = weight_of(i);
+      grads[i] = is_weight(i) ? empty({w.out, w.in}, call_.dtype) : empty({w.out}, call_.dtype);
+      k.write(call_.dtype, size(i), sums_ + places_[i], grads[i]->mutable_data_ptr());
+    }
+  }
+
+  int64_t threads;
+
+ private:
+  bool is_weight(size_t i) const { return static_cast<int64_t>(i) <= call_.linears(); }
+  const Weight& weight_of(size_t i) const { return call_.weights[(i - 1) % call_.linears()]; }
+  int64_t size(size_t i) const { return is_weight(i) ? weight_of(i).out * weight_of(i).in : weight_of(i).out; }
+
+  const Call& call_;
+  const std::vector<bool>& wanted_;
+  std::vector<int64_t> places_;
+  int64_t total_ = 0, chunks_;
+  S* sums_;
+};
 
 }  // namespace fastbp::cpu

@@ -53,4 +53,16 @@ struct Of<double> {
                                     6.6666666666667414e-1};
 };
 
+template <>
+struct Of<Coarse> {
+  // (eʳ − 1 − r) / r², |r| ≤ ln 2 / 2; error of the fit, as it reaches the result, 0.015 units
+  static constexpr float kExpm1[] = {8.36743399e-3f, 4.18798774e-2f, 1.6666536e-1f, 4.99993464e-1f};
+  // −log(erfc(t)) / t, 0 ≤ t ≤ 4; error of the fit, as it reaches the result, 0.024 units
+  static constexpr float kErfc[] = {2.07840894e-3f, -2.06579731e-2f, 1.03238047e-1f, 6.3656953e-1f, 1.12838f};
+  // tanh(√s) / √s − 1, √s ≤ 0.6; error of the fit, as it reaches the result, 0.069 units
+  static constexpr float kTanh[] = {-4.09592074e-2f, 1.30594736e-1f, -3.33142597e-1f, -2.10376366e-6f};
+  // (2 atanh(√w) − 2 √w) / √w³, √w ≤ (√2 − 1)²; error of the fit, as it reaches the result, 0.01 units
+  static constexpr float kLog[] = {4.1221013e-1f, 6.66552225e-1f};
+};
+
 }  // namespace fastbp::cpu::polynomials

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kNarrowFeatures = 256, kNarrowWeights = 1 << 18;
 constexpr int64_t kFewRows = 8;
-constexpr double kTinyWork = 2e6;
 
 bool is_intel() {
 #if defined(__x86_64__)
@@ -33,10 +32,10 @@ Route route_of(const Call& call) {
   }
   if (call.rows == 0 || narrowest == 0) return Route::wide;
   const bool narrow = widest <= kNarrowFeatures && total <= kNarrowWeights;
-  const bool tiny = narrow && call.work() < kTinyWork;
   switch (call.dtype) {
-    case Dtype::bfloat16:  // where the CPU multiplies bfloat16 itself, oneDNN is twice as fast as float panels
-      if (capability().bf16 && !tiny) return Route::library;
+    case Dtype::bfloat16:  // where the CPU multiplies bfloat16 itself, that is twice as fast as float panels
+      if (narrow && kernels<float>().multiply_pairs) return Route::narrow_pairs;
+      if (capability().bf16) return Route::library;
       break;
     case Dtype::float16:
       break;

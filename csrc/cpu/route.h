@@ -5,7 +5,7 @@
 
 namespace fastbp::cpu {
 
-enum class Route { narrow, wide, library };
+enum class Route { narrow, narrow_pairs, wide, library };
 
 Route route_of(const Call& call);
 

@@ -8,8 +8,8 @@
 
 namespace fastbp::cpu {
 
-// How many groups of rows are added up apart, and how many rows the elementwise work takes at a time.
-constexpr int64_t kElementwisePanel = 16;
+// How many rows the elementwise work takes at a time: about 32 KB of float.
+inline int64_t elementwise_rows(int64_t size) { return std::max<int64_t>(1, std::min<int64_t>(128, 8192 / size)); }
 
 inline int64_t elementwise_threads(const Rows& rows) { return threads_for(8.0 * rows.count * rows.size); }
 
@@ -18,18 +18,23 @@ inline int64_t groups_of(const Rows& rows) {
   return threads > 1 ? 4 * threads : 1;
 }
 
-// f(group, first row, rows, numbers) over panels of the rows of a tensor; a group's rows come one after another.
+// f(group, first row, rows) over a few rows of a tensor at a time; a group's rows come one after another.
+template <class F>
+void for_row_groups(const Rows& rows, int64_t groups, const F& f) {
+  for_each(groups, elementwise_threads(rows), [&](int64_t group) {
+    const int64_t end = rows.count * (group + 1) / groups, step = elementwise_rows(std::max<int64_t>(1, rows.size));
+    for (int64_t r = rows.count * group / groups; r < end; r += step) f(group, r, std::min(step, end - r));
+  });
+}
+
+// The same with the rows' numbers in the compute type.
 template <class S, class F>
 void for_panels(const Rows& rows, int64_t groups, const F& f) {
-  for_each(groups, elementwise_threads(rows), [&](int64_t group) {
-    const int64_t end = rows.count * (group + 1) / groups;
-    for (int64_t r = rows.count * group / groups; r < end; r += kElementwisePanel) {
-      const int64_t count = std::min(kElementwisePanel, end - r);
-      Scratch scratch;
-      S* panel = scratch.take<S>(count * rows.size);
-      rows.read(r, count, 0, rows.size, panel, rows.size);
-      f(group, r, count, panel);
-    }
+  for_row_groups(rows, groups, [&](int64_t group, int64_t r, int64_t count) {
+    Scratch scratch;
+    S* panel = scratch.take<S>(count * rows.size);
+    rows.read(r, count, 0, rows.size, panel, rows.size);
+    f(group, r, count, panel);
   });
 }
 
@@ -55,20 +60,37 @@ class Slopes {
   void panel(int64_t group, int64_t r, int64_t rows, int64_t c, int64_t n, const S* dh, int64_t stride) {
     Scratch scratch;
     S* parts[2] = {nullptr, nullptr};
+    const bool direct =
+        (!wanted_[0] || out_[0].template direct<S>(r, c)) && (!wanted_[1] || out_[1].template direct<S>(r, c));
+    const int64_t dz_stride = direct ? size_ : n;
     for (int part = 0; part < 2; ++part) {
-      if (wanted_[part]) parts[part] = scratch.take<S>(rows * n);
+      if (wanted_[part]) parts[part] = direct ? out_[part].template direct<S>(r, c) : scratch.take<S>(rows * n);
     }
-    call_.read_slope(layer_, r, rows, c, n, dh, stride, parts);
+    call_.read_slope(layer_, r, rows, c, n, dh, stride, parts, dz_stride);
     for (int part = 0; part < 2; ++part) {
-      if (out_[part]) out_[part].write(r, rows, c, n, parts[part], n);
-      if (!sums_[part].empty()) kernels<S>().add_rows(rows, n, parts[part], n, &sums_[part][group * size_ + c]);
+      if (out_[part] && !direct) out_[part].write(r, rows, c, n, parts[part], n);
+      if (!sums_[part].empty()) add(group, part, c, rows, n, kDtypeOf<S>, parts[part], dz_stride);
     }
   }
 
   // From all rows of dh.
   void all(const Rows& dh) {
-    for_panels<S>(dh, groups_, [&](int64_t group, int64_t r, int64_t count, const S* rows) {
-      panel(group, r, count, 0, size_, rows, size_);
+    const Rows& kept = call_.residuals[call_.first(layer_)];
+    if (call_.settings.gated || !dh.dense() || !(kept.dense() || !kept.any()) || !out_[0]) {
+      for_panels<S>(dh, groups_, [&](int64_t group, int64_t r, int64_t count, const S* rows) {
+        panel(group, r, count, 0, size_, rows, size_);
+      });
+      return;
+    }
+    // Rows that lie in memory as they are: one loop over each, in their own dtype.
+    const auto grad = call_.grad_of(call_.template loops<S>(call_.dtype));
+    for_row_groups(dh, groups_, [&](int64_t group, int64_t r, int64_t count) {
+      const bool contiguous = dh.row_stride() == size_ && (!kept.any() || kept.row_stride() == size_);
+      const int64_t n = contiguous ? count * size_ : size_;
+      for (int64_t i = r; i < (contiguous ? r + 1 : r + count); ++i) {
+        grad(n, dh.at(i, 0), kept.any() ? kept.at(i, 0) : dh.at(i, 0), out_[0].at(i, 0), call_.settings.params);
+      }
+      if (!sums_[0].empty()) add(group, 0, 0, count, size_, call_.dtype, out_[0].at(r, 0), size_);
     });
   }
 
@@ -77,7 +99,7 @@ class Slopes {
   static Tensor add_up(const std::vector<S>& sums, int64_t size, Dtype dtype) {
     std::vector<S> total(size, S(0));
     const int64_t groups = size ? static_cast<int64_t>(sums.size()) / size : 0;
-    kernels<S>().add_rows(groups, size, sums.data(), size, total.data());
+    kernels<S>().of[static_cast<int>(kDtypeOf<S>)].add_rows(groups, size, sums.data(), size, total.data());
     Tensor result = empty({size}, dtype);
     Out(result).write(0, 1, 0, size, total.data(), size);
     return result;
@@ -86,6 +108,10 @@ class Slopes {
   Maybe dz[2];
 
  private:
+  void add(int64_t group, int part, int64_t c, int64_t rows, int64_t n, Dtype dtype, const void* dz, int64_t stride) {
+    call_.template loops<S>(dtype).add_rows(rows, n, dz, stride, &sums_[part][group * size_ + c]);
+  }
+
   const Call& call_;
   int64_t layer_, size_, groups_;
   Out out_[2];
@@ -97,9 +123,17 @@ template <class S>
 Tensor column_sums(const Call& call, const Rows& d) {
   const int64_t groups = groups_of(d);
   std::vector<S> sums(groups * d.size, S(0));
-  for_panels<S>(d, groups, [&](int64_t group, int64_t, int64_t count, const S* panel) {
-    kernels<S>().add_rows(count, d.size, panel, d.size, &sums[group * d.size]);
-  });
+  if (d.dense()) {
+    const auto add_rows = call.loops<S>(call.dtype).add_rows;
+    for_each(groups, elementwise_threads(d), [&](int64_t group) {
+      const int64_t r = d.count * group / groups, end = d.count * (group + 1) / groups;
+      add_rows(end - r, d.size, d.at(r, 0), d.row_stride(), &sums[group * d.size]);
+    });
+  } else {
+    for_panels<S>(d, groups, [&](int64_t group, int64_t, int64_t count, const S* panel) {
+      call.loops<S>(kDtypeOf<S>).add_rows(count, d.size, panel, d.size, &sums[group * d.size]);
+    });
+  }
   return Slopes<S>::add_up(sums, d.size, call.dtype);
 }
 

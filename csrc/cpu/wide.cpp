@@ -64,7 +64,9 @@ std::vector<Tensor> forward_wide(Call& call) {
         for (int o = 0; o < outputs; ++o) {
           for (int64_t i = 0; i < rows; ++i) call.round(n, panel[o] + i * stride);
         }
-        call.output(rows, n, panel, stride, panel[0], stride);
+        S* const direct = h.direct<S>(r, c);
+        call.output(rows, n, panel, stride, direct ? direct : panel[0], direct ? h.size : stride);
+        if (direct) return;
       }
       h.write(r, rows, c, n, panel[0], stride);
     };
@@ -93,7 +95,7 @@ Tensor weight_gradient(const Call& call, int64_t linear, const Rows& dz) {
   product.read_a = [&](int, int64_t n0, int64_t n, int64_t m0, int64_t steps, S* to, int64_t) {
     Scratch scratch;
     S* copy = scratch.take<S>(n);
-    const S* dense = dz.dense<S>();
+    const S* dense = dz.dense_as<S>();
     for (int64_t m = 0; m < steps; ++m) {
       const S* row = dense ? dense + (m0 + m) * dz.row_stride() + n0 : copy;
       if (!dense) dz.read(m0 + m, 1, n0, n, copy, n);

@@ -1,0 +1,114 @@
+"""Who is measured: each rival is a function from a case and its tensors to y, or None where it does not serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import fastbp
+from benchmarks.suites import Case
+from fastbp.activations import bind
+from fastbp.saving import legal_policies
+
+_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+}
+
+
+class Gated(nn.Module):
+    """``act(gate(x)) * up(x)``, and ``down`` of it where there is one."""
+
+    def __init__(self, linears: list[nn.Linear], activation: nn.Module) -> None:
+        super().__init__()
+        self.linears, self.activation = nn.ModuleList(linears), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, *down = self.linears
+        h = self.activation(gate(x)) * up(x)
+        return down[0](h) if down else h
+
+
+def make_linears(case: Case) -> list[nn.Linear]:
+    """The linears of a case; every rival of one run is made of the same ones."""
+    sizes = list(zip(case.features, case.features[1:], strict=False))
+    if case.kind.startswith("gated"):
+        sizes = [sizes[0], *sizes]
+    return [nn.Linear(*size, dtype=case.dtype) for size in sizes]
+
+
+def eager(case: Case, linears: list[nn.Linear]) -> nn.Module:
+    """What people write."""
+    activation = _MODULES[case.activation]()
+    if case.kind.startswith("gated"):
+        return Gated(linears, activation)
+    layers: list[nn.Module] = []
+    for linear in linears:
+        layers += [linear, activation]
+    return nn.Sequential(*(layers if case.kind == "layer" else layers[:-1]))
+
+
+def linears_alone(case: Case, linears: list[nn.Linear]) -> nn.Module:
+    """The same linears without any activation: what the arithmetic costs in this PyTorch. Another function than the
+    case's, so it is not compared with it."""
+    if not case.kind.startswith("gated"):
+        return nn.Sequential(*linears)
+    return Gated(linears, nn.Identity())
+
+
+def compiled(case: Case, linears: list[nn.Linear]) -> Callable[[Tensor], Tensor]:
+    return torch.compile(eager(case, linears))  # type: ignore[no-any-return]
+
+
+def fused(backend: str | None = None, save: str = "auto") -> Callable[..., Callable[[Tensor], Tensor] | None]:
+    """fastbp by its modules, so that what users call is what is timed."""
+
+    def make(case: Case, linears: list[nn.Linear]) -> Callable[[Tensor], Tensor] | None:
+        if save != "auto" and (case.kind.startswith("gated") or save not in legal_policies(bind(case.activation))):
+            if save not in ("preact", "recompute"):
+                return None
+        options = {"activation": case.activation, "save": save, "backend": backend, "dtype": case.dtype}
+        first, last = case.features[0], case.features[-1]
+        block: nn.Module
+        if case.kind == "layer":
+            block = fastbp.LinearAct(first, last, **options)
+            block.weight, block.bias = linears[0].weight, linears[0].bias
+            return block
+        if case.kind == "gated":
+            block = fastbp.GatedLinear(first, last, **options)
+        elif case.kind == "gated_mlp":
+            block = fastbp.GatedMLP(first, case.features[1], last, bias=True, **options)
+        else:
+            block = fastbp.MLP(first, case.features[1:-1], last, **options)
+        for name, linear in zip([name for name, _ in block.named_children()], linears, strict=True):
+            setattr(block, name, linear)
+        return block
+
+    return make
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A row: how it is made, whether it computes what the case says, and whether it runs without being asked for."""
+
+    make: Callable[..., Callable[[Tensor], Tensor] | None]
+    same_function: bool = True
+    always: bool = True
+
+
+RIVALS: dict[str, Rival] = {
+    "eager": Rival(eager),
+    "eager again": Rival(eager),  # the same thing twice: what a difference must exceed to mean anything
+    "linears alone": Rival(linears_alone, same_function=False),
+    "torch.compile": Rival(compiled),
+    "fastbp": Rival(fused()),
+    "fastbp reference": Rival(fused("reference"), always=False),
+    "fastbp recompute": Rival(fused(save="recompute"), always=False),
+    "fastbp output": Rival(fused(save="output"), always=False),
+}

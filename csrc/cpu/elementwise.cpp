@@ -1,0 +1,126 @@
+// The elementwise loops of one capability. Compiled once for each, see kernels.h.
+//
+// An activation is a long chain of dependent operations, so four registers go through it side by side: written here,
+// and interleaved by the compiler's scheduler (setup.py turns it on; it halves the time of erf's gradient).
+#include "convert.h"
+#include "math.h"
+
+namespace fastbp::cpu::FASTBP_CAPABILITY {
+
+// f on the numbers of one to three rows of T, computed in S; the last ones by way of a whole register.
+template <class T, class S, class F, class... Rows>
+HD void map(int64_t n, T* to, F f, const Rows*... from) {
+  constexpr int size = Vec<S>::size, side = 4;
+  int64_t i = 0;
+  for (; i + side * size <= n; i += side * size) {
+    Vec<S> results[side];
+    FASTBP_UNROLL for (int j = 0; j < side; ++j) results[j] = f(load<T, S>(from + i + j * size)...);
+    FASTBP_UNROLL for (int j = 0; j < side; ++j) store<T, S>(results[j], to + i + j * size);
+  }
+  for (; i + size <= n; i += size) store<T, S>(f(load<T, S>(from + i)...), to + i);
+  if (i < n) store<T, S>(f(load<T, S>(from + i, n - i)...), to + i, n - i);
+}
+
+// An activation's form with its parameters, as many as the row has.
+template <class A, class S, class F>
+HD auto bound(F form, const double* params) {
+  return [=](auto... inputs) {
+    [[maybe_unused]] const auto number = [](double x) { return Vec<S>(static_cast<typename Vec<S>::Number>(x)); };
+    if constexpr (A::num_params == 0) {
+      return form(inputs...);
+    } else if constexpr (A::num_params == 1) {
+      return form(inputs..., number(params[0]));
+    } else {
+      return form(inputs..., number(params[0]), number(params[1]));
+    }
+  };
+}
+
+template <class A, class T, class S>
+static void value(int64_t n, const void* z, void* y, const double* params) {
+  map<T, S>(n, static_cast<T*>(y), bound<A, S>([](auto... a) { return A::value(a...); }, params),
+            static_cast<const T*>(z));
+}
+
+template <class A, class T, class S>
+static void grad(int64_t n, const void* dy, const void* z, void* dz, const double* params) {
+  map<T, S>(n, static_cast<T*>(dz), bound<A, S>([](auto... a) { return A::grad(a...); }, params),
+            static_cast<const T*>(dy), static_cast<const T*>(z));
+}
+
+template <class A, class T, class S>
+static void grad_from_output(int64_t n, const void* dy, const void* y, void* dz, const double* params) {
+  map<T, S>(n, static_cast<T*>(dz), bound<A, S>([](auto... a) { return A::grad_from_output(a...); }, params),
+            static_cast<const T*>(dy), static_cast<const T*>(y));
+}
+
+template <class A, class T, class S>
+static Elementwise::Grad grad_from_output_if_any() {
+  if constexpr (A::has_grad_from_output) {
+    return grad_from_output<A, T, S>;
+  } else {
+    return nullptr;
+  }
+}
+
+// Four sums side by side, which also keeps the roundings of a long column few.
+template <class T, class S>
+static void add_rows(int64_t rows, int64_t n, const void* numbers, int64_t stride, void* sums) {
+  constexpr int size = Vec<S>::size;
+  S* sum = static_cast<S*>(sums);
+  for (int64_t j = 0; j < n; j += size) {
+    const int64_t count = n - j < size ? n - j : size;
+    const T* column = static_cast<const T*>(numbers) + j;
+    const auto at = [&](int64_t i) {
+      return count == size ? load<T, S>(column + i * stride) : load<T, S>(column + i * stride, count);
+    };
+    Vec<S> part[4] = {S(0), S(0), S(0), S(0)};
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) {
+      FASTBP_UNROLL for (int s = 0; s < 4; ++s) part[s] = part[s] + at(i + s);
+    }
+    for (; i < rows; ++i) part[i % 4] = part[i % 4] + at(i);
+    const Vec<S> total = (part[0] + part[1]) + (part[2] + part[3]);
+    if (count == size) {
+      (Vec<S>::load(sum + j) + total).store(sum + j);
+    } else {
+      (Vec<S>::load(sum + j, count) + total).store(sum + j, count);
+    }
+  }
+}
+
+template <class S>
+static void times(int64_t n, const S* a, const S* b, S* product) {
+  map<S, S>(n, product, [](auto x, auto y) { return x * y; }, a, b);
+}
+
+// In S; sums are of the type Sum.
+template <class T, class S, class Sum = S>
+static Elementwise elementwise() {
+  Elementwise t{};
+  int i = 0;
+#define FASTBP_ROW(A)                                              \
+  t.value[i] = value<act::A, T, S>;                                \
+  t.grad[i] = grad<act::A, T, S>;                                  \
+  t.grad_from_output[i] = grad_from_output_if_any<act::A, T, S>(); \
+  ++i;
+  FASTBP_FOR_EACH_ACTIVATION(FASTBP_ROW)
+#undef FASTBP_ROW
+  t.add_rows = add_rows<T, Sum>;
+  return t;
+}
+
+void fill_elementwise(Kernels<float>& t);
+void fill_elementwise(Kernels<double>& t);
+void fill_elementwise(Kernels<float>& t) {
+  t.of[static_cast<int>(Dtype::float32)] = elementwise<float, float>();
+  t.of[static_cast<int>(Dtype::bfloat16)] = elementwise<BFloat16, Coarse, float>();
+  t.of[static_cast<int>(Dtype::float16)] = elementwise<Half, Coarse, float>();
+  t.times = times<float>;
+}
+void fill_elementwise(Kernels<double>& t) {
+  t.of[static_cast<int>(Dtype::float64)] = elementwise<double, double>();
+  t.times = times<double>;
+}
+
+}  // namespace fastbp::cpu::FASTBP_CAPABILITY

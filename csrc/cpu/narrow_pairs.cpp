@@ -1,0 +1,54 @@
+#include "narrow.h"
+#include "pairs.h"
+
+namespace fastbp::cpu {
+
+std::vector<Tensor> forward_narrow_pairs(Call& call) {
+  const Settings& settings = call.settings;
+  const int64_t hidden = call.hidden(), layers = call.layers();
+  const bool keeps_z = settings.save == Save::preact, keeps_h = settings.save == Save::output && settings.projected;
+  std::vector<Tensor> results{call.make(call.weights.back().out)};
+  std::vector<Out> kept;
+  for (int64_t i = 0; i < hidden * call.width(); ++i) {
+    if (!keeps_z && !(keeps_h && i % call.width() == 0)) continue;
+    results.push_back(call.make(call.weights[i].out));
+    kept.emplace_back(results.back());
+  }
+  const Out y(results[0]);
+  Scratch shared;
+  const PairedWeights weights(call, true, shared);
+
+  for_each((call.rows + kPanel - 1) / kPanel, threads_for(call.work()), [&](int64_t item) {
+    const int64_t r = item * kPanel, rows = std::min(kPanel, call.rows - r);
+    Scratch scratch;
+    Space space(call, scratch);
+    Word *h_room = space.words(), *z_room[2] = {space.words(), space.words()};
+    float* c = space.floats();
+    Words h = words_of(call.x, r, rows, h_room, space.room);
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const int64_t first = call.first(layer), n = call.weights[first].out;
+      const Out out = layer == layers - 1 ? y : keeps_h ? kept[layer] : Out();
+      if (layer == hidden) {
+        weights.multiply(first, rows, h, c, space.room);
+        to_words(rows, n, c, space.room, word_at(out, r), n);
+        break;
+      }
+      Words z[2];
+      for (int part = 0; part < call.width(); ++part) {
+        weights.multiply(first + part, rows, h, c, space.room);
+        Word* to = keeps_z ? word_at(kept[first + part], r) : z_room[part];
+        z[part] = {to, keeps_z ? n : space.room};
+        to_words(rows, n, c, space.room, to, z[part].stride);
+      }
+      // An output of odd length is no operand of a product where it lies.
+      const bool copies = out && n % 2 && layer < layers - 1;
+      Word* to = out && !copies ? word_at(out, r) : h_room;
+      h = {to, out && !copies ? n : n % 2 ? space.room : n};
+      output(call, rows, n, z, to, h.stride, space);
+      for (int64_t i = 0; i < rows && copies; ++i) std::copy_n(to + i * h.stride, n, word_at(out, r + i));
+    }
+  });
+  return results;
+}
+
+}  // namespace fastbp::cpu

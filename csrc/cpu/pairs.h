@@ -1,0 +1,126 @@
+// Small networks in bfloat16 on a CPU that multiplies it: as panels.h, with rows of bfloat16 where that has panels of
+// the compute type. Every product reads two steps of its reduction as one pair, so rows have an even length, filled up
+// with a zero.
+#pragma once
+
+#include "panels.h"
+
+namespace fastbp::cpu {
+
+using Word = uint16_t;
+using Words = Panel<Word>;
+
+inline const Elementwise& loops() { return kernels<float>().of[static_cast<int>(Dtype::bfloat16)]; }
+
+inline Word* word_at(const Out& out, int64_t row) { return static_cast<Word*>(out.at(row, 0)); }
+
+// The rows of a tensor where they lie, if they may be read in pairs; else copied.
+inline Words words_of(const Rows& rows, int64_t r, int64_t count, Word* copy, int64_t stride) {
+  const int64_t n = rows.size;
+  if (rows.dense() && n % 2 == 0 && rows.row_stride() % 2 == 0) {
+    return {static_cast<const Word*>(rows.at(r, 0)), rows.row_stride()};
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    Word* to = copy + i * stride;
+    for (int64_t j = 0; j < n; ++j) to[j] = *static_cast<const Word*>(rows.at(r + i, j));
+    to[n] = 0;
+  }
+  return {copy, stride};
+}
+
+// The weights of a call, in pairs along the reduction of the forward or of the backward product.
+class PairedWeights {
+ public:
+  PairedWeights(const Call& call, bool transposed, Scratch& scratch) {
+    const auto& k = kernels<float>();
+    const auto pack = k.pack[static_cast<int>(Dtype::float32)];
+    for (int64_t i = 0; i < call.linears(); ++i) {
+      const Weight& w = call.weights[i];
+      biases_.push_back(transposed ? read_bias<float>(call.biases[i], scratch) : nullptr);
+      const int64_t columns = transposed ? w.out : w.in, depth = ((transposed ? w.in : w.out) + 1) / 2;
+      weights_.push_back({nullptr, depth, columns});
+      if (!w.any) continue;
+      float* to = scratch.take<float>(depth * round_up(columns, k.tile_columns));
+      weights_.back().data = to;
+      Scratch here;
+      const int64_t length = round_up(w.in, 2);
+      Word* rows = here.take<Word>(w.out * length);
+      for (int64_t n = 0; n < w.out; ++n) {
+        for (int64_t c = 0; c < w.in; ++c) {
+          rows[n * length + c] = static_cast<const Word*>(w.data)[n * w.out_stride + c * w.in_stride];
+        }
+        if (length > w.in) rows[n * length + w.in] = 0;
+      }
+      if (transposed) {
+        pack(depth, columns, rows, 1, length / 2, to);
+      } else {
+        float* pairs = here.take<float>(depth * columns);
+        for (int64_t p = 0; p < depth; ++p) {
+          const Word* even = rows + 2 * p * length;
+          k.pair_rows(columns, even, 2 * p + 1 < w.out ? even + length : nullptr, pairs + p * columns);
+        }
+        pack(depth, columns, pairs, columns, 1, to);
+      }
+    }
+  }
+
+  void multiply(int64_t linear, int64_t rows, Words a, float* c, int64_t c_stride, bool accumulate = false) const {
+    const auto& k = kernels<float>();
+    const auto& w = weights_[linear];
+    k.multiply_pairs({rows, w.columns, w.depth, reinterpret_cast<const float*>(a.data), a.stride / 2, false, 0, w.data,
+                      k.tile_columns, k.tile_columns * w.depth, c, c_stride, biases_[linear], accumulate});
+  }
+
+ private:
+  struct Matrix {
+    const float* data;
+    int64_t depth, columns;
+  };
+  std::vector<Matrix> weights_;
+  std::vector<const float*> biases_;
+};
+
+// A panel's work space: rows of words and of floats, `room` numbers apart.
+struct Space {
+  Space(const Call& call, Scratch& scratch)
+      : scratch(scratch), room(round_up(widest(call), kernels<float>().tile_columns) + 32) {}
+  Word* words() { return scratch.take<Word>(kPanel * room); }
+  float* floats() { return scratch.take<float>(kPanel * room); }
+  Scratch& scratch;
+  int64_t room;
+};
+
+// Rows of floats to rows of words, filled up to an even length.
+inline void to_words(int64_t rows, int64_t n, const float* from, int64_t from_stride, Word* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    kernels<float>().write(Dtype::bfloat16, n, from + i * from_stride, to + i * to_stride);
+    if (n % 2 && to_stride > n) to[i * to_stride + n] = 0;
+  }
+}
+
+inline void to_floats(int64_t rows, int64_t n, Words from, float* to, int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    kernels<float>().read(Dtype::bfloat16, n, from.data + i * from.stride, 1, to + i * to_stride);
+  }
+}
+
+// The output of a hidden layer from what its linears kept.
+inline void output(const Call& call, int64_t rows, int64_t n, const Words* z, Word* to, int64_t to_stride,
+                   Space& space) {
+  if (!call.settings.gated) {
+    const auto value = loops().value[call.settings.activation];
+    if (z[0].stride == n && to_stride == n) return value(rows * n, z[0].data, to, call.settings.params);
+    for (int64_t i = 0; i < rows; ++i) {
+      value(n, z[0].data + i * z[0].stride, to + i * to_stride, call.settings.params);
+      if (n % 2 && to_stride > n) to[i * to_stride + n] = 0;
+    }
+    return;
+  }
+  Scratch scratch;
+  float* parts[2] = {scratch.take<float>(rows * space.room), scratch.take<float>(rows * space.room)};
+  for (int part = 0; part < 2; ++part) to_floats(rows, n, z[part], parts[part], space.room);
+  call.output<float>(rows, n, parts, space.room, parts[0], space.room);
+  to_words(rows, n, parts[0], space.room, to, to_stride);
+}
+
+}  // namespace fastbp::cpu

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 import fastbp
 from benchmarks.suites import Case
 from fastbp.activations import bind
+from fastbp.forms import FORMS
 from fastbp.saving import legal_policies
 
+_FORMS = {"layer": "linear_act", "gated": "gated_linear_act", "mlp": "mlp", "gated_mlp": "gated_mlp"}
 _MODULES: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
@@ -70,9 +72,8 @@ def fused(backend: str | None = None, save: str = "auto") -> Callable[..., Calla
     """fastbp by its modules, so that what users call is what is timed."""
 
     def make(case: Case, linears: list[nn.Linear]) -> Callable[[Tensor], Tensor] | None:
-        if save != "auto" and (case.kind.startswith("gated") or save not in legal_policies(bind(case.activation))):
-            if save not in ("preact", "recompute"):
-                return None
+        if save != "auto" and save not in legal_policies(bind(case.activation), FORMS[_FORMS[case.kind]]):
+            return None
         options = {"activation": case.activation, "save": save, "backend": backend, "dtype": case.dtype}
         first, last = case.features[0], case.features[-1]
         block: nn.Module

@@ -45,8 +45,12 @@ def print_row(row: dict[str, object]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--suite", choices=list(SUITES), action="append", help="may be given more than once; all if not")
-    parser.add_argument("--rival", choices=list(RIVALS), action="append", help="beside eager; those for every run if not")
+    parser.add_argument(
+        "--suite", choices=list(SUITES), action="append", help="may be given more than once; all if not"
+    )
+    parser.add_argument(
+        "--rival", choices=list(RIVALS), action="append", help="beside eager; those for every run if not"
+    )
     parser.add_argument("--case", default="", help="only cases whose name has this in it")
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each rival of a case")
     parser.add_argument("--quick", action="store_true", help="0.1 seconds each, no torch.compile, nothing written")

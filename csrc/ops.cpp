@@ -9,21 +9,22 @@ STABLE_TORCH_LIBRARY(fastbp_native, m) {
   m.def("capability() -> str");
   // Fill scratch memory and fresh results with NaN: for tests.
   m.def("set_poison(bool on) -> ()");
-  // An absent tensor is one without dimensions, which no other is: PyTorch resolves lazy negation in lists of tensors,
-  // and not in lists of optional ones. `form`: 1 gated, 2 projected; `save`: 0 preact, 1 output, 2 recompute.
-  // Returns y and the residuals of the policy.
-  m.def(
-      "forward(Tensor x, Tensor[] weights, Tensor[] biases, int form, int activation, float[] params, int save) -> "
-      "Tensor[]");
-  // Returns a gradient for each true entry of needs, which is about x, the weights, the biases.
-  m.def(
-      "backward(Tensor dy, Tensor x, Tensor y, Tensor[] weights, Tensor[] biases, Tensor[] residuals, int form, "
-      "int activation, float[] params, int save, bool[] needs) -> Tensor[]");
+  // What stands for a tensor that is absent. (PyTorch resolves lazy negation in lists of tensors, and not in lists of
+  // optional ones.)
+  m.def("absent() -> Tensor");
+  // `tensors` are the weights and then the biases. `settings` is 1 for a
+  // gated form, plus 2 for a projected one, plus 4 times the policy (preact, output, recompute), plus 16 times the
+  // activation. Returns y and the residuals of the policy.
+  m.def("forward(Tensor x, Tensor[] tensors, int settings, float[] params) -> Tensor[]");
+  // `saved` is x, y, the weights, the biases, the residuals. Returns a gradient for each true entry of needs, which is
+  // about x, the weights, the biases.
+  m.def("backward(Tensor dy, Tensor[] saved, int settings, float[] params, bool[] needs) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbp_native, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&fastbp::cpu::build_info));
   m.impl("capability", TORCH_BOX(&fastbp::cpu::capability_name));
+  m.impl("absent", TORCH_BOX(&fastbp::cpu::absent));
   m.impl("set_poison", TORCH_BOX(&fastbp::cpu::set_poison));
 }
 

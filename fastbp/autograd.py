@@ -19,7 +19,6 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as functorch_active
-from torch._C import _AutoDispatchBelowADInplaceOrView
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
@@ -27,8 +26,8 @@ from fastbp import ops, reference
 from fastbp.activations import ROWS, bind
 from fastbp.backends import choose, module_of
 from fastbp.forms import FORMS
-from fastbp.problem import Config, Names, configure
-from fastbp.reference import Saved
+from fastbp.problem import Config, Names, check, configure
+from fastbp.reference import Saved, unflatten
 from fastbp.saving import find_kept, kept
 
 Outputs = tuple[Tensor, ...]
@@ -63,7 +62,7 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        saved = _unflatten(ctx.saved_tensors, len(ctx.needs) // 2)
+        saved = unflatten(ctx.saved_tensors, len(ctx.needs) // 2)
         needs = tuple(n and t is not None for n, t in zip(ctx.needs, (dy, *saved.weights, *saved.biases), strict=True))
         return (None, *ops.traced_backward(ctx.names, dy, saved, needs))
 
@@ -73,37 +72,28 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(config: Config, x: Tensor, *tensors: Tensor | None) -> Outputs:
-        half = len(tensors) // 2
-        y, residuals = _forward(config, x, tensors[:half], tensors[half:])
-        return (y, *residuals)
+        return tuple(module_of(config).forward(config, x, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        ctx.set_materialize_grads(False)
-        config = ctx.config = inputs[0]
-        needs = ctx.needs = ctx.needs_input_grad[1:]
-        ctx.save_for_backward(*_pick(config, needs)((*inputs, *output, None)))
-        if forward_ad._current_level >= 0 or functorch_active():
-            ctx.save_for_forward(inputs[1], output[0], *inputs[2:], *output[1:])
+        _keep(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dresiduals: Tensor | None) -> tuple[Tensor | None, ...]:
-        config, needs = ctx.config, ctx.needs
-        saved = _unflatten(ctx.saved_tensors, len(needs) // 2)
+        config, needs, saved = ctx.config, ctx.needs, ctx.saved_tensors
         batched = functorch_active() or (dy is not None and is_legacy_batchedtensor(dy))
         if torch.is_grad_enabled() or batched or forward_ad._current_level >= 0:
             differentiable = True  # the gradient will be differentiated in its turn, or batched
         elif dy is None or not _ONLY_NONE.issuperset(dresiduals):
             differentiable = False  # the end of a double backward, whose gradients reach the residuals themselves
         else:
-            # Nothing here is to be differentiated, and 15 operations without a stop at autograd's kernels count.
-            with _AutoDispatchBelowADInplaceOrView():
-                return (None, *module_of(config).backward(config, dy, saved, needs))
-        return (None, *reference.backward(config, dy, saved, needs, dresiduals, differentiable))
+            return (None, *module_of(config).backward(config, dy, saved, needs))
+        parts = unflatten(saved, len(needs) // 2)
+        return (None, *reference.backward(config, dy, parts, needs, dresiduals, differentiable))
 
     @staticmethod
     def jvp(ctx: Any, _: None, tx: Tensor | None, *ttensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = _unflatten(ctx.saved_tensors, len(ttensors) // 2)
+        saved = unflatten(ctx.saved_tensors, len(ttensors) // 2)
         tangents = Saved(tx, None, *_halves(ttensors), ())
         return reference.jvp(ctx.config, saved, tangents)
 
@@ -124,13 +114,27 @@ class _Eager(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
-def _forward(config: Config, x: Tensor, weights: Sequence[Any], biases: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
-    """y and the residuals, from the backend that serves, and none of them a view in the eyes of autograd.
+class _AtOnce(torch.autograd.Function):
+    """``_Eager`` with forward and setup_context in one, which spares a call where no transform is active."""
 
-    F.linear ends in a view of a 2-D product; from inside a Function such a y would forbid ``y += residual``.
-    """
-    with _AutoDispatchBelowADInplaceOrView():
-        return module_of(config).forward(config, x, weights, biases)  # type: ignore[no-any-return]
+    @staticmethod
+    def forward(ctx: Any, config: Config, x: Tensor, *tensors: Tensor | None) -> Outputs:
+        output = tuple(module_of(config).forward(config, x, tensors))
+        _keep(ctx, (config, x, *tensors), output)
+        return output
+
+    backward = _Eager.backward
+    jvp = _Eager.jvp
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    """Save what backward reads."""
+    ctx.set_materialize_grads(False)
+    config = ctx.config = inputs[0]
+    needs = ctx.needs = ctx.needs_input_grad[1:]
+    ctx.save_for_backward(*_pick(config, needs)((*inputs, *output, None)))
+    if forward_ad._current_level >= 0 or functorch_active():
+        ctx.save_for_forward(inputs[1], output[0], *inputs[2:], *output[1:])
 
 
 @lru_cache(maxsize=1024)
@@ -149,13 +153,6 @@ def _halves(tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Weights and biases of a call's flat list."""
     half = len(tensors) // 2
     return tuple(tensors[:half]), tuple(tensors[half:])
-
-
-def _unflatten(tensors: tuple[Any, ...], linears: int) -> Saved:
-    """What was saved flat: x, y, weights, biases, residuals."""
-    half, end = 2 + linears, 2 + 2 * linears
-    parts = (tensors[0], tensors[1], tensors[2:half], tensors[half:end], tensors[end:])
-    return tuple.__new__(Saved, parts)  # without the Python call that Saved() is
 
 
 class LinearActFunction(_Eager):
@@ -192,23 +189,32 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
 }
 
 # Function.apply binds the signature on every call when setup_context is defined, 20 to 50 µs; the C-level apply beneath
-# it does not, and serves where no functorch transform is active.
+# it does not, and serves where no functorch transform is active. The names are those that grad_fn shows.
 _DIRECT: dict[str, Callable[..., Outputs]] = {
-    form: super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    form: super(torch.autograd.Function, type(function.__name__, (_AtOnce,), {})).apply  # type: ignore[misc]
     for form, function in FUNCTIONS.items()
 }
 
 
 def run(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """y of a checked eager call, differentiable where autograd or a transform asks for it."""
-    config = choose(config, x, (*weights, *biases))
+    """y of an eager call, differentiable where autograd or a transform asks for it. Refuses as ``check`` does."""
+    tensors = (*weights, *biases)
+    config = choose(config, x, tensors)
     if functorch_active():
+        check(config.form, x, weights, biases)
         if _nested_forward_mode():
             return reference.compose(config.form, bind(config.row.name, config.params), x, weights, biases)
-        return FUNCTIONS[config.form.name].apply(config, x, *weights, *biases)[0]  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return _DIRECT[config.form.name](config, x, *weights, *biases)[0]
-    return _forward(_keep_nothing(config), x, weights, biases)[0]
+        return FUNCTIONS[config.form.name].apply(config, x, *tensors)[0]  # type: ignore[no-any-return]
+    module = module_of(config)
+    if not module.CHECKS_TENSORS:
+        check(config.form, x, weights, biases)
+    try:
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return _DIRECT[config.form.name](config, x, *tensors)[0]
+        return module.forward(_keep_nothing(config), x, tensors)[0]  # type: ignore[no-any-return]
+    except RuntimeError:
+        check(config.form, x, weights, biases)  # says it in the words of the call, if it is the call that is wrong
+        raise
 
 
 def run_traced(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:

@@ -181,15 +181,17 @@ def call(
             weights, biases = tuple(tensors[: len(weights)]), tuple(tensors[len(weights) :])
             with torch.autocast(device, enabled=False):
                 return call(form, x, weights, biases, activation, save, backend)
-    check(form, x, weights, biases)
     if type(activation) is not str and type(activation) is not Bound:  # a module's parameters may change between calls
+        check(form, x, weights, biases)  # before the activation is probed, so that the tensors' faults come first
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
     settings = (form, activation, save, backend, _defaults.save, _defaults.backend)
     if torch.compiler.is_compiling():
+        check(form, x, weights, biases)
         return run_traced(_settle(*settings), x, weights, biases)
     try:
         config = _settled[settings]
     except (KeyError, TypeError):  # not seen before, or not hashable and so about to be refused
+        check(form, x, weights, biases)
         config = _settled[settings] = configure(*_settle(*settings))
     return run(config, x, weights, biases)
 

@@ -155,9 +155,10 @@ class LinearAct(_Settings):
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) to y (..., out_features)."""
-        return functional.call(
-            LINEAR_ACT, input, (self.weight,), (self.bias,), self.activation, self.save, self.backend
-        )
+        own = self._parameters  # looking there first spares nn.Module's __getattr__, as in plain_parts
+        lent = "weight" not in own or "bias" not in own
+        weight, bias = (self.weight, self.bias) if lent else (own["weight"], own["bias"])
+        return functional.call(LINEAR_ACT, input, (weight,), (bias,), self.activation, self.save, self.backend)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return (

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbp.backends import REFERENCE, choose, module_of, with_backend
+from fastbp import reference
+from fastbp.backends import choose, module_of
 from fastbp.forms import FORMS, Form
 from fastbp.problem import Config, Names, configure
 from fastbp.reference import Saved
@@ -30,16 +31,18 @@ Biases = Sequence[Tensor | None]
 Grads = list[Tensor | None]
 
 
-def forward(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> tuple[Tensor, list[Tensor]]:
+def forward(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> list[Tensor]:
     """y and the residuals, from the backend that serves."""
-    config = choose(config, x, (*weights, *biases))
-    return module_of(config).forward(config, x, weights, biases)  # type: ignore[no-any-return]
+    tensors = (*weights, *biases)
+    config = choose(config, x, tensors)
+    return module_of(config).forward(config, x, tensors)  # type: ignore[no-any-return]
 
 
 def backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> Grads:
     """The gradients that are needed, from the backend that serves."""
-    config = choose(config, dy, (*saved.weights, *saved.biases))
-    return module_of(config).backward(config, dy, saved, needs)  # type: ignore[no-any-return]
+    flat = (saved.x, saved.y, *saved.weights, *saved.biases, *saved.residuals)
+    config = choose(config, dy, flat)
+    return module_of(config).backward(config, dy, flat, needs)  # type: ignore[no-any-return]
 
 
 def traced_forward(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> tuple[Tensor, list[Tensor]]:
@@ -96,8 +99,9 @@ def _kernels(form: Form) -> tuple[Callable[..., Any], Callable[..., Any], Callab
         config, x, weights, biases = split_forward(*args)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases)):
             # An exported program is being trained: autograd looks inside the op, and sees what PyTorch's own do.
-            config = with_backend(config, REFERENCE)
-        y, residuals = forward(config, x, weights, biases)
+            y, residuals = reference.forward(config, x, weights, biases)
+        else:
+            y, *residuals = forward(config, x, weights, biases)
         return y.contiguous(), [r.contiguous() for r in residuals]
 
     def forward_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:

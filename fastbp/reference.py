@@ -1,4 +1,4 @@
-"""The op in plain torch, for any dtype and device: the yardstick of the other backends, and the one that always serves.
+"""The op in plain torch, for any dtype and device: the yardstick of the backends, and what serves where none does.
 
 With h_0 = x, for the hidden layers and the last plain linear of a block (docs/design.md):
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastbp.activations import Bound, rounded, wide
 from fastbp.forms import Form
-from fastbp.problem import Config, Problem
+from fastbp.problem import Config
 from fastbp.saving import kept, needed_below
 
 Maybe = Tensor | None
@@ -36,9 +36,11 @@ class Saved(NamedTuple):
     residuals: Sequence[Any]
 
 
-def supports(problem: Problem) -> str | None:
-    """Why this backend cannot serve the problem, or None: it serves all."""
-    return None
+def unflatten(tensors: Sequence[Maybe], linears: int) -> Saved:
+    """What was saved in one row: x, y, weights, biases, residuals."""
+    half, end = 2 + linears, 2 + 2 * linears
+    parts = (tensors[0], tensors[1], tensors[2:half], tensors[half:end], tensors[end:])
+    return tuple.__new__(Saved, parts)  # without the Python call that Saved() is
 
 
 def _grad(config: Config, dy: Maybe, z: Any, differentiable: bool) -> Maybe:

@@ -34,14 +34,15 @@ void check(const Tensor& tensor, Dtype dtype, const char* name) {
   STD_TORCH_CHECK(dtype_of(tensor) == dtype, "fastbp_native: ", name, " must have the dtype of the other tensors");
 }
 
-// An absent tensor is one without dimensions, see ops.cpp.
-Maybe if_any(const Tensor& tensor) { return tensor.dim() == 0 ? Maybe() : Maybe(tensor); }
+// The tensor that stands for none: its memory is nobody else's.
+const Tensor& nothing() {
+  static const Tensor tensor = empty({1}, Dtype::float32);
+  return tensor;
+}
 
-std::vector<Maybe> if_any(const std::vector<Tensor>& tensors) {
-  std::vector<Maybe> found;
-  found.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) found.push_back(if_any(tensor));
-  return found;
+Maybe if_any(const Tensor& tensor) {
+  static const void* const mark = nothing().const_data_ptr();
+  return tensor.dim() == 1 && tensor.is_cpu() && tensor.const_data_ptr() == mark ? Maybe() : Maybe(tensor);
 }
 
 Weight weight_of(const Tensor& tensor, Dtype dtype) {
@@ -51,13 +52,13 @@ Weight weight_of(const Tensor& tensor, Dtype dtype) {
   return {true, tensor.const_data_ptr(), dtype, sizes[0], sizes[1], strides[0], strides[1]};
 }
 
-Call make_call(const Tensor& data, int64_t linears, int64_t form, int64_t activation, const std::vector<double>& params,
-               int64_t save) {
-  STD_TORCH_CHECK(linears > 0 && form >= 0 && form < 4 && activation >= 0 && activation < kActivations &&
-                      params.size() <= 2 && save >= 0 && save < 3,
+Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std::vector<double>& params) {
+  const int64_t save = settings >> 2 & 3, activation = settings >> 4;
+  STD_TORCH_CHECK(linears > 0 && settings >= 0 && activation < kActivations && params.size() <= 2 && save < 3,
                   "fastbp_native: no such call");
   Call call;
-  call.settings = {(form & 1) != 0, (form & 2) != 0, static_cast<int>(activation), {0, 0}, static_cast<Save>(save)};
+  call.settings = {
+      (settings & 1) != 0, (settings & 2) != 0, static_cast<int>(activation), {0, 0}, static_cast<Save>(save)};
   for (size_t i = 0; i < params.size(); ++i) call.settings.params[i] = params[i];
   STD_TORCH_CHECK(
       call.settings.gated ? linears == 2 + call.settings.projected : call.settings.projected || linears == 1,
@@ -187,52 +188,55 @@ std::string capability_name() { return capability().name; }
 
 void set_poison(bool on) { poison = on; }
 
-std::vector<Tensor> forward(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> bias_list, int64_t form,
-                            int64_t activation, std::vector<double> params, int64_t save) {
-  std::vector<Maybe> biases = if_any(bias_list);
-  const int64_t linears = static_cast<int64_t>(weights.size());
-  STD_TORCH_CHECK(biases.size() == weights.size(), "fastbp_native: a bias or None for each weight");
-  Call call = make_call(x, linears, form, activation, params, save);
+Tensor absent() { return nothing(); }
+
+std::vector<Tensor> forward(const Tensor& x, std::vector<Tensor> tensors, int64_t settings,
+                            std::vector<double> params) {
+  STD_TORCH_CHECK(tensors.size() % 2 == 0, "fastbp_native: a bias or none for each weight");
+  const int64_t linears = static_cast<int64_t>(tensors.size()) / 2;
+  Call call = make_call(x, linears, settings, params);
   call.x = Rows(x);
   int64_t features = call.x.size;
   for (int64_t i = 0; i < linears; ++i) {
-    Weight& weight = call.weights[i] = weight_of(weights[i], call.dtype);
+    Weight& weight = call.weights[i] = weight_of(tensors[i], call.dtype);
     STD_TORCH_CHECK(weight.in == features, "fastbp_native: weight ", i, " has ", weight.in, " columns and not ",
                     features);
-    check_bias(biases[i], weight, call.dtype);
+    call.biases.push_back(if_any(tensors[linears + i]));
+    check_bias(call.biases[i], weight, call.dtype);
     if (call.settings.gated && i == 1) {
       STD_TORCH_CHECK(weight.out == call.weights[0].out, "fastbp_native: gate and up differ");
     }
     if (!call.settings.gated || i == 1) features = weight.out;
   }
-  call.biases = std::move(biases);
-  return call.dtype == Dtype::float64 ? compute_forward<double>(call, x, weights)
-                                      : compute_forward<float>(call, x, weights);
+  tensors.resize(linears);
+  return call.dtype == Dtype::float64 ? compute_forward<double>(call, x, tensors)
+                                      : compute_forward<float>(call, x, tensors);
 }
 
-std::vector<Tensor> backward(const Tensor& dy, const Tensor& x_or_none, const Tensor& y_or_none,
-                             std::vector<Tensor> weight_list, std::vector<Tensor> bias_list,
-                             std::vector<Tensor> residual_list, int64_t form, int64_t activation,
-                             std::vector<double> params, int64_t save, std::vector<bool> needs) {
-  const Maybe x = if_any(x_or_none), y = if_any(y_or_none);
-  const std::vector<Maybe> weights = if_any(weight_list);
-  std::vector<Maybe> biases = if_any(bias_list), residuals = if_any(residual_list);
-  const int64_t linears = static_cast<int64_t>(weights.size());
-  Call call = make_call(dy, linears, form, activation, params, save);
-  STD_TORCH_CHECK(biases.size() == weights.size() && static_cast<int64_t>(needs.size()) == 1 + 2 * linears,
-                  "fastbp_native: a bias or None and two needs for each weight");
+std::vector<Tensor> backward(const Tensor& dy, std::vector<Tensor> saved, int64_t settings, std::vector<double> params,
+                             std::vector<bool> needs) {
+  const int64_t linears = static_cast<int64_t>(needs.size()) / 2;
+  STD_TORCH_CHECK(needs.size() % 2 == 1 && static_cast<int64_t>(saved.size()) >= 2 + 2 * linears,
+                  "fastbp_native: two needs, a weight or none and a bias or none for each linear");
+  Call call = make_call(dy, linears, settings, params);
+  const Maybe x = if_any(saved[0]);
   check_rows(x, call, "x");
   if (x) call.x = Rows(*x);
-  if (call.settings.save == Save::output && !call.settings.projected) residuals = {y};
-  residuals.resize(call.settings.save == Save::recompute ? 0 : call.hidden() * call.width());
-  for (const Maybe& residual : residuals) {
-    check_rows(residual, call, "residual");
-    call.keep(residual);
-  }
+  std::vector<Maybe> weights;
   for (int64_t i = 0; i < linears; ++i) {
+    weights.push_back(if_any(saved[2 + i]));
+    call.biases.push_back(if_any(saved[2 + linears + i]));
     if (weights[i]) call.weights[i] = weight_of(*weights[i], call.dtype);
   }
-  call.biases = std::move(biases);
+  if (call.settings.save != Save::recompute) {
+    const bool from_y = call.settings.save == Save::output && !call.settings.projected;
+    for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
+      const size_t place = from_y ? 1 : 2 + 2 * linears + i;
+      const Maybe residual = place < saved.size() ? if_any(saved[place]) : Maybe();
+      check_rows(residual, call, "residual");
+      call.keep(residual);
+    }
+  }
   infer_sizes(call, dy.sizes().back());
   for (int64_t i = 0; i < linears; ++i) check_bias(call.biases[i], call.weights[i], call.dtype);
   check_complete(call, needs, dy.sizes().back());

@@ -13,12 +13,11 @@ using torch::stable::Tensor;
 std::string build_info();
 std::string capability_name();
 void set_poison(bool on);
+Tensor absent();
 
-std::vector<Tensor> forward(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases, int64_t form,
-                            int64_t activation, std::vector<double> params, int64_t save);
+std::vector<Tensor> forward(const Tensor& x, std::vector<Tensor> tensors, int64_t settings, std::vector<double> params);
 
-std::vector<Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& y, std::vector<Tensor> weights,
-                             std::vector<Tensor> biases, std::vector<Tensor> residuals, int64_t form,
-                             int64_t activation, std::vector<double> params, int64_t save, std::vector<bool> needs);
+std::vector<Tensor> backward(const Tensor& dy, std::vector<Tensor> saved, int64_t settings, std::vector<double> params,
+                             std::vector<bool> needs);
 
 }  // namespace fastbp::cpu

@@ -10,16 +10,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastbp import reference
 from fastbp.activations import nearest
-from fastbp.backends import native
+from fastbp.backends import native, reference
 from fastbp.problem import Config, Problem, configure
 
 AUTO = "auto"
 REFERENCE = "reference"
 
-# Fastest first. A backend is a module with supports(problem) -> reason or None, forward and backward; one that is not
-# there stands here as the reason.
+# Fastest first. A backend is a module with
+#   supports(problem)                    the reason why not, or None
+#   forward(config, x, tensors)          y and the residuals; tensors are the weights, then the biases or None
+#   backward(config, dy, saved, needs)   the gradients; saved is x, y, weights, biases, residuals, None where not kept
+#   CHECKS_TENSORS                       whether forward refuses every tensor that a call must refuse
+# One that is not there stands here as the reason.
 BACKENDS: dict[str, ModuleType | str] = {
     "native": native.unavailable or native,
     "triton": "this version has no Triton kernels, only their activations",
@@ -59,9 +62,11 @@ def choose(config: Config, data: Tensor, tensors: Sequence[Tensor | None] = ()) 
     ValueError where the call names a backend that does not support it. Ending with the reference on a GPU warns once
     for each set of reasons.
     """
-    for tensor in (data, *tensors):
-        if type(tensor) not in _PLAIN:
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_OR_NONE:
             return _choose_for_subclass(config, tensor)
+    if type(data) not in _PLAIN:
+        return _choose_for_subclass(config, data)
     try:
         return _chosen[config, data.device, data.dtype]
     except KeyError:
@@ -70,7 +75,8 @@ def choose(config: Config, data: Tensor, tensors: Sequence[Tensor | None] = ()) 
         return choice
 
 
-_PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer, type(None)))
+_PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer))
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
 _chosen: dict[Problem | tuple[Any, ...], Config] = {}  # grows with the settings a program uses, not with its calls
 
 

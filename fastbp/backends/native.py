@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fastbp.activations import TABLE, rounded
 from fastbp.problem import Config, Problem
-from fastbp.reference import Saved
 from fastbp.version import __version__, fingerprint
 
 LIBRARY = Path(__file__).parents[1] / "_native.abi3.so"
 SOURCES = Path(__file__).parents[2] / "csrc"  # there in a checkout, not in an installed package
 REBUILD = "FASTBP_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps"
+CHECKS_TENSORS = True  # in C++, so that a good call need not be checked in Python
 _SAVES = ("preact", "output", "recompute")  # the order of csrc/cpu/call.h
 
 
@@ -62,42 +62,37 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def forward(
-    config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> tuple[Tensor, list[Tensor]]:
+def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     """y and the residuals of the policy."""
-    y, *residuals = _forward(x, weights, _filled(biases), *_codes(config, torch.float64))
-    return y, residuals
+    present = [_ABSENT if tensor is None else tensor for tensor in tensors]
+    return _forward(x, present, *_codes(config, torch.float64))  # type: ignore[no-any-return]
 
 
-def backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> list[Tensor | None]:
+def backward(
+    config: Config, dy: Tensor, saved: Sequence[Tensor | None], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
     """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask."""
-    x, y, weights, biases, residuals = saved
-    x, y = _ABSENT if x is None else x, _ABSENT if y is None else y
-    lists = _filled(weights), _filled(biases), _filled(residuals)
-    found = _backward(dy, x, y, *lists, *_codes(config, dy.dtype), needs)
+    present = [_ABSENT if tensor is None else tensor for tensor in saved]
+    found = _backward(dy, present, *_codes(config, dy.dtype), needs)
     if len(found) == len(needs):
         return found  # type: ignore[no-any-return]
     grads = iter(found)
     return [next(grads) if need else None for need in needs]
 
 
-_ABSENT = torch.empty(())
-
-
-def _filled(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """A list without None, as the ops take it."""
-    return [_ABSENT if tensor is None else tensor for tensor in tensors]
-
-
 @lru_cache(maxsize=4096)
-def _codes(config: Config, dtype: torch.dtype) -> tuple[int, int, list[float], int]:
-    """A config as the ops take it: form, activation, parameters as y of this dtype shows them, policy."""
+def _codes(config: Config, dtype: torch.dtype) -> tuple[int, list[float]]:
+    """A config as the ops take it (csrc/ops.cpp), with the parameters as y of this dtype shows them."""
     params = rounded(config.params, dtype) if config.save == "output" and config.row.limits else config.params
     form = config.form.gated + 2 * config.form.projected
-    return form, TABLE.index(config.row), list(params), _SAVES.index(config.save)
+    return form + 4 * _SAVES.index(config.save) + 16 * TABLE.index(config.row), list(params)
 
 
 unavailable = load()
 if unavailable is None:
     _forward, _backward = _ops().forward.default, _ops().backward.default
+    _ABSENT = _ops().absent()  # what the ops take for None
+    # Autograd is the business of the Functions around the ops, and its fallback costs a detour.
+    _beneath_autograd = torch.library.Library("fastbp_native", "IMPL", "Autograd")
+    for _op in ("forward", "backward"):
+        _beneath_autograd.impl(_op, torch.library.fallthrough_kernel)

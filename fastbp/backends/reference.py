@@ -1,0 +1,38 @@
+"""The reference as a backend: PyTorch's own operations, which serve every dtype and device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch._C import _AutoDispatchBelowADInplaceOrView
+
+from fastbp import reference
+from fastbp.problem import Config, Problem
+
+CHECKS_TENSORS = False  # PyTorch's operations broadcast and promote what a call must refuse
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this backend cannot serve the problem, or None: it serves all."""
+    return None
+
+
+def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """y and the residuals of the policy, none of them a view in the eyes of autograd.
+
+    F.linear ends in a view of a 2-D product; from inside a Function such a y would forbid ``y += residual``.
+    """
+    half = len(tensors) // 2
+    with _AutoDispatchBelowADInplaceOrView():
+        y, residuals = reference.forward(config, x, tensors[:half], tensors[half:])  # type: ignore[arg-type]
+    return [y, *residuals]
+
+
+def backward(
+    config: Config, dy: Tensor, saved: Sequence[Tensor | None], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask."""
+    # Nothing here is to be differentiated, and 15 operations without a stop at autograd's kernels count.
+    with _AutoDispatchBelowADInplaceOrView():
+        return reference.backward(config, dy, reference.unflatten(saved, len(needs) // 2), needs)

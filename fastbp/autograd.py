@@ -76,7 +76,12 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        _keep(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+        config = ctx.config = inputs[0]
+        needs = ctx.needs = ctx.needs_input_grad[1:]
+        ctx.save_for_backward(*_pick(config, needs)((*inputs, *output, None)))
+        if forward_ad._current_level >= 0 or functorch_active():
+            ctx.save_for_forward(inputs[1], output[0], *inputs[2:], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dresiduals: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -120,21 +125,16 @@ class _AtOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, config: Config, x: Tensor, *tensors: Tensor | None) -> Outputs:
         output = tuple(module_of(config).forward(config, x, tensors))
-        _keep(ctx, (config, x, *tensors), output)
+        ctx.set_materialize_grads(False)
+        ctx.config = config
+        needs = ctx.needs = ctx.needs_input_grad[1:]
+        ctx.save_for_backward(*_pick(config, needs)((config, x, *tensors, *output, None)))
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(x, output[0], *tensors, *output[1:])
         return output
 
     backward = _Eager.backward
     jvp = _Eager.jvp
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    """Save what backward reads."""
-    ctx.set_materialize_grads(False)
-    config = ctx.config = inputs[0]
-    needs = ctx.needs = ctx.needs_input_grad[1:]
-    ctx.save_for_backward(*_pick(config, needs)((*inputs, *output, None)))
-    if forward_ad._current_level >= 0 or functorch_active():
-        ctx.save_for_forward(inputs[1], output[0], *inputs[2:], *output[1:])
 
 
 @lru_cache(maxsize=1024)
@@ -196,9 +196,17 @@ _DIRECT: dict[str, Callable[..., Outputs]] = {
 }
 
 
-def run(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """y of an eager call, differentiable where autograd or a transform asks for it. Refuses as ``check`` does."""
-    tensors = (*weights, *biases)
+def run(
+    config: Config,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    tensors: tuple[Tensor | None, ...],
+) -> Tensor:
+    """y of an eager call, differentiable where autograd or a transform asks for it. Refuses as ``check`` does.
+
+    ``tensors`` are the weights and the biases in one row.
+    """
     config = choose(config, x, tensors)
     if functorch_active():
         check(config.form, x, weights, biases)

@@ -171,14 +171,15 @@ def call(
 
     Hands over to ``__torch_function__``, casts as autocast asks, checks the tensors, settles the settings, and runs.
     """
-    if has_torch_function((x, *weights, *biases)):
+    tensors = (*weights, *biases)
+    if has_torch_function((x, *tensors)):
         return _overridden(form, x, weights, biases, activation=activation, save=save, backend=backend)
     if any_autocast():
         device = x.device.type if isinstance(x, Tensor) else "cpu"
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x, *tensors = [_cast(t, dtype) for t in (x, *weights, *biases)]
-            weights, biases = tuple(tensors[: len(weights)]), tuple(tensors[len(weights) :])
+            x, *cast = [_cast(t, dtype) for t in (x, *tensors)]
+            weights, biases = tuple(cast[: len(weights)]), tuple(cast[len(weights) :])
             with torch.autocast(device, enabled=False):
                 return call(form, x, weights, biases, activation, save, backend)
     if type(activation) is not str and type(activation) is not Bound:  # a module's parameters may change between calls
@@ -193,7 +194,7 @@ def call(
     except (KeyError, TypeError):  # not seen before, or not hashable and so about to be refused
         check(form, x, weights, biases)
         config = _settled[settings] = configure(*_settle(*settings))
-    return run(config, x, weights, biases)
+    return run(config, x, weights, biases, tensors)
 
 
 def _overridden(form: Form, x: Any, weights: tuple[Any, ...], biases: tuple[Any, ...], **options: Any) -> Tensor:

@@ -171,7 +171,8 @@ class _Block(_Settings):
     """A block of plain nn.Linear children, called fused while they are plain and as they are otherwise."""
 
     def _children(self) -> list[nn.Module]:
-        return [*map(self._modules.__getitem__, self._names)]  # type: ignore[list-item]
+        own = self._modules
+        return [own[name] for name in self._names]  # type: ignore[misc]
 
     def _add_linears(self, sizes: dict[str, tuple[int, int]], bias: bool, device: Any, dtype: Any) -> None:
         self._names = tuple(sizes)

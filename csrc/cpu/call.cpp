@@ -7,32 +7,33 @@
 
 namespace fastbp::cpu {
 
-using torch::headeronly::ScalarType;
+namespace {
+
+// PyTorch's numbers of the dtypes, in the order of ours.
+const int32_t* dtype_numbers() {
+  static const int32_t numbers[kDtypes] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(),
+                                           aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
+  return numbers;
+}
+
+}  // namespace
 
 Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    default:
-      STD_TORCH_CHECK(false, "fastbp: tensors must be float64, float32, bfloat16 or float16");
+  int32_t number;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
+  for (int i = 0; i < kDtypes; ++i) {
+    if (number == dtype_numbers()[i]) return static_cast<Dtype>(i);
   }
+  STD_TORCH_CHECK(false, "fastbp: tensors must be float64, float32, bfloat16 or float16");
 }
 
 Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype) {
-  static const int32_t types[] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
-                                  aoti_torch_dtype_float16()};
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = step;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), types[static_cast<int>(dtype)],
+                                                         strides.data(), dtype_numbers()[static_cast<int>(dtype)],
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor made(handle);
   if (poison) memset(made.mutable_data_ptr(), 0xff, made.numel() * kItemSize[static_cast<int>(dtype)]);

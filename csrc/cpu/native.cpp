@@ -80,12 +80,12 @@ void check_bias(const Maybe& bias, const Weight& weight, Dtype dtype) {
                   "fastbp_native: bias must have as many numbers as its weight has rows");
 }
 
-// A saved tensor must have as many rows as the call.
-void check_rows(const Maybe& tensor, const Call& call, const char* name) {
-  if (!tensor) return;
-  check(*tensor, call.dtype, name);
-  const int64_t rows = Rows(*tensor).count;
-  STD_TORCH_CHECK(rows == call.rows, "fastbp_native: ", name, " has ", rows, " rows and not ", call.rows);
+// Rows of a saved tensor, of which there must be as many as the call has.
+Rows rows_of(const Tensor& tensor, const Call& call, const char* name) {
+  check(tensor, call.dtype, name);
+  Rows rows(tensor);
+  STD_TORCH_CHECK(rows.count == call.rows, "fastbp_native: ", name, " has ", rows.count, " rows and not ", call.rows);
+  return rows;
 }
 
 template <class S>
@@ -220,9 +220,10 @@ std::vector<Tensor> backward(const Tensor& dy, std::vector<Tensor> saved, int64_
                   "fastbp_native: two needs, a weight or none and a bias or none for each linear");
   Call call = make_call(dy, linears, settings, params);
   const Maybe x = if_any(saved[0]);
-  check_rows(x, call, "x");
-  if (x) call.x = Rows(*x);
+  if (x) call.x = rows_of(*x, call, "x");
   std::vector<Maybe> weights;
+  weights.reserve(linears);
+  call.biases.reserve(linears);
   for (int64_t i = 0; i < linears; ++i) {
     weights.push_back(if_any(saved[2 + i]));
     call.biases.push_back(if_any(saved[2 + linears + i]));
@@ -232,9 +233,9 @@ std::vector<Tensor> backward(const Tensor& dy, std::vector<Tensor> saved, int64_
     const bool from_y = call.settings.save == Save::output && !call.settings.projected;
     for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
       const size_t place = from_y ? 1 : 2 + 2 * linears + i;
-      const Maybe residual = place < saved.size() ? if_any(saved[place]) : Maybe();
-      check_rows(residual, call, "residual");
-      call.keep(residual);
+      Maybe residual = place < saved.size() ? if_any(saved[place]) : Maybe();
+      call.residuals.push_back(residual ? rows_of(*residual, call, "residual") : Rows());
+      call.kept.push_back(std::move(residual));
     }
   }
   infer_sizes(call, dy.sizes().back());

@@ -90,7 +90,8 @@ def _codes(config: Config, dtype: torch.dtype) -> tuple[int, list[float]]:
 
 unavailable = load()
 if unavailable is None:
-    _forward, _backward = _ops().forward.default, _ops().backward.default
+    # What OpOverload.__call__ calls: one Python frame less.
+    _forward, _backward = _ops().forward.default._op, _ops().backward.default._op
     _ABSENT = _ops().absent()  # what the ops take for None
     # Autograd is the business of the Functions around the ops, and its fallback costs a detour.
     _beneath_autograd = torch.library.Library("fastbp_native", "IMPL", "Autograd")

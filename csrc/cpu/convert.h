@@ -93,16 +93,34 @@ HD void store(Vec<S> x, T* to) {
 
 template <class T, class S>
 HD Vec<S> load(const T* from, int64_t n) {
-  T buffer[Vec<S>::size] = {};
-  for (int64_t i = 0; i < n; ++i) buffer[i] = from[i];
-  return load<T, S>(buffer);
+  if constexpr (sizeof(T) == sizeof(typename Vec<S>::Number)) {
+    return Vec<S>::load(reinterpret_cast<const typename Vec<S>::Number*>(from), n);
+  } else {
+#if defined(__AVX512F__)
+    const __m256i words = _mm256_maskz_loadu_epi16(Vec<float>::first(n), from);
+    return Vec<S>(widen(reinterpret_cast<Words>(words), T{}).v);
+#else
+    T buffer[Vec<S>::size] = {};
+    for (int64_t i = 0; i < n; ++i) buffer[i] = from[i];
+    return load<T, S>(buffer);
+#endif
+  }
 }
 
 template <class T, class S>
 HD void store(Vec<S> x, T* to, int64_t n) {
-  T buffer[Vec<S>::size];
-  store<T, S>(x, buffer);
-  for (int64_t i = 0; i < n; ++i) to[i] = buffer[i];
+  if constexpr (sizeof(T) == sizeof(typename Vec<S>::Number)) {
+    x.store(reinterpret_cast<typename Vec<S>::Number*>(to), n);
+  } else {
+#if defined(__AVX512F__)
+    const Words words = narrow(Vec<float>(x.v), T{});
+    _mm256_mask_storeu_epi16(to, Vec<float>::first(n), reinterpret_cast<__m256i>(words));
+#else
+    T buffer[Vec<S>::size];
+    store<T, S>(x, buffer);
+    for (int64_t i = 0; i < n; ++i) to[i] = buffer[i];
+#endif
+  }
 }
 
 // n numbers, `stride` apart, into a row.

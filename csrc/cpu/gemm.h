@@ -37,88 +37,102 @@ struct Pairs {
 };
 #endif
 
-template <class S, class Arithmetic, int R, Order order>
-static void tile(int64_t depth, const S* a, int64_t stride, const S* b, int64_t b_stride, S* c, int64_t c_stride,
-                 const S* bias, bool accumulate, int64_t columns) {
+template <class S>
+struct Tile {
+  int64_t depth;
+  const S* a;
+  int64_t a_stride;
+  const S* b;
+  int64_t b_stride;
+  S* c;
+  int64_t c_stride;
+  const S* bias;
+  bool accumulate;
+  int64_t columns;
+};
+
+// R rows by H registers of columns, of which the last may be filled in part.
+template <class S, class Arithmetic, Order order, int H, int R>
+static void multiply_tile(const Tile<S>& t) {
   using V = Vec<S>;
-  typename V::Lanes low[R], high[R];
-  FASTBP_UNROLL for (int i = 0; i < R; ++i) low[i] = high[i] = typename V::Lanes{};
+  typename V::Lanes sums[R][H];
+  FASTBP_UNROLL for (int i = 0; i < R; ++i) {
+    FASTBP_UNROLL for (int h = 0; h < H; ++h) sums[i][h] = typename V::Lanes{};
+  }
   constexpr int kTriples = (R + 2) / 3;
-  const S* rows[kTriples];
+  const S *a = t.a, *b = t.b, *rows[kTriples];
+  const int64_t stride = t.a_stride, b_stride = t.b_stride, depth = t.depth;
   FASTBP_UNROLL for (int j = 0; j < kTriples; ++j) rows[j] = a + 3 * j * stride;
   for (int64_t p = 0; p < depth; ++p) {
-    const auto b_low = V::load(b).v, b_high = V::load(b + V::size).v;
+    typename V::Lanes b_lanes[H];
+    FASTBP_UNROLL for (int h = 0; h < H; ++h) b_lanes[h] = V::load(b + h * V::size).v;
     FASTBP_UNROLL for (int i = 0; i < R; ++i) {
       // Row 3j + r lies r strides behind row 3j: four addresses and one stride serve twelve rows.
       const S number = order == Order::rows ? rows[i / 3][(i % 3) * stride] : a[i];
-      low[i] = Arithmetic::add(low[i], number, b_low);
-      high[i] = Arithmetic::add(high[i], number, b_high);
+      FASTBP_UNROLL for (int h = 0; h < H; ++h) sums[i][h] = Arithmetic::add(sums[i][h], number, b_lanes[h]);
     }
     if (order == Order::rows) {
-      FASTBP_UNROLL for (int j = 0; j < kTriples; ++j)++ rows[j];
+      FASTBP_UNROLL for (int j = 0; j < kTriples; ++j) rows[j] += 1;
     }
     if (order == Order::columns) a += stride;
     b += b_stride;
   }
-  const bool whole = columns == kTileColumns<S>;
-  const int64_t left = columns < V::size ? columns : V::size, right = columns - left;
-  V bias_low(S(0)), bias_high(S(0));
-  if (bias) {
-    bias_low = whole ? V::load(bias) : V::load(bias, left);
-    bias_high = whole ? V::load(bias + V::size) : V::load(bias + V::size, right);
-  }
-  FASTBP_UNROLL for (int i = 0; i < R; ++i) {
-    S* to = c + i * c_stride;
-    V first = V(low[i]) + bias_low, second = V(high[i]) + bias_high;
-    if (whole) {
-      if (accumulate) {
-        first = first + V::load(to);
-        second = second + V::load(to + V::size);
+  const int64_t last = t.columns - (H - 1) * V::size;  // numbers in the last register
+  FASTBP_UNROLL for (int h = 0; h < H; ++h) {
+    const bool whole = h < H - 1 || last == V::size;
+    const auto load = [&](const S* from) { return whole ? V::load(from) : V::load(from, last); };
+    const V bias = t.bias ? load(t.bias + h * V::size) : V(S(0));
+    FASTBP_UNROLL for (int i = 0; i < R; ++i) {
+      S* to = t.c + i * t.c_stride + h * V::size;
+      V sum = V(sums[i][h]) + bias;
+      if (t.accumulate) sum = sum + load(to);
+      if (whole) {
+        sum.store(to);
+      } else {
+        sum.store(to, last);
       }
-      first.store(to);
-      second.store(to + V::size);
-    } else {
-      if (accumulate) {
-        first = first + V::load(to, left);
-        second = second + V::load(to + V::size, right);
-      }
-      first.store(to, left);
-      second.store(to + V::size, right);
     }
   }
 }
 
 // The same for a number of rows that is known only now: a last tile of few rows costs no more than it must.
-template <class S, class Arithmetic, Order order, int R = kTileRows>
-static void tile_of(int rows, int64_t depth, const S* a, int64_t stride, const S* b, int64_t b_stride, S* c,
-                    int64_t c_stride, const S* bias, bool accumulate, int64_t columns) {
+template <class S, class Arithmetic, Order order, int H, int R = kTileRows>
+static void multiply_rows(int rows, const Tile<S>& t) {
   if constexpr (R > 1) {
-    if (rows < R) {
-      return tile_of<S, Arithmetic, order, R - 1>(rows, depth, a, stride, b, b_stride, c, c_stride, bias, accumulate,
-                                                  columns);
-    }
+    if (rows < R) return multiply_rows<S, Arithmetic, order, H, R - 1>(rows, t);
   }
-  tile<S, Arithmetic, R, order>(depth, a, stride, b, b_stride, c, c_stride, bias, accumulate, columns);
+  multiply_tile<S, Arithmetic, order, H, R>(t);
 }
 
-template <class S, class Arithmetic>
-static void multiply(const Product<S>& p) {
+template <class S, class Arithmetic, Order order>
+static void multiply_as(const Product<S>& p) {
   constexpr int64_t width = kTileColumns<S>;
   for (int64_t j = 0; j < p.columns; j += width) {  // a tile of columns of B stays in the cache for all rows of A
     const int64_t columns = p.columns - j < width ? p.columns - j : width;
     const S* b = p.b + j / width * p.b_tile;
-    const S* bias = p.bias ? p.bias + j : nullptr;
     for (int64_t i = 0; i < p.rows; i += kTileRows) {
       const int rows = p.rows - i < kTileRows ? p.rows - i : kTileRows;
-      S* c = p.c + i * p.c_stride + j;
-      if (p.a_by_columns) {
-        tile_of<S, Arithmetic, Order::columns>(rows, p.depth, p.a + i / kTileRows * p.a_tile, p.a_stride, b, p.b_stride,
-                                               c, p.c_stride, bias, p.accumulate, columns);
+      const S* a = p.a + (order == Order::columns ? i / kTileRows * p.a_tile : i * p.a_stride);
+      const Tile<S> tile{p.depth,      a,
+                         p.a_stride,   b,
+                         p.b_stride,   p.c + i * p.c_stride + j,
+                         p.c_stride,   p.bias ? p.bias + j : nullptr,
+                         p.accumulate, columns};
+      if (columns > Vec<S>::size) {
+        multiply_rows<S, Arithmetic, order, 2>(rows, tile);
       } else {
-        tile_of<S, Arithmetic, Order::rows>(rows, p.depth, p.a + i * p.a_stride, p.a_stride, b, p.b_stride, c,
-                                            p.c_stride, bias, p.accumulate, columns);
+        multiply_rows<S, Arithmetic, order, 1>(rows, tile);
       }
     }
+  }
+}
+
+template <class S, class Arithmetic>
+static void multiply(const Product<S>& p) {
+  if (p.a_by_columns) {
+    multiply_as<S, Arithmetic, Order::columns>(p);
+  } else {
+    multiply_as<S, Arithmetic, Order::rows>(p);
   }
 }
 

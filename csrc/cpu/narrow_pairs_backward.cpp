@@ -35,11 +35,11 @@ class BackwardPanel {
       add_up(layer, rows, dz, x, kept);
       if (!needs_.below(layer)) return;
       for (int part = 0; part < call_.parts(layer); ++part) {
-        backward_.multiply(first + part, rows, dz[part], c_, space_.room, part > 0);
+        backward_.multiply(first + part, rows, dz[part], c_, space_.stride(in), part > 0);
       }
-      if (layer == 0) return to_words(rows, in, c_, space_.room, word_at(dx, r), in);
+      if (layer == 0) return to_words(rows, in, c_, space_.stride(in), word_at(dx, r), in);
       d = {dh_room, in % 2 ? space_.room : in};
-      to_words(rows, in, c_, space_.room, dh_room, d.stride);
+      to_words(rows, in, c_, space_.stride(in), dh_room, d.stride);
     }
   }
 

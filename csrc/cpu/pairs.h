@@ -42,14 +42,18 @@ class PairedWeights {
       if (!w.any) continue;
       float* to = scratch.take<float>(depth * round_up(columns, k.tile_columns));
       weights_.back().data = to;
+      // Rows of pairs: where they lie, or copied and filled up to an even length.
       Scratch here;
-      const int64_t length = round_up(w.in, 2);
-      Word* rows = here.take<Word>(w.out * length);
-      for (int64_t n = 0; n < w.out; ++n) {
-        for (int64_t c = 0; c < w.in; ++c) {
-          rows[n * length + c] = static_cast<const Word*>(w.data)[n * w.out_stride + c * w.in_stride];
+      const Word* rows = static_cast<const Word*>(w.data);
+      int64_t length = w.out_stride;
+      if (w.in_stride != 1 || w.in % 2 || length % 2) {
+        length = round_up(w.in, 2);
+        Word* copy = here.take<Word>(w.out * length);
+        for (int64_t n = 0; n < w.out; ++n) {
+          for (int64_t c = 0; c < w.in; ++c) copy[n * length + c] = rows[n * w.out_stride + c * w.in_stride];
+          if (length > w.in) copy[n * length + w.in] = 0;
         }
-        if (length > w.in) rows[n * length + w.in] = 0;
+        rows = copy;
       }
       if (transposed) {
         pack(depth, columns, rows, 1, length / 2, to);
@@ -86,12 +90,15 @@ struct Space {
       : scratch(scratch), room(round_up(widest(call), kernels<float>().tile_columns) + 32) {}
   Word* words() { return scratch.take<Word>(kPanel * room); }
   float* floats() { return scratch.take<float>(kPanel * room); }
+  // Between rows of n floats: side by side where they are short, so that they are converted as one.
+  int64_t stride(int64_t n) const { return n <= 128 ? n : room; }
   Scratch& scratch;
   int64_t room;
 };
 
 // Rows of floats to rows of words, filled up to an even length.
 inline void to_words(int64_t rows, int64_t n, const float* from, int64_t from_stride, Word* to, int64_t to_stride) {
+  if (from_stride == n && to_stride == n) return kernels<float>().write(Dtype::bfloat16, rows * n, from, to);
   for (int64_t i = 0; i < rows; ++i) {
     kernels<float>().write(Dtype::bfloat16, n, from + i * from_stride, to + i * to_stride);
     if (n % 2 && to_stride > n) to[i * to_stride + n] = 0;

@@ -79,15 +79,34 @@ struct Vec {
 
   // The first n numbers, with zeros after them; the first n numbers only.
   static HD Vec load(const Number* from, int64_t n) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Number) == 4) {
+      return Vec(reinterpret_cast<Lanes>(_mm512_maskz_loadu_ps(first(n), from)));
+    } else {
+      return Vec(reinterpret_cast<Lanes>(_mm512_maskz_loadu_pd(first(n), from)));
+    }
+#else
     Number buffer[size] = {};
     for (int64_t i = 0; i < n; ++i) buffer[i] = from[i];
     return load(buffer);
+#endif
   }
   HD void store(Number* to, int64_t n) const {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Number) == 4) {
+      _mm512_mask_storeu_ps(to, first(n), (__m512)v);
+    } else {
+      _mm512_mask_storeu_pd(to, first(n), (__m512d)v);
+    }
+#else
     Number buffer[size];
     store(buffer);
     for (int64_t i = 0; i < n; ++i) to[i] = buffer[i];
+#endif
   }
+
+  // A bit for each of the first n lanes.
+  static HD uint16_t first(int64_t n) { return static_cast<uint16_t>((uint32_t{1} << n) - 1); }
 
   HD Bits bits() const { return reinterpret_cast<Bits>(v); }
   static HD Vec of(Bits bits) { return Vec(reinterpret_cast<Lanes>(bits)); }

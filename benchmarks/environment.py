@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import fastbp
+from fastbp.backends import native
 
 
 def environment(command: str) -> dict[str, object]:
@@ -18,7 +19,6 @@ def environment(command: str) -> dict[str, object]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    native = fastbp.available_backends()["native"] == "available"
     return {
         "date": date.today().isoformat(),
         "commit": git.stdout.strip(),
@@ -27,7 +27,7 @@ def environment(command: str) -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "native": torch.ops.fastbp_native.capability() if native else fastbp.available_backends()["native"],
+        "native": native.capability() if native.unavailable is None else native.unavailable,
         "python": platform.python_version(),
         "fastbp": fastbp.__version__,
         # Settings of the environment under which PyTorch and fastbp choose other kernels.

@@ -7,8 +7,8 @@ STABLE_TORCH_LIBRARY(fastbp_native, m) {
   // What the library was built from, for the Python side to compare with itself; what the CPU offers.
   m.def("build_info() -> str");
   m.def("capability() -> str");
-  // Fill scratch memory and fresh results with NaN: for tests.
-  m.def("set_poison(bool on) -> ()");
+  // For tests: fill scratch memory and fresh results with NaN; take this way of computing wherever it can serve.
+  m.def("set_debug(bool poison, str route) -> ()");
   // What stands for a tensor that is absent. (PyTorch resolves lazy negation in lists of tensors, and not in lists of
   // optional ones.)
   m.def("absent() -> Tensor");
@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastbp_native, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&fastbp::cpu::build_info));
   m.impl("capability", TORCH_BOX(&fastbp::cpu::capability_name));
   m.impl("absent", TORCH_BOX(&fastbp::cpu::absent));
-  m.impl("set_poison", TORCH_BOX(&fastbp::cpu::set_poison));
+  m.impl("set_debug", TORCH_BOX(&fastbp::cpu::set_debug));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbp_native, CPU, m) {

@@ -9,7 +9,7 @@ import shutil
 
 import torch
 
-from fastbp.backends import available_backends
+from fastbp.backends import available_backends, native
 from fastbp.version import __version__
 
 # Optional packages: what they are for, and how they come. The versions are those of pyproject.toml.
@@ -57,10 +57,14 @@ def _devices() -> list[str]:
 
 def _native() -> list[str]:
     tools = [tool for tool in ("g++", "clang++", "nvcc") if shutil.which(tool)]
-    return [
-        "not built: this version has no C++ or CUDA kernels, so there is nothing to compile and nothing to mend",
-        f"compilers on the path: {', '.join(tools) or 'none'}",
-    ]
+    if native.unavailable:
+        lines = [native.unavailable]
+        if not {"g++", "clang++"} & set(tools):
+            lines.append("no C++ compiler is on the path; `apt-get install g++` brings one")
+    else:
+        lines = [f"CPU kernels for {native.capability()}; FASTBP_CPU_CAPABILITY names another capability of this CPU"]
+        lines.append("CUDA kernels: this version has none")
+    return [*lines, f"compilers on the path: {', '.join(tools) or 'none'}"]
 
 
 def _optional(name: str) -> str:

@@ -85,6 +85,16 @@ Tensor Call::make(int64_t features) const {
 }
 
 template <class S>
+Tensor Call::make_bias_gradient(const double* sums, int64_t size) const {
+  Scratch scratch;
+  S* row = scratch.take<S>(size);
+  std::copy_n(sums, size, row);
+  Tensor result = empty({size}, dtype);
+  kernels<S>().write(dtype, size, row, result.mutable_data_ptr());
+  return result;
+}
+
+template <class S>
 void Call::output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_stride, S* to, int64_t to_stride) const {
   const auto value = loops<S>(kDtypeOf<S>).value[settings.activation];
   if (!settings.gated && !rounds<S>() && kept_stride == n && to_stride == n) {  // one long row
@@ -183,6 +193,7 @@ const S* read_bias(const Maybe& bias, Scratch& scratch) {
 }
 
 #define FASTBP_INSTANTIATE(S)                                                                                         \
+  template Tensor Call::make_bias_gradient<S>(const double*, int64_t) const;                                          \
   template void Call::output(int64_t, int64_t, const S* const*, int64_t, S*, int64_t) const;                          \
   template void Call::slope(int64_t, int64_t, const S*, int64_t, const S* const*, int64_t, S* const*, int64_t) const; \
   template void Call::read_input(int64_t, int64_t, int64_t, int64_t, int64_t, S*, int64_t) const;                     \

@@ -146,6 +146,10 @@ struct Call {
     return sum * rows;
   }
 
+  // The sums of a bias's gradient as the tensor it is.
+  template <class S>
+  Tensor make_bias_gradient(const double* sums, int64_t size) const;
+
   Tensor make(int64_t features) const;  // (..., features), of the call's dtype
 
   // The loops over numbers of a dtype, and the gradient that goes with what is kept.

@@ -63,30 +63,34 @@ static Elementwise::Grad grad_from_output_if_any() {
   }
 }
 
-// Four sums side by side, which also keeps the roundings of a long column few.
+// Up to sixty-four rows are added in four sums side by side, and these to a double, so that the roundings of a long
+// column stay few.
 template <class T, class S>
-static void add_rows(int64_t rows, int64_t n, const void* numbers, int64_t stride, void* sums) {
-  constexpr int size = Vec<S>::size;
-  S* sum = static_cast<S*>(sums);
+static void add_rows(int64_t rows, int64_t n, const void* numbers, int64_t stride, double* sums) {
+  constexpr int64_t size = Vec<S>::size, block = 64;
   for (int64_t j = 0; j < n; j += size) {
     const int64_t count = n - j < size ? n - j : size;
     const T* column = static_cast<const T*>(numbers) + j;
     const auto at = [&](int64_t i) {
       return count == size ? load<T, S>(column + i * stride) : load<T, S>(column + i * stride, count);
     };
-    Vec<S> part[4] = {S(0), S(0), S(0), S(0)};
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) {
-      FASTBP_UNROLL for (int s = 0; s < 4; ++s) part[s] = part[s] + at(i + s);
-    }
-    for (; i < rows; ++i) part[i % 4] = part[i % 4] + at(i);
-    const Vec<S> total = (part[0] + part[1]) + (part[2] + part[3]);
-    if (count == size) {
-      (Vec<S>::load(sum + j) + total).store(sum + j);
-    } else {
-      (Vec<S>::load(sum + j, count) + total).store(sum + j, count);
+    for (int64_t i = 0; i < rows;) {
+      const int64_t end = rows - i < block ? rows : i + block;
+      Vec<S> part[4] = {S(0), S(0), S(0), S(0)};
+      for (; i + 4 <= end; i += 4) {
+        FASTBP_UNROLL for (int s = 0; s < 4; ++s) part[s] = part[s] + at(i + s);
+      }
+      for (; i < end; ++i) part[i % 4] = part[i % 4] + at(i);
+      S total[size];
+      ((part[0] + part[1]) + (part[2] + part[3])).store(total);
+      for (int64_t lane = 0; lane < count; ++lane) sums[j + lane] += static_cast<double>(total[lane]);
     }
   }
+}
+
+template <class S>
+static void add(int64_t n, const S* a, S* sum) {
+  map<S, S>(n, sum, [](auto x, auto y) { return x + y; }, sum, a);
 }
 
 template <class S>
@@ -117,10 +121,12 @@ void fill_elementwise(Kernels<float>& t) {
   t.of[static_cast<int>(Dtype::bfloat16)] = elementwise<BFloat16, Coarse, float>();
   t.of[static_cast<int>(Dtype::float16)] = elementwise<Half, Coarse, float>();
   t.times = times<float>;
+  t.add = add<float>;
 }
 void fill_elementwise(Kernels<double>& t) {
   t.of[static_cast<int>(Dtype::float64)] = elementwise<double, double>();
   t.times = times<double>;
+  t.add = add<double>;
 }
 
 }  // namespace fastbp::cpu::FASTBP_CAPABILITY

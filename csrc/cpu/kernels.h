@@ -47,8 +47,8 @@ struct Elementwise {
   using Grad = void (*)(int64_t n, const void* dy, const void* z_or_y, void* dz, const double* params);
   Value value[kMostActivations];
   Grad grad[kMostActivations], grad_from_output[kMostActivations];  // null where y does not give the slope
-  // sums += the sum of rows that are `stride` numbers apart; the sums are of the compute type.
-  void (*add_rows)(int64_t rows, int64_t n, const void* numbers, int64_t stride, void* sums);
+  // sums += the sum of rows that are `stride` numbers apart.
+  void (*add_rows)(int64_t rows, int64_t n, const void* numbers, int64_t stride, double* sums);
 };
 
 template <class S>
@@ -66,6 +66,7 @@ struct Kernels {
   void (*write)(Dtype, int64_t n, const S* from, void* to);
   Elementwise of[kDtypes];  // those that are computed in S
   void (*times)(int64_t n, const S* a, const S* b, S* product);
+  void (*add)(int64_t n, const S* a, S* sum);  // sum += a
 };
 
 template <class S>

@@ -12,7 +12,7 @@ template <class S>
 class Chunk {
  public:
   Chunk(const Call& call, const Needs& needs, const Packed<S>* forward, const Packed<S>& backward, const Rows& dy,
-        const Out& dx, const Sums<S>& sums, S* own)
+        const Out& dx, const Sums<S>& sums, const typename Sums<S>::Set& own)
       : call_(call),
         needs_(needs),
         forward_(forward),
@@ -134,7 +134,7 @@ class Chunk {
   const Rows& dy_;
   const Out& dx_;
   const Sums<S>& sums_;
-  S* own_;
+  const typename Sums<S>::Set& own_;
   int64_t room_;
   S* spare_ = nullptr;
 };
@@ -156,7 +156,7 @@ std::vector<Maybe> backward_narrow(Call& call, const Tensor& dy, const std::vect
   const Packed<S> backward(call, false, shared);
   const Sums<S> sums(call, wanted, 2 * call.work(), shared);
   const Rows dy_rows(dy);
-  sums.for_panels([&](S* own, int64_t r, int64_t rows) {
+  sums.for_panels([&](const typename Sums<S>::Set& own, int64_t r, int64_t rows) {
     Chunk<S>(call, needs, forward ? &*forward : nullptr, backward, dy_rows, dx, sums, own).run(r, rows);
   });
   sums.finish(grads);

@@ -10,7 +10,7 @@ namespace {
 class BackwardPanel {
  public:
   BackwardPanel(const Call& call, const Needs& needs, const PairedWeights* forward, const PairedWeights& backward,
-                const Sums<float>& sums, float* own, Scratch& scratch)
+                const Sums<float>& sums, const Sums<float>::Set& own, Scratch& scratch)
       : call_(call),
         needs_(needs),
         forward_(forward),
@@ -148,7 +148,7 @@ class BackwardPanel {
   const PairedWeights* forward_;
   const PairedWeights& backward_;
   const Sums<float>& sums_;
-  float* own_;
+  const Sums<float>::Set& own_;
   Space space_;
   Word* h_room_;
   float* c_;
@@ -170,7 +170,7 @@ std::vector<Maybe> backward_narrow_pairs(Call& call, const Tensor& dy, const std
   const PairedWeights backward(call, false, shared);
   const Sums<float> sums(call, wanted, 2 * call.work(), shared);
   const Rows dy_rows(dy);
-  sums.for_panels([&](float* own, int64_t r, int64_t rows) {
+  sums.for_panels([&](const Sums<float>::Set& own, int64_t r, int64_t rows) {
     Scratch scratch;
     BackwardPanel(call, needs, forward ? &*forward : nullptr, backward, sums, own, scratch).run(r, rows, dy_rows, dx);
   });

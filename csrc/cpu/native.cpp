@@ -186,7 +186,10 @@ std::string build_info() { return std::string(FASTBP_IDENTITY) + kActivationName
 
 std::string capability_name() { return capability().name; }
 
-void set_poison(bool on) { poison = on; }
+void set_debug(bool poison_on, std::string route) {
+  poison = poison_on;
+  force_route(route);
+}
 
 Tensor absent() { return nothing(); }
 

@@ -79,51 +79,61 @@ inline int64_t widest(const Call& call) {
 template <class S>
 class Sums {
  public:
+  struct Set {
+    S* weights;
+    double* biases;
+  };
+
   Sums(const Call& call, const std::vector<bool>& wanted, double work, Scratch& scratch)
       : call_(call), wanted_(wanted), places_(wanted.size()) {
     for (size_t i = 1; i < wanted.size(); ++i) {
-      places_[i] = total_;
-      if (wanted[i]) total_ += size(i);
+      int64_t& total = is_weight(i) ? weights_ : biases_;
+      places_[i] = total;
+      if (wanted[i]) total += size(i);
     }
-    threads = threads_for(work);
-    const int64_t panels = (call.rows + kPanel - 1) / kPanel;
-    chunks_ = std::max<int64_t>(1, std::min(panels, threads > 1 ? 4 * threads : 1));
-    sums_ = scratch.take<S>(chunks_ * total_);
+    threads_ = threads_for(work);
+    panels_ = (call.rows + kPanel - 1) / kPanel;
+    chunks_ = std::max<int64_t>(1, std::min(panels_, threads_ > 1 ? 4 * threads_ : 1));
+    sums_ = {scratch.take<S>(chunks_ * weights_), scratch.take<double>(chunks_ * biases_)};
   }
 
   // f(set of sums, first row, rows) over all panels.
   template <class F>
   void for_panels(const F& f) const {
-    const int64_t panels = (call_.rows + kPanel - 1) / kPanel;
-    for_each(chunks_, threads, [&](int64_t chunk) {
-      S* own = sums_ + chunk * total_;
-      std::fill_n(own, total_, S(0));
-      for (int64_t p = panels * chunk / chunks_; p < panels * (chunk + 1) / chunks_; ++p) {
+    for_each(chunks_, threads_, [&](int64_t chunk) {
+      const Set own = of(chunk);
+      std::fill_n(own.weights, weights_, S(0));
+      std::fill_n(own.biases, biases_, 0.0);
+      for (int64_t p = panels_ * chunk / chunks_; p < panels_ * (chunk + 1) / chunks_; ++p) {
         f(own, p * kPanel, std::min(kPanel, call_.rows - p * kPanel));
       }
     });
   }
 
-  S* weight(S* own, int64_t linear) const { return own + places_[1 + linear]; }
-  S* bias(S* own, int64_t linear) const { return own + places_[1 + call_.linears() + linear]; }
+  S* weight(const Set& own, int64_t linear) const { return own.weights + places_[1 + linear]; }
+  double* bias(const Set& own, int64_t linear) const { return own.biases + places_[1 + call_.linears() + linear]; }
 
   // The sums of all chunks, as the gradients they are.
   void finish(std::vector<Maybe>& grads) const {
     const auto& k = kernels<S>();
-    if (chunks_ > 1) {
-      k.of[static_cast<int>(kDtypeOf<S>)].add_rows(chunks_ - 1, total_, sums_ + total_, total_, sums_);
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
+      k.add(weights_, of(chunk).weights, sums_.weights);
+      for (int64_t i = 0; i < biases_; ++i) sums_.biases[i] += of(chunk).biases[i];
     }
     for (size_t i = 1; i < wanted_.size(); ++i) {
       if (!wanted_[i]) continue;
-      const Weight& w = weight_of(i);
-      grads[i] = is_weight(i) ? empty({w.out, w.in}, call_.dtype) : empty({w.out}, call_.dtype);
-      k.write(call_.dtype, size(i), sums_ + places_[i], grads[i]->mutable_data_ptr());
+      if (is_weight(i)) {
+        const Weight& w = weight_of(i);
+        grads[i] = empty({w.out, w.in}, call_.dtype);
+        k.write(call_.dtype, size(i), sums_.weights + places_[i], grads[i]->mutable_data_ptr());
+      } else {
+        grads[i] = call_.template make_bias_gradient<S>(sums_.biases + places_[i], size(i));
+      }
     }
   }
 
-  int64_t threads;
-
  private:
+  Set of(int64_t chunk) const { return {sums_.weights + chunk * weights_, sums_.biases + chunk * biases_}; }
   bool is_weight(size_t i) const { return static_cast<int64_t>(i) <= call_.linears(); }
   const Weight& weight_of(size_t i) const { return call_.weights[(i - 1) % call_.linears()]; }
   int64_t size(size_t i) const { return is_weight(i) ? weight_of(i).out * weight_of(i).in : weight_of(i).out; }
@@ -131,8 +141,8 @@ class Sums {
   const Call& call_;
   const std::vector<bool>& wanted_;
   std::vector<int64_t> places_;
-  int64_t total_ = 0, chunks_;
-  S* sums_;
+  int64_t weights_ = 0, biases_ = 0, threads_, panels_, chunks_;
+  Set sums_;
 };
 
 }  // namespace fastbp::cpu

@@ -1,9 +1,9 @@
 #include "route.h"
 
-#include <stdlib.h>
-#include <string.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 
 namespace fastbp::cpu {
 
@@ -21,7 +21,16 @@ bool is_intel() {
 #endif
 }
 
+constexpr const char* kRoutes[] = {"narrow", "narrow_pairs", "wide", "library"};
+std::atomic<int> forced{-1};
+
 }  // namespace
+
+void force_route(const std::string& name) {
+  const auto found = std::find(std::begin(kRoutes), std::end(kRoutes), name);
+  STD_TORCH_CHECK(name.empty() || found != std::end(kRoutes), "fastbp_native: no route is called ", name);
+  forced = name.empty() ? -1 : static_cast<int>(found - kRoutes);
+}
 
 Route route_of(const Call& call) {
   int64_t widest = 0, narrowest = INT64_MAX, total = 0;
@@ -31,10 +40,13 @@ Route route_of(const Call& call) {
     total += w.in * w.out;
   }
   if (call.rows == 0 || narrowest == 0) return Route::wide;
+  const bool pairs = call.dtype == Dtype::bfloat16 && kernels<float>().multiply_pairs;
+  const int asked = forced;
+  if (asked >= 0 && (asked != static_cast<int>(Route::narrow_pairs) || pairs)) return static_cast<Route>(asked);
   const bool narrow = widest <= kNarrowFeatures && total <= kNarrowWeights;
   switch (call.dtype) {
     case Dtype::bfloat16:  // where the CPU multiplies bfloat16 itself, that is twice as fast as float panels
-      if (narrow && kernels<float>().multiply_pairs) return Route::narrow_pairs;
+      if (narrow && pairs) return Route::narrow_pairs;
       if (capability().bf16) return Route::library;
       break;
     case Dtype::float16:

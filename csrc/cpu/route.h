@@ -1,6 +1,8 @@
 // How a call is computed: the written rule, from measurements in docs/decisions/.
 #pragma once
 
+#include <string>
+
 #include "call.h"
 
 namespace fastbp::cpu {
@@ -8,5 +10,8 @@ namespace fastbp::cpu {
 enum class Route { narrow, narrow_pairs, wide, library };
 
 Route route_of(const Call& call);
+
+// For tests: take this route, by its name above, wherever it can serve; an empty name ends it.
+void force_route(const std::string& name);
 
 }  // namespace fastbp::cpu

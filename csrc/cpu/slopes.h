@@ -52,7 +52,7 @@ class Slopes {
         out_[part] = Out(*dz[part]);
       }
       wanted_[part] = true;
-      if (needs.bias(linear)) sums_[part].assign(groups * size_, S(0));
+      if (needs.bias(linear)) sums_[part].assign(groups * size_, 0.0);
     }
   }
 
@@ -94,15 +94,12 @@ class Slopes {
     });
   }
 
-  Tensor sum(int part) const { return add_up(sums_[part], size_, call_.dtype); }
+  Tensor sum(int part) const { return add_up(call_, sums_[part], size_); }
 
-  static Tensor add_up(const std::vector<S>& sums, int64_t size, Dtype dtype) {
-    std::vector<S> total(size, S(0));
-    const int64_t groups = size ? static_cast<int64_t>(sums.size()) / size : 0;
-    kernels<S>().of[static_cast<int>(kDtypeOf<S>)].add_rows(groups, size, sums.data(), size, total.data());
-    Tensor result = empty({size}, dtype);
-    Out(result).write(0, 1, 0, size, total.data(), size);
-    return result;
+  static Tensor add_up(const Call& call, const std::vector<double>& sums, int64_t size) {
+    std::vector<double> total(size, 0.0);
+    for (size_t i = 0; i < sums.size(); ++i) total[i % size] += sums[i];
+    return call.make_bias_gradient<S>(total.data(), size);
   }
 
   Maybe dz[2];
@@ -116,13 +113,13 @@ class Slopes {
   int64_t layer_, size_, groups_;
   Out out_[2];
   bool wanted_[2] = {false, false};
-  std::vector<S> sums_[2];
+  std::vector<double> sums_[2];
 };
 
 template <class S>
 Tensor column_sums(const Call& call, const Rows& d) {
   const int64_t groups = groups_of(d);
-  std::vector<S> sums(groups * d.size, S(0));
+  std::vector<double> sums(groups * d.size, 0.0);
   if (d.dense()) {
     const auto add_rows = call.loops<S>(call.dtype).add_rows;
     for_each(groups, elementwise_threads(d), [&](int64_t group) {
@@ -134,7 +131,7 @@ Tensor column_sums(const Call& call, const Rows& d) {
       call.loops<S>(kDtypeOf<S>).add_rows(count, d.size, panel, d.size, &sums[group * d.size]);
     });
   }
-  return Slopes<S>::add_up(sums, d.size, call.dtype);
+  return Slopes<S>::add_up(call, sums, d.size);
 }
 
 // What the slopes of a layer leave: gradients of its biases, and dz as rows that live in `keep`.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,8 @@ from fastbp.activations import TABLE, rounded
 from fastbp.problem import Config, Problem
 from fastbp.version import __version__, fingerprint
 
-LIBRARY = Path(__file__).parents[1] / "_native.abi3.so"
+# FASTBP_NATIVE_LIBRARY names another build of the same sources: `make sanitize` uses it.
+LIBRARY = Path(os.environ.get("FASTBP_NATIVE_LIBRARY") or Path(__file__).parents[1] / "_native.abi3.so")
 SOURCES = Path(__file__).parents[2] / "csrc"  # there in a checkout, not in an installed package
 REBUILD = "FASTBP_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps"
 CHECKS_TENSORS = True  # in C++, so that a good call need not be checked in Python
@@ -35,7 +37,7 @@ def load(library: Path = LIBRARY, sources: Path = SOURCES) -> str | None:
         return f"the C++ kernels were not built; `{rebuild_command()}` builds them and says what is missing"
     try:
         torch.ops.load_library(library)
-        info, capability = _ops().build_info(), _ops().capability
+        info = _ops().build_info()
     except (OSError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         return f"{library.name} does not load into torch {torch.__version__}: {reason}; `{rebuild_command()}`"
@@ -49,6 +51,11 @@ def load(library: Path = LIBRARY, sources: Path = SOURCES) -> str | None:
     except RuntimeError as error:  # FASTBP_CPU_CAPABILITY names what this CPU does not have
         return str(error).strip().splitlines()[0]
     return None
+
+
+def capability() -> str:
+    """The instruction set that the loaded kernels use."""
+    return _ops().capability()  # type: ignore[no-any-return]
 
 
 def _ops() -> Any:

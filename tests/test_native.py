@@ -1,0 +1,246 @@
+"""The C++ kernels: every way they compute, with poisoned memory; determinism; and a library that does not fit."""
+
+import runpy
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from support import (
+    DTYPES,
+    FEW,
+    assert_as_good_as_eager,
+    call,
+    cases,
+    each,
+    eager,
+    exact,
+    flatten,
+    formula,
+    grads,
+    like,
+    tensors,
+    widened,
+)
+
+import fastbp
+from fastbp.activations import TABLE, bind
+from fastbp.backends import native
+from fastbp.forms import FORMS, LINEAR_ACT, MLP
+
+ROOT = Path(fastbp.__file__).parents[1]
+pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
+ops = torch.ops.fastbp_native
+
+ROUTES = ["narrow", "narrow_pairs", "wide", "library"]
+GELU, RELU = bind("gelu"), bind("relu")
+
+
+@pytest.fixture
+def route(request):
+    """This way of computing, whatever the sizes, and NaN in all memory that nobody wrote."""
+    ops.set_debug(True, request.param)
+    yield request.param
+    ops.set_debug(False, "")
+
+
+each_route = pytest.mark.parametrize("route", ROUTES, indirect=True)
+
+
+def assert_accurate(form, activation, save, x, weights, biases, view=lambda dy: dy):
+    inputs = flatten(x, weights, biases)
+    wide = widened(inputs)
+    half = 1 + len(inputs) // 2
+    ours = call(form, x, weights, biases, activation=activation, save=save, backend="native")
+    theirs = eager(form, x, weights, biases, activation)
+    truth = exact(form, wide[0], wide[1:half], wide[half:], formula(activation))
+    dy = view(like(ours, seed=2))
+    assert_as_good_as_eager(
+        [ours, *grads(ours, inputs, dy)],
+        [theirs, *grads(theirs, inputs, dy)],
+        [truth, *grads(truth, wide, dy.double())],
+    )
+
+
+@each_route
+@each("dtype", DTYPES)
+@each(("form", "activation", "save"), cases(FEW))
+def test_every_route(form, activation, save, dtype, route):
+    assert_accurate(form, activation, save, *tensors(form, dtype, seed=11))
+
+
+@each_route
+@each("dtype", DTYPES)
+@each("rows", [1, 5, 96, 97, 1025])
+@each("form", FORMS.values())
+def test_sizes_around_every_edge(form, rows, dtype, route):
+    """One row, less and more than a tile, a panel, a group of rows; features at and around a register and a tile."""
+    for features in ((16, 32, 33, 48), (31, 130, 17, 65)):
+        assert_accurate(form, GELU, "preact", *tensors(form, dtype, seed=12, rows=rows, features=features))
+
+
+@each("dtype", [torch.float32, torch.bfloat16])
+@each("form", FORMS.values())
+def test_sizes_beyond_every_block(form, dtype):
+    """More features than a step of the reduction and a strip of columns have."""
+    assert_accurate(form, GELU, "preact", *tensors(form, dtype, seed=13, rows=300, features=(300, 1100, 310, 290)))
+
+
+# Views of other strides with the same numbers: x, dy, weights and biases as they may come.
+VIEWS = {
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "reversed rows": lambda t: t.flip(0).flip(0) if t.dim() == 1 else t.flip(-1).contiguous().flip(-1),
+    "outer gap": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+}
+
+
+@each_route
+@each("dtype", DTYPES)
+@each("view", VIEWS)
+@each("form", FORMS.values())
+def test_strides(form, view, dtype, route):
+    def viewed(tensor):
+        return VIEWS[view](tensor.detach()).requires_grad_()
+
+    x, weights, biases = tensors(form, dtype, seed=14, rows=(3, 2, 5))
+    strided = viewed(x), [viewed(w) for w in weights], [viewed(b) for b in biases]
+    assert torch.equal(strided[0], x)
+    assert_accurate(form, GELU, "preact", *strided, view=lambda dy: viewed(dy).detach())
+
+
+def test_rows_that_no_single_stride_reaches():
+    x, weights, biases = tensors(LINEAR_ACT, torch.float32, seed=15, rows=(4, 3, 5))
+    turned = x.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    results = [call(LINEAR_ACT, t, weights, biases, activation=GELU, backend="native") for t in (x, turned)]
+    assert torch.equal(*results)
+    dys = [torch.ones(()).expand_as(results[0]), torch.ones_like(results[0])]
+    assert torch.equal(*(grads(y, [t], dy)[0] for y, t, dy in zip(results, (x, turned), dys, strict=True)))
+
+
+def step(form, rows, features, dtype):
+    inputs = flatten(*tensors(form, dtype, seed=16, rows=rows, features=features))
+    half = 1 + len(inputs) // 2
+    y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, backend="native")
+    return [y, *grads(y, inputs, like(y, 17))]
+
+
+@each("features", [(64, 64, 64, 64), (300, 400, 300, 290)])
+@each("dtype", [torch.float32, torch.bfloat16])
+@each("form", FORMS.values())
+def test_repeats_to_the_bit_and_does_not_depend_on_the_threads_beyond_rounding(form, dtype, features):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        first, again = (step(form, 1000, features, dtype) for _ in range(2))
+        torch.set_num_threads(1)
+        alone = step(form, 1000, features, dtype)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b, c in zip(first, again, alone, strict=True):
+        assert torch.equal(a, b)
+        scale = c.abs().max().item()
+        assert (a - c).abs().max().item() <= 8 * torch.finfo(dtype).eps * scale
+
+
+def test_a_second_backward_gives_the_same_bits():
+    inputs = flatten(*tensors(MLP, torch.float32, seed=18, rows=200))
+    y = call(MLP, inputs[0], inputs[1:4], inputs[4:], activation=GELU, backend="native")
+    dy = like(y, 19)
+    for a, b in zip(*(grads(y, inputs, dy, retain_graph=True) for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+CAPABILITIES = runpy.run_path(str(ROOT / "setup.py"), run_name="tables")["CAPABILITIES"]
+
+
+@each("capability", CAPABILITIES)
+def test_every_capability(capability):
+    """The tests of errors again, in a process that may use no more than this."""
+    program = "from fastbp.backends import native; print(native.unavailable or native.capability())"
+    environment = {"FASTBP_CPU_CAPABILITY": capability, "PATH": "", "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    if found.stdout.strip() != capability:
+        assert "is not a capability of this CPU" in found.stdout
+        pytest.skip(f"this CPU has no {capability}")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests"), "-k"]
+    chosen = "(test_accuracy and test_values_and_gradients) or (test_native and test_sizes)"
+    outcome = subprocess.run(
+        [*command, chosen], env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert outcome.returncode == 0, outcome.stdout[-3000:]
+
+
+# A library that cannot serve is explained, not called and not fatal.
+
+
+def test_an_unknown_capability_is_explained():
+    program = "import fastbp; print(fastbp.available_backends()['native'])"
+    environment = {"FASTBP_CPU_CAPABILITY": "sse9", "PATH": ""}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "FASTBP_CPU_CAPABILITY=sse9 is not a capability of this CPU; there are" in found.stdout
+
+
+def test_a_missing_library(tmp_path):
+    reason = native.load(tmp_path / "none.so")
+    assert "were not built" in reason and "FASTBP_BUILD=cpu pip install" in reason
+
+
+def test_a_file_that_is_no_library(tmp_path):
+    path = tmp_path / "broken.so"
+    path.write_bytes(b"\x7fELF, but no more")
+    reason = native.load(path)
+    assert "does not load into torch" in reason and "\n" not in reason and "FASTBP_BUILD=cpu pip install" in reason
+
+
+def fake_ops(monkeypatch, info):
+    fake = types.SimpleNamespace(build_info=lambda: info, capability=lambda: "generic")
+    monkeypatch.setattr(native, "_ops", lambda: fake)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+
+
+NAMES = " ".join(row.name for row in TABLE)
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch):
+    fake_ops(monkeypatch, f"0.0.9 0123 {NAMES}")
+    assert "belongs to fastbp 0.0.9, and this is" in native.load()
+
+
+def test_a_library_of_another_table_is_refused(monkeypatch):
+    fake_ops(monkeypatch, f"{fastbp.__version__} 0123 {NAMES.replace('relu6', 'relu7')}")
+    assert "belongs to fastbp" in native.load()
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    fake_ops(monkeypatch, f"{fastbp.__version__} 0123 {NAMES}")
+    assert "was built from other sources" in native.load()
+
+
+def test_without_the_library_the_reference_serves(tmp_path):
+    program = (
+        "import fastbp, torch; y = fastbp.MLP(8, 16)(torch.randn(3, 8)); print(fastbp.available_backends()['native'])"
+    )
+    environment = {"FASTBP_NATIVE_LIBRARY": str(tmp_path / "none.so"), "PATH": ""}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "were not built" in found.stdout and found.stderr == ""
+
+
+def test_a_build_without_a_compiler_says_so_in_a_line(tmp_path):
+    """auto goes on without the kernels; cpu fails."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copytree(ROOT / "fastbp", tmp_path / "fastbp", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for mode, code in (("auto", 0), ("cpu", 1)):
+        outcome = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            env={"FASTBP_BUILD": mode, "PATH": ""}, cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert outcome.returncode == code, outcome.stderr
+        said = [line for line in outcome.stderr.splitlines() if line.startswith("fastbp:")]
+        assert len(said) == 1 and "no C++ compiler was found" in said[0] and "apt-get install g++" in said[0]
+        assert not list((tmp_path / "fastbp").glob("*.so"))

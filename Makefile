@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test workers: one per core, and one thread in each, so that they do not fight over the cores.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 
-.PHONY: demo test check bench render clean
+.PHONY: demo test check bench sanitize render clean
 
 # The stamps are newer than what they were made from, so a second `make` starts at once. torch comes first and by itself:
 # a later resolver run must not replace the build that was chosen. FASTBP_BUILD=auto, the default, builds what it can.
@@ -34,8 +34,19 @@ check: $(VENV)/.stamp
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
 	$(BIN)/python tools/render.py --check
 
+# ARGS="--suite layers" and the like; --help has them all.
 bench: $(VENV)/.built
-	$(BIN)/python -m benchmarks.overhead $(ARGS)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# The C++ kernels under AddressSanitizer and UBSan, in a build of their own.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.stamp
+	FASTBP_BUILD=cpu FASTBP_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g" \
+	  $(BIN)/python setup.py -q build_ext --build-temp $(SANITIZED) --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	  FASTBP_NATIVE_LIBRARY=$(SANITIZED)/fastbp/_native.abi3.so \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_native.py -k "not capability and not library" $(ARGS)
 
 # Rewrite the files that are made from the tables: Triton and C++ activations, tables in README.md.
 render: $(VENV)/.stamp

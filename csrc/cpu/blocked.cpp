@@ -10,7 +10,7 @@ namespace fastbp::cpu {
 namespace {
 
 // The largest sizes of a block; docs/decisions/ has the measurements.
-constexpr int64_t kPanel = 96, kStep = 256, kStrip = 768, kGroup = 1024;
+constexpr int64_t kPanel = 96, kStep = 256, kStrip = 768, kGroup = 512;
 constexpr int64_t kLeastGroup = 192, kLeastStrip = 64, kItemsPerThread = 2;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -67,6 +67,7 @@ Rows::Rows(const Tensor& tensor) : any_(true), data_(tensor.const_data_ptr()), d
 
 const void* Rows::at(int64_t row, int64_t column) const {
   int64_t offset = column * stride_;
+  row += first_;
   if (uniform_) {
     offset += row * row_stride_;
   } else {

@@ -27,9 +27,16 @@ class Rows {
   // Such rows, if they are of S; null otherwise.
   template <class S>
   const S* dense_as() const {
-    return dense() && kItemSize[static_cast<int>(dtype_)] == sizeof(S) ? static_cast<const S*>(data_) : nullptr;
+    return dense() && kItemSize[static_cast<int>(dtype_)] == sizeof(S) ? static_cast<const S*>(at(0, 0)) : nullptr;
   }
   int64_t row_stride() const { return row_stride_; }
+  // Rows [r, r + rows) alone.
+  Rows slice(int64_t r, int64_t rows) const {
+    Rows part = *this;
+    part.first_ += r;
+    part.count = rows;
+    return part;
+  }
 
   int64_t count = 0, size = 0;
 
@@ -44,7 +51,7 @@ class Rows {
   bool any_ = false;
   const void* data_ = nullptr;
   Dtype dtype_ = Dtype::float32;
-  int64_t stride_ = 1, row_stride_ = 0;
+  int64_t stride_ = 1, row_stride_ = 0, first_ = 0;
   bool uniform_ = true;  // whether rows are row_stride_ apart; else their places follow from sizes_ and strides_
   std::vector<int64_t> sizes_, strides_;
 };
@@ -58,6 +65,12 @@ struct Out {
   Out() = default;
   explicit Out(const Tensor& tensor);
   explicit operator bool() const { return data != nullptr; }
+  // The rows from r on.
+  Out from(int64_t r) const {
+    Out part = *this;
+    if (data) part.data = static_cast<char*>(at(r, 0));
+    return part;
+  }
 
   void* at(int64_t row, int64_t column) const {
     return data + (row * size + column) * kItemSize[static_cast<int>(dtype)];
@@ -129,6 +142,18 @@ struct Call {
   int parts(int64_t layer) const { return layer < hidden() ? width() : 1; }
   int64_t layer_of(int64_t linear) const { return linear / width() < hidden() ? linear / width() : hidden(); }
   int64_t first(int64_t layer) const { return layer * width(); }
+
+  // The call of rows [r, r + count) alone, as backward sees it.
+  Call slice(int64_t r, int64_t count) const {
+    Call part = *this;
+    part.rows = count;
+    part.leading = {count};
+    if (x.any()) part.x = x.slice(r, count);
+    for (Rows& residual : part.residuals) {
+      if (residual.any()) residual = residual.slice(r, count);
+    }
+    return part;
+  }
 
   // A residual, as a tensor and as rows; nothing where backward does not read it.
   void keep(const Maybe& tensor) {

@@ -108,7 +108,12 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
   };
 
   std::vector<Maybe> grads(wanted.size()), keep;
-  std::vector<Rows> rows;
+  const auto bias_gradient = [&](int64_t linear, const auto& add) {
+    if (!needs.bias(linear)) return;
+    std::vector<double> total(call.weights[linear].out, 0.0);
+    add(total.data());
+    grads[1 + linears + linear] = call.make_bias_gradient<S>(total.data(), call.weights[linear].out);
+  };
   Tensor dh = dy;
   for (int64_t layer = call.layers() - 1; layer >= 0; --layer) {
     const int64_t first = call.first(layer);
@@ -116,10 +121,13 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
       const Rows dh_rows(dh);
       Slopes<S> slopes(call, needs, layer, groups_of(dh_rows));
       slopes.all(dh_rows);
-      collect(call, needs, layer, slopes, grads, keep, rows);
+      for (int part = 0; part < call.width(); ++part) {
+        bias_gradient(first + part, [&](double* total) { slopes.add_to(part, total); });
+      }
+      keep.assign(std::begin(slopes.dz), std::end(slopes.dz));
     } else {
       keep = {dy};
-      if (needs.bias(first)) grads[1 + linears + first] = column_sums<S>(call, Rows(dy));
+      bias_gradient(first, [&](double* total) { add_columns<S>(call, Rows(dy), total); });
     }
     Maybe h, dx;
     for (int part = 0; part < call.parts(layer); ++part) {

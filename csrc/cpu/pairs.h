@@ -14,10 +14,12 @@ inline const Elementwise& loops() { return kernels<float>().of[static_cast<int>(
 
 inline Word* word_at(const Out& out, int64_t row) { return static_cast<Word*>(out.at(row, 0)); }
 
+inline bool is_pair_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % sizeof(float) == 0; }
+
 // The rows of a tensor where they lie, if they may be read in pairs; else copied.
 inline Words words_of(const Rows& rows, int64_t r, int64_t count, Word* copy, int64_t stride) {
   const int64_t n = rows.size;
-  if (rows.dense() && n % 2 == 0 && rows.row_stride() % 2 == 0) {
+  if (rows.dense() && n % 2 == 0 && rows.row_stride() % 2 == 0 && is_pair_aligned(rows.at(0, 0))) {
     return {static_cast<const Word*>(rows.at(r, 0)), rows.row_stride()};
   }
   for (int64_t i = 0; i < count; ++i) {
@@ -46,7 +48,7 @@ class PairedWeights {
       Scratch here;
       const Word* rows = static_cast<const Word*>(w.data);
       int64_t length = w.out_stride;
-      if (w.in_stride != 1 || w.in % 2 || length % 2) {
+      if (w.in_stride != 1 || w.in % 2 || length % 2 || !is_pair_aligned(w.data)) {
         length = round_up(w.in, 2);
         Word* copy = here.take<Word>(w.out * length);
         for (int64_t n = 0; n < w.out; ++n) {

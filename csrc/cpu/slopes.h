@@ -94,12 +94,9 @@ class Slopes {
     });
   }
 
-  Tensor sum(int part) const { return add_up(call_, sums_[part], size_); }
-
-  static Tensor add_up(const Call& call, const std::vector<double>& sums, int64_t size) {
-    std::vector<double> total(size, 0.0);
-    for (size_t i = 0; i < sums.size(); ++i) total[i % size] += sums[i];
-    return call.make_bias_gradient<S>(total.data(), size);
+  // Adds the sums of the columns to others.
+  void add_to(int part, double* total) const {
+    for (size_t i = 0; i < sums_[part].size(); ++i) total[i % size_] += sums_[part][i];
   }
 
   Maybe dz[2];
@@ -116,8 +113,9 @@ class Slopes {
   std::vector<double> sums_[2];
 };
 
+// Adds up the columns of d.
 template <class S>
-Tensor column_sums(const Call& call, const Rows& d) {
+void add_columns(const Call& call, const Rows& d, double* total) {
   const int64_t groups = groups_of(d);
   std::vector<double> sums(groups * d.size, 0.0);
   if (d.dense()) {
@@ -131,21 +129,15 @@ Tensor column_sums(const Call& call, const Rows& d) {
       call.loops<S>(kDtypeOf<S>).add_rows(count, d.size, panel, d.size, &sums[group * d.size]);
     });
   }
-  return Slopes<S>::add_up(call, sums, d.size);
+  for (size_t i = 0; i < sums.size(); ++i) total[i % d.size] += sums[i];
 }
 
-// What the slopes of a layer leave: gradients of its biases, and dz as rows that live in `keep`.
+// dz of a layer as rows, which live as long as `slopes`.
 template <class S>
-void collect(const Call& call, const Needs& needs, int64_t layer, const Slopes<S>& slopes, std::vector<Maybe>& grads,
-             std::vector<Maybe>& keep, std::vector<Rows>& d) {
-  keep.clear();
-  d.clear();
-  for (int part = 0; part < call.width(); ++part) {
-    const int64_t linear = call.first(layer) + part;
-    if (needs.bias(linear)) grads[1 + call.linears() + linear] = slopes.sum(part);
-    keep.push_back(slopes.dz[part]);
-    d.push_back(slopes.dz[part] ? Rows(*slopes.dz[part]) : Rows());
-  }
+std::vector<Rows> rows_of(const Slopes<S>& slopes) {
+  std::vector<Rows> rows;
+  for (const Maybe& dz : slopes.dz) rows.push_back(dz ? Rows(*dz) : Rows());
+  return rows;
 }
 
 }  // namespace fastbp::cpu

@@ -1,6 +1,7 @@
 #include "wide.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "blocked.h"
 #include "slopes.h"
@@ -80,13 +81,11 @@ std::vector<Tensor> forward_wide(Call& call) {
 
 namespace {
 
-// dW = dzᵀ h
+// dW = dzᵀ h, or for a further block of rows dW += dzᵀ h.
 template <class S>
-Tensor weight_gradient(const Call& call, int64_t linear, const Rows& dz) {
+void weight_gradient(const Call& call, int64_t linear, const Rows& dz, const Out& dw, bool accumulate) {
   const auto& k = kernels<S>();
   const int64_t layer = call.layer_of(linear);
-  Tensor dw = empty({call.weights[linear].out, call.weights[linear].in}, call.dtype);
-  const Out out(dw);
   Blocked<S> product;
   product.rows = call.weights[linear].out;
   product.columns = call.weights[linear].in;
@@ -119,11 +118,11 @@ Tensor weight_gradient(const Call& call, int64_t linear, const Rows& dz) {
     }
   };
   product.finish = [&](int64_t, int64_t r, int64_t rows, int64_t c, int64_t n, S* const* panel, int64_t stride) {
-    out.write(r, rows, c, n, panel[0], stride);
+    for (int64_t i = 0; i < rows && accumulate; ++i) k.add(n, dw.direct<S>(r + i, c), panel[0] + i * stride);
+    dw.write(r, rows, c, n, panel[0], stride);
   };
   product.plan();
   product.run();
-  return dw;
 }
 
 // z of every hidden layer again, for a backward to which nothing was left.
@@ -159,34 +158,76 @@ void replay(Call& call) {
   call.settings.save = Save::preact;
 }
 
-}  // namespace
+// Backward goes through a call in blocks of rows, so that dz of all layers exists for one block at a time.
+constexpr int64_t kBlockRows = 512;
+
+// The gradients that all blocks share.
+template <class S>
+struct Gradients {
+  Gradients(const Call& call, const Needs& needs) : biases(call.linears()) {
+    if (needs.below(0)) x = call.make(call.weights[0].in);
+    for (int64_t i = 0; i < call.linears(); ++i) {
+      const Weight& w = call.weights[i];
+      weights.push_back(needs.weight(i) ? Maybe(empty({w.out, w.in}, kDtypeOf<S>)) : Maybe());
+      if (needs.bias(i)) biases[i].assign(w.out, 0.0);
+    }
+  }
+
+  std::vector<Maybe> finish(const Call& call, const Needs& needs) const {
+    std::vector<Maybe> grads{x};
+    for (const Maybe& sum : weights) {
+      if (!sum || call.dtype == kDtypeOf<S>) {
+        grads.push_back(sum);
+        continue;
+      }
+      const Rows rows(*sum);
+      grads.push_back(empty({rows.count, rows.size}, call.dtype));
+      const Out out(*grads.back());
+      for (int64_t r = 0; r < rows.count; ++r) {
+        out.write(r, 1, 0, rows.size, static_cast<const S*>(rows.at(r, 0)), rows.size);
+      }
+    }
+    for (int64_t i = 0; i < call.linears(); ++i) {
+      grads.push_back(needs.bias(i) ? call.make_bias_gradient<S>(biases[i].data(), biases[i].size()) : Maybe());
+    }
+    return grads;
+  }
+
+  Maybe x;
+  std::vector<Maybe> weights;  // in the compute type
+  std::vector<std::vector<double>> biases;
+};
 
 template <class S>
-std::vector<Maybe> backward_wide(Call& call, const Tensor& dy, const std::vector<bool>& wanted) {
+void backward_block(Call call, const Rows& dy, const Needs& needs, Gradients<S>& grads, const Out& dx,
+                    bool first_block) {
   if (call.settings.save == Save::recompute) replay<S>(call);
-  const Needs needs(call, wanted);
-  const int64_t hidden = call.hidden(), linears = call.linears();
-  std::vector<Maybe> grads(wanted.size());
-  std::vector<Maybe> keep;  // dz of the layer above, while its rows are read
+  std::optional<Slopes<S>> slopes;  // dz of the layer at hand
   std::vector<Rows> d;
-  int64_t layer = hidden + call.settings.projected - 1;
+  const auto take = [&](int64_t layer) {
+    d = rows_of(*slopes);
+    for (int part = 0; part < call.width(); ++part) {
+      const int64_t linear = call.first(layer) + part;
+      if (needs.bias(linear)) slopes->add_to(part, grads.biases[linear].data());
+    }
+  };
+  int64_t layer = call.layers() - 1;
   if (call.settings.projected) {
-    d.emplace_back(dy);
-    if (needs.bias(linears - 1)) grads[2 * linears] = column_sums<S>(call, d[0]);
+    d = {dy};
+    if (needs.bias(call.linears() - 1)) add_columns<S>(call, dy, grads.biases.back().data());
   } else {
-    const Rows rows(dy);
-    Slopes<S> slopes(call, needs, layer, groups_of(rows));
-    slopes.all(rows);
-    collect(call, needs, layer, slopes, grads, keep, d);
+    slopes.emplace(call, needs, layer, groups_of(dy));
+    slopes->all(dy);
+    take(layer);
   }
   for (;; --layer) {
-    const bool plain = layer == hidden;
-    const int64_t first = plain ? linears - 1 : call.first(layer);
-    const int parts = plain ? 1 : call.width();
+    const int64_t first = call.first(layer);
+    const int parts = call.parts(layer);
     for (int part = 0; part < parts; ++part) {
-      if (needs.weight(first + part)) grads[1 + first + part] = weight_gradient<S>(call, first + part, d[part]);
+      if (!needs.weight(first + part)) continue;
+      weight_gradient<S>(call, first + part, d[part], Out(*grads.weights[first + part]), !first_block);
     }
-    if (!needs.below(layer)) return grads;
+    if (!needs.below(layer)) return;
 
     Blocked<S> product;
     product.rows = call.rows;
@@ -201,27 +242,42 @@ std::vector<Maybe> backward_wide(Call& call, const Tensor& dy, const std::vector
     };
     product.plan();
     if (layer == 0) {
-      Tensor dx = call.make(product.columns);
-      const Out out(dx);
       product.finish = [&](int64_t, int64_t r, int64_t rows, int64_t c, int64_t n, S* const* panel, int64_t stride) {
-        out.write(r, rows, c, n, panel[0], stride);
+        dx.write(r, rows, c, n, panel[0], stride);
       };
-      product.run();
-      grads[0] = dx;
-      return grads;
+      return product.run();
     }
     // The delta rule: dz of the layer beneath, while dh = dz W is hot.
-    Slopes<S> slopes(call, needs, layer - 1, product.groups());
+    Slopes<S> beneath(call, needs, layer - 1, product.groups());
     product.finish = [&](int64_t group, int64_t r, int64_t rows, int64_t c, int64_t n, S* const* panel,
-                         int64_t stride) { slopes.panel(group, r, rows, c, n, panel[0], stride); };
+                         int64_t stride) { beneath.panel(group, r, rows, c, n, panel[0], stride); };
     product.run();
-    collect(call, needs, layer - 1, slopes, grads, keep, d);
+    slopes.emplace(std::move(beneath));
+    take(layer - 1);
   }
+}
+
+}  // namespace
+
+template <class S>
+std::vector<Maybe> backward_wide(const Call& call, const Tensor& dy, const std::vector<bool>& wanted) {
+  const Needs needs(call, wanted);
+  Gradients<S> grads(call, needs);
+  const Out dx = grads.x ? Out(*grads.x) : Out();
+  const Rows rows(dy);
+  const int64_t blocks = std::max<int64_t>(1, call.rows / kBlockRows);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t r = call.rows * block / blocks, count = call.rows * (block + 1) / blocks - r;
+    const Call part = blocks > 1 ? call.slice(r, count) : call;
+    const Rows dy_part = blocks > 1 ? rows.slice(r, count) : rows;
+    backward_block<S>(part, dy_part, needs, grads, dx.from(r), block == 0);
+  }
+  return grads.finish(call, needs);
 }
 
 #define FASTBP_INSTANTIATE(S)                          \
   template std::vector<Tensor> forward_wide<S>(Call&); \
-  template std::vector<Maybe> backward_wide<S>(Call&, const Tensor&, const std::vector<bool>&);
+  template std::vector<Maybe> backward_wide<S>(const Call&, const Tensor&, const std::vector<bool>&);
 FASTBP_INSTANTIATE(float)
 FASTBP_INSTANTIATE(double)
 

@@ -13,6 +13,6 @@ std::vector<Tensor> forward_wide(Call& call);
 
 // The gradients of x, of every weight and of every bias where `needs` asks for them, in this order.
 template <class S>
-std::vector<Maybe> backward_wide(Call& call, const Tensor& dy, const std::vector<bool>& needs);
+std::vector<Maybe> backward_wide(const Call& call, const Tensor& dy, const std::vector<bool>& needs);
 
 }  // namespace fastbp::cpu

@@ -97,14 +97,19 @@ Tensor Call::make_bias_gradient(const double* sums, int64_t size) const {
 
 template <class S>
 void Call::output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_stride, S* to, int64_t to_stride) const {
-  const auto value = loops<S>(kDtypeOf<S>).value[settings.activation];
-  if (!settings.gated && !rounds<S>() && kept_stride == n && to_stride == n) {  // one long row
-    return value(rows * n, kept[0], to, settings.params);
+  const Elementwise& in_s = loops<S>(kDtypeOf<S>);
+  if (!rounds<S>() && kept_stride == n && to_stride == n) {  // one long row
+    n *= rows;
+    rows = 1;
   }
   for (int64_t i = 0; i < rows; ++i) {
     S* row = to + i * to_stride;
-    value(n, kept[0] + i * kept_stride, row, settings.params);
-    if (settings.gated) kernels<S>().times(n, row, kept[1] + i * kept_stride, row);
+    const S* z = kept[0] + i * kept_stride;
+    if (settings.gated) {
+      in_s.gated_value[settings.activation](n, z, kept[1] + i * kept_stride, row, settings.params);
+    } else {
+      in_s.value[settings.activation](n, z, row, settings.params);
+    }
     round(n, row);
   }
 }
@@ -112,39 +117,31 @@ void Call::output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_st
 template <class S>
 void Call::slope(int64_t rows, int64_t n, const S* dh, int64_t stride, const S* const* kept, int64_t kept_stride,
                  S* const* dz, int64_t dz_stride) const {
-  const auto& k = kernels<S>();
   const Elementwise& in_s = loops<S>(kDtypeOf<S>);
-  const auto grad = grad_of(in_s);
-  const double* params = settings.params;
-  if (!settings.gated && !rounds<S>() && stride == n && dz_stride == n && (!kept[0] || kept_stride == n)) {
-    return grad(rows * n, dh, kept[0] ? kept[0] : dh, dz[0], params);  // one long row
+  if (!rounds<S>() && stride == n && dz_stride == n && (!kept[0] || kept_stride == n)) {  // one long row
+    n *= rows;
+    rows = 1;
   }
   Scratch scratch;
-  S* part = scratch.take<S>(n);
   S* rounded = rounds<S>() ? scratch.take<S>(n) : nullptr;
+  const auto at = [](auto* base, int64_t offset) { return base ? base + offset : nullptr; };
   for (int64_t i = 0; i < rows; ++i) {
     const S* dh_row = dh + i * stride;
-    const S* row[2] = {kept[0] ? kept[0] + i * kept_stride : dh_row, kept[1] ? kept[1] + i * kept_stride : nullptr};
     if (rounded) {
       std::copy_n(dh_row, n, rounded);
       round(n, rounded);
       dh_row = rounded;
     }
-    if (!settings.gated) {
-      grad(n, dh_row, row[0], dz[0] + i * dz_stride, params);  // identity looks at nothing that was kept
-      round(n, dz[0] + i * dz_stride);
-      continue;
+    const S* z = at(kept[0], i * kept_stride);
+    S *first = at(dz[0], i * dz_stride), *second = settings.gated ? at(dz[1], i * dz_stride) : nullptr;
+    if (settings.gated) {
+      const S* up = at(kept[1], i * kept_stride);
+      in_s.gated_grad[settings.activation](n, dh_row, z, up, first, second, settings.params);
+    } else {
+      grad_of(in_s)(n, dh_row, z ? z : dh_row, first, settings.params);  // identity looks at nothing that was kept
     }
-    if (dz[0]) {  // dg = dh · u · f'(g)
-      k.times(n, dh_row, row[1], part);
-      grad(n, part, row[0], dz[0] + i * dz_stride, params);
-      round(n, dz[0] + i * dz_stride);
-    }
-    if (dz[1]) {  // du = dh · f(g)
-      in_s.value[settings.activation](n, row[0], part, params);
-      k.times(n, dh_row, part, dz[1] + i * dz_stride);
-      round(n, dz[1] + i * dz_stride);
-    }
+    if (first) round(n, first);
+    if (second) round(n, second);
   }
 }
 

@@ -55,6 +55,28 @@ static void grad_from_output(int64_t n, const void* dy, const void* y, void* dz,
 }
 
 template <class A, class T, class S>
+static void gated_value(int64_t n, const void* g, const void* u, void* y, const double* params) {
+  const auto value = bound<A, S>([](auto... a) { return A::value(a...); }, params);
+  map<T, S>(
+      n, static_cast<T*>(y), [&](auto gate, auto up) { return value(gate) * up; }, static_cast<const T*>(g),
+      static_cast<const T*>(u));
+}
+
+template <class A, class T, class S>
+static void gated_grad(int64_t n, const void* dh, const void* g, const void* u, void* dg, void* du,
+                       const double* params) {
+  const auto value = bound<A, S>([](auto... a) { return A::value(a...); }, params);
+  const auto grad = bound<A, S>([](auto... a) { return A::grad(a...); }, params);
+  const T *d = static_cast<const T*>(dh), *gates = static_cast<const T*>(g);
+  if (dg) {
+    map<T, S>(
+        n, static_cast<T*>(dg), [&](auto x, auto gate, auto up) { return grad(x * up, gate); }, d, gates,
+        static_cast<const T*>(u));
+  }
+  if (du) map<T, S>(n, static_cast<T*>(du), [&](auto x, auto gate) { return x * value(gate); }, d, gates);
+}
+
+template <class A, class T, class S>
 static Elementwise::Grad grad_from_output_if_any() {
   if constexpr (A::has_grad_from_output) {
     return grad_from_output<A, T, S>;
@@ -93,11 +115,6 @@ static void add(int64_t n, const S* a, S* sum) {
   map<S, S>(n, sum, [](auto x, auto y) { return x + y; }, sum, a);
 }
 
-template <class S>
-static void times(int64_t n, const S* a, const S* b, S* product) {
-  map<S, S>(n, product, [](auto x, auto y) { return x * y; }, a, b);
-}
-
 // In S; sums are of the type Sum.
 template <class T, class S, class Sum = S>
 static Elementwise elementwise() {
@@ -107,6 +124,8 @@ static Elementwise elementwise() {
   t.value[i] = value<act::A, T, S>;                                \
   t.grad[i] = grad<act::A, T, S>;                                  \
   t.grad_from_output[i] = grad_from_output_if_any<act::A, T, S>(); \
+  t.gated_value[i] = gated_value<act::A, T, S>;                    \
+  t.gated_grad[i] = gated_grad<act::A, T, S>;                      \
   ++i;
   FASTBP_FOR_EACH_ACTIVATION(FASTBP_ROW)
 #undef FASTBP_ROW
@@ -120,12 +139,10 @@ void fill_elementwise(Kernels<float>& t) {
   t.of[static_cast<int>(Dtype::float32)] = elementwise<float, float>();
   t.of[static_cast<int>(Dtype::bfloat16)] = elementwise<BFloat16, Coarse, float>();
   t.of[static_cast<int>(Dtype::float16)] = elementwise<Half, Coarse, float>();
-  t.times = times<float>;
   t.add = add<float>;
 }
 void fill_elementwise(Kernels<double>& t) {
   t.of[static_cast<int>(Dtype::float64)] = elementwise<double, double>();
-  t.times = times<double>;
   t.add = add<double>;
 }
 

@@ -45,8 +45,14 @@ struct Product {
 struct Elementwise {
   using Value = void (*)(int64_t n, const void* z, void* y, const double* params);
   using Grad = void (*)(int64_t n, const void* dy, const void* z_or_y, void* dz, const double* params);
+  // f(g) · u; and dg = dh · u · f'(g), du = dh · f(g), of which either may be null.
+  using GatedValue = void (*)(int64_t n, const void* g, const void* u, void* y, const double* params);
+  using GatedGrad = void (*)(int64_t n, const void* dh, const void* g, const void* u, void* dg, void* du,
+                             const double* params);
   Value value[kMostActivations];
   Grad grad[kMostActivations], grad_from_output[kMostActivations];  // null where y does not give the slope
+  GatedValue gated_value[kMostActivations];
+  GatedGrad gated_grad[kMostActivations];
   // sums += the sum of rows that are `stride` numbers apart.
   void (*add_rows)(int64_t rows, int64_t n, const void* numbers, int64_t stride, double* sums);
 };
@@ -64,8 +70,7 @@ struct Kernels {
                         S* to);
   void (*read)(Dtype, int64_t n, const void* from, int64_t stride, S* to);
   void (*write)(Dtype, int64_t n, const S* from, void* to);
-  Elementwise of[kDtypes];  // those that are computed in S
-  void (*times)(int64_t n, const S* a, const S* b, S* product);
+  Elementwise of[kDtypes];                     // those that are computed in S
   void (*add)(int64_t n, const S* a, S* sum);  // sum += a
 };
 

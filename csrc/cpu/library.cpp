@@ -37,13 +37,18 @@ Tensor outputs(const Call& call, const Tensor& z, const Maybe& up, bool in_place
   const Rows rows(z), up_rows = up ? Rows(*up) : Rows();
   const Tensor result = in_place ? z : call.make(rows.size);
   const Out out(result);
-  if (!up && rows.dense()) {
-    const auto value = call.loops<S>(call.dtype).value[call.settings.activation];
+  if (rows.dense() && (!up || up_rows.dense())) {
+    const Elementwise& loops = call.loops<S>(call.dtype);
+    const int activation = call.settings.activation;
+    const bool contiguous = rows.row_stride() == rows.size && (!up || up_rows.row_stride() == rows.size);
     for_row_groups(rows, groups_of(rows), [&](int64_t, int64_t r, int64_t count) {
-      const bool contiguous = rows.row_stride() == rows.size;
       const int64_t n = contiguous ? count * rows.size : rows.size;
       for (int64_t i = r; i < (contiguous ? r + 1 : r + count); ++i) {
-        value(n, rows.at(i, 0), out.at(i, 0), call.settings.params);
+        if (up) {
+          loops.gated_value[activation](n, rows.at(i, 0), up_rows.at(i, 0), out.at(i, 0), call.settings.params);
+        } else {
+          loops.value[activation](n, rows.at(i, 0), out.at(i, 0), call.settings.params);
+        }
       }
     });
     return result;

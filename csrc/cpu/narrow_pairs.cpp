@@ -44,7 +44,7 @@ std::vector<Tensor> forward_narrow_pairs(Call& call) {
       const bool copies = out && n % 2 && layer < layers - 1;
       Word* to = out && !copies ? word_at(out, r) : h_room;
       h = {to, out && !copies ? n : n % 2 ? space.room : n};
-      output(call, rows, n, z, to, h.stride, space);
+      output(call, rows, n, z, to, h.stride);
       for (int64_t i = 0; i < rows && copies; ++i) std::copy_n(to + i * h.stride, n, word_at(out, r + i));
     }
   });

@@ -58,7 +58,7 @@ class BackwardPanel {
       }
       if (!call_.replays(i)) continue;
       if (i > 0 && !call_.settings.gated) {
-        output(call_, rows, call_.weights[i].in, &kept[i - 1], h_room_, space_.room, space_);
+        output(call_, rows, call_.weights[i].in, &kept[i - 1], h_room_, space_.room);
         h = {h_room_, space_.room};
       }
       Word* z = space_.words();
@@ -89,20 +89,17 @@ class BackwardPanel {
       }
       return;
     }
-    Scratch scratch;
-    float* rows_of[5];
-    for (float*& floats : rows_of) floats = scratch.take<float>(space_.room);
+    const auto grad = loops().gated_grad[call_.settings.activation];
+    const Words &g = kept[first], &u = kept[first + 1];
+    const auto at = [](auto words, int64_t i) { return words.data ? words.data + i * words.stride : nullptr; };
     for (int64_t i = 0; i < rows; ++i) {
-      to_floats(1, n, {d.data + i * d.stride, 0}, rows_of[0], 0);
+      Word* to[2] = {nullptr, nullptr};
       for (int part = 0; part < 2; ++part) {
-        const Words& z = kept[first + part];
-        if (z.data) to_floats(1, n, {z.data + i * z.stride, 0}, rows_of[1 + part], 0);
+        if (!dz[part].data) continue;
+        to[part] = room[part] + i * space_.room;
+        to[part][n] = 0;  // for n odd; else it lies in the gap between rows
       }
-      float* const parts[2] = {dz[0].data ? rows_of[3] : nullptr, dz[1].data ? rows_of[4] : nullptr};
-      call_.slope<float>(1, n, rows_of[0], n, rows_of + 1, n, parts, n);
-      for (int part = 0; part < 2; ++part) {
-        if (parts[part]) to_words(1, n, parts[part], n, room[part] + i * space_.room, space_.room);
-      }
+      grad(n, at(d, i), at(g, i), at(u, i), to[0], to[1], call_.settings.params);
     }
   }
 
@@ -139,7 +136,7 @@ class BackwardPanel {
     if (layer == 0) return x;
     const int64_t below = call_.first(layer - 1);
     if (call_.settings.save == Save::output) return kept[below];
-    output(call_, rows, in, &kept[below], h_room_, space_.room, space_);
+    output(call_, rows, in, &kept[below], h_room_, space_.room);
     return {h_room_, space_.room};
   }
 

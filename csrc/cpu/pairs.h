@@ -107,15 +107,8 @@ inline void to_words(int64_t rows, int64_t n, const float* from, int64_t from_st
   }
 }
 
-inline void to_floats(int64_t rows, int64_t n, Words from, float* to, int64_t to_stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    kernels<float>().read(Dtype::bfloat16, n, from.data + i * from.stride, 1, to + i * to_stride);
-  }
-}
-
 // The output of a hidden layer from what its linears kept.
-inline void output(const Call& call, int64_t rows, int64_t n, const Words* z, Word* to, int64_t to_stride,
-                   Space& space) {
+inline void output(const Call& call, int64_t rows, int64_t n, const Words* z, Word* to, int64_t to_stride) {
   if (!call.settings.gated) {
     const auto value = loops().value[call.settings.activation];
     if (z[0].stride == n && to_stride == n) return value(rows * n, z[0].data, to, call.settings.params);
@@ -125,11 +118,11 @@ inline void output(const Call& call, int64_t rows, int64_t n, const Words* z, Wo
     }
     return;
   }
-  Scratch scratch;
-  float* parts[2] = {scratch.take<float>(rows * space.room), scratch.take<float>(rows * space.room)};
-  for (int part = 0; part < 2; ++part) to_floats(rows, n, z[part], parts[part], space.room);
-  call.output<float>(rows, n, parts, space.room, parts[0], space.room);
-  to_words(rows, n, parts[0], space.room, to, to_stride);
+  const auto value = loops().gated_value[call.settings.activation];
+  for (int64_t i = 0; i < rows; ++i) {
+    value(n, z[0].data + i * z[0].stride, z[1].data + i * z[1].stride, to + i * to_stride, call.settings.params);
+    if (n % 2 && to_stride > n) to[i * to_stride + n] = 0;
+  }
 }
 
 }  // namespace fastbp::cpu

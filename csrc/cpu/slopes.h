@@ -75,22 +75,40 @@ class Slopes {
 
   // From all rows of dh.
   void all(const Rows& dh) {
-    const Rows& kept = call_.residuals[call_.first(layer_)];
-    if (call_.settings.gated || !dh.dense() || !(kept.dense() || !kept.any()) || !out_[0]) {
+    const Rows* kept = &call_.residuals[call_.first(layer_)];
+    const int width = call_.width();
+    bool direct = dh.dense();
+    for (int part = 0; part < width; ++part) {
+      direct = direct && (kept[part].dense() || !kept[part].any()) && (out_[part] || !wanted_[part]);
+    }
+    if (!direct) {
       for_panels<S>(dh, groups_, [&](int64_t group, int64_t r, int64_t count, const S* rows) {
         panel(group, r, count, 0, size_, rows, size_);
       });
       return;
     }
     // Rows that lie in memory as they are: one loop over each, in their own dtype.
-    const auto grad = call_.grad_of(call_.template loops<S>(call_.dtype));
+    const Elementwise& loops = call_.template loops<S>(call_.dtype);
+    const Settings& settings = call_.settings;
+    bool contiguous = dh.row_stride() == size_;
+    for (int part = 0; part < width; ++part) {
+      contiguous = contiguous && (!kept[part].any() || kept[part].row_stride() == size_);
+    }
     for_row_groups(dh, groups_, [&](int64_t group, int64_t r, int64_t count) {
-      const bool contiguous = dh.row_stride() == size_ && (!kept.any() || kept.row_stride() == size_);
       const int64_t n = contiguous ? count * size_ : size_;
       for (int64_t i = r; i < (contiguous ? r + 1 : r + count); ++i) {
-        grad(n, dh.at(i, 0), kept.any() ? kept.at(i, 0) : dh.at(i, 0), out_[0].at(i, 0), call_.settings.params);
+        const void* z = kept[0].any() ? kept[0].at(i, 0) : dh.at(i, 0);
+        if (!settings.gated) {
+          call_.grad_of(loops)(n, dh.at(i, 0), z, out_[0].at(i, 0), settings.params);
+        } else {
+          loops.gated_grad[settings.activation](n, dh.at(i, 0), z, kept[1].any() ? kept[1].at(i, 0) : nullptr,
+                                                wanted_[0] ? out_[0].at(i, 0) : nullptr,
+                                                wanted_[1] ? out_[1].at(i, 0) : nullptr, settings.params);
+        }
       }
-      if (!sums_[0].empty()) add(group, 0, 0, count, size_, call_.dtype, out_[0].at(r, 0), size_);
+      for (int part = 0; part < width; ++part) {
+        if (!sums_[part].empty()) add(group, part, 0, count, size_, call_.dtype, out_[part].at(r, 0), size_);
+      }
     });
   }
 

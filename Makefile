@@ -33,6 +33,7 @@ check: $(VENV)/.stamp
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
 	$(BIN)/python tools/render.py --check
+	$(BIN)/python tools/fit_polynomials.py --check > /dev/null
 
 # ARGS="--suite layers" and the like; --help has them all.
 bench: $(VENV)/.built

@@ -123,8 +123,12 @@ def main() -> int:
         text += "};\n"
     text += "\n}  // namespace fastbp::cpu::polynomials\n"
     path = ROOT / "csrc" / "cpu" / "polynomials.h"
+    check = sys.argv[1:] == ["--check"]  # write nothing; exit 1 if the file is stale
     formatter = [str(Path(sys.executable).parent / "clang-format"), "--style=file", f"--assume-filename={path}"]
-    path.write_text(subprocess.run(formatter, input=text, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    fresh = subprocess.run(formatter, input=text, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    if check:
+        return int(path.read_text() != fresh)
+    path.write_text(fresh)
     return 0
 
 

@@ -134,17 +134,15 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
       keep = {dy};
       bias_gradient(first, [&](double* total) { add_columns<S>(call, Rows(dy), total); });
     }
-    Maybe h, dx;
-    for (int part = 0; part < call.parts(layer); ++part) {
-      if (!keep[part]) continue;
-      const Tensor dz = matrix(*keep[part], call.rows);
-      if (needs.weight(first + part)) {
-        if (!h) h = input(layer);
-        grads[1 + first + part] = mm(torch::stable::transpose(dz, 0, 1), *h);
-      }
-      if (!needs.below(layer)) continue;
-      const Tensor found = mm(dz, *weights[first + part]);
+    Maybe h, dx;  // dx first, while the weights are still warm
+    for (int part = 0; part < call.parts(layer) && needs.below(layer); ++part) {
+      const Tensor found = mm(matrix(*keep[part], call.rows), *weights[first + part]);
       dx = dx ? add(*dx, found) : found;
+    }
+    for (int part = 0; part < call.parts(layer); ++part) {
+      if (!needs.weight(first + part)) continue;
+      if (!h) h = input(layer);
+      grads[1 + first + part] = mm(torch::stable::transpose(matrix(*keep[part], call.rows), 0, 1), *h);
     }
     if (!dx) return grads;
     dh = *dx;

@@ -10,7 +10,6 @@ namespace fastbp::cpu {
 namespace {
 
 constexpr int64_t kNarrowFeatures = 256, kNarrowWeights = 1 << 18;
-constexpr int64_t kFewRows = 8;
 
 bool is_intel() {
 #if defined(__x86_64__)
@@ -53,7 +52,7 @@ Route route_of(const Call& call) {
       break;
     default:
       if (narrow) break;
-      if (call.rows < kFewRows) return Route::library;  // there a product is a walk over the weights
+      if (call.rows == 1) return Route::library;  // a walk over the weights; packing them would be most of the work
       if (call.dtype == Dtype::float32 && is_intel()) return Route::library;  // MKL is at the CPU's limit there
   }
   return narrow ? Route::narrow : Route::wide;

@@ -238,6 +238,31 @@ def assert_as_good_as_eager(ours: Sequence[Maybe], eagers: Sequence[Maybe], exac
             assert my_error <= 2 * their_error + spare, f"{index}: {what} error {my_error:g}, eager's {their_error:g}"
 
 
+def assert_accurate(
+    form: Form,
+    activation: Bound,
+    save: str,
+    tensors: Tensors,
+    *,
+    backend: str | None = None,
+    view: Callable[[Tensor], Tensor] = lambda dy: dy,
+    **options: Any,
+) -> None:
+    """Output and gradients of one call, with ``view`` of a random dy, held to the rule above."""
+    inputs = flatten(*tensors)
+    wide = widened(inputs)
+    half = 1 + len(inputs) // 2
+    ours = call(form, *tensors, activation=activation, save=save, backend=backend)
+    theirs = eager(form, *tensors, activation)
+    truth = exact(form, wide[0], wide[1:half], wide[half:], formula(activation))
+    dy = view(like(ours, seed=2))
+    assert_as_good_as_eager(
+        [ours, *grads(ours, inputs, dy, **options)],
+        [theirs, *grads(theirs, inputs, dy)],
+        [truth, *grads(truth, wide, dy.double())],
+    )
+
+
 def special(activation: Bound, dtype: torch.dtype) -> Tensor:
     """Where formulas go wrong: ±0, kinks, the ends of float16, ±1e30, ±inf, NaN."""
     kinks = [0.0, 1.0, 3.0, 6.0, 20.0, *activation.params_for(dtype)]

@@ -145,11 +145,7 @@ template <class S>
 std::vector<Maybe> backward_narrow(Call& call, const Tensor& dy, const std::vector<bool>& wanted) {
   const Needs needs(call, wanted);
   std::vector<Maybe> grads(wanted.size());
-  Out dx;
-  if (wanted[0]) {
-    grads[0] = call.make(call.weights[0].in);
-    dx = Out(*grads[0]);
-  }
+  const Out dx = make_dx(call, wanted, grads);
   Scratch shared;
   std::optional<Packed<S>> forward;
   if (call.settings.save == Save::recompute) forward.emplace(call, true, shared);

@@ -7,13 +7,8 @@ std::vector<Tensor> forward_narrow_pairs(Call& call) {
   const Settings& settings = call.settings;
   const int64_t hidden = call.hidden(), layers = call.layers();
   const bool keeps_z = settings.save == Save::preact, keeps_h = settings.save == Save::output && settings.projected;
-  std::vector<Tensor> results{call.make(call.weights.back().out)};
   std::vector<Out> kept;
-  for (int64_t i = 0; i < hidden * call.width(); ++i) {
-    if (!keeps_z && !(keeps_h && i % call.width() == 0)) continue;
-    results.push_back(call.make(call.weights[i].out));
-    kept.emplace_back(results.back());
-  }
+  std::vector<Tensor> results = make_results(call, kept);
   const Out y(results[0]);
   Scratch shared;
   const PairedWeights weights(call, true, shared);

@@ -275,14 +275,12 @@ struct gelu {
 
   template <class T>
   static HD T value(T z) {
-    return T(0.5) * z * (T(1.0) + prim::erf(z * T(0.7071067811865476)));
+    return z * prim::normal_cdf(z);
   }
 
   template <class T>
   static HD T grad(T dy, T z) {
-    const auto cdf = T(0.5) * (T(1.0) + prim::erf(z * T(0.7071067811865476)));
-    const auto pdf = T(0.3989422804014327) * prim::exp(-T(0.5) * z * z);
-    return dy * (cdf + z * pdf);
+    return dy * (prim::normal_cdf(z) + z * prim::normal_pdf(z));
   }
 };
 

@@ -18,11 +18,6 @@ HD T absolute(T x) {
 }
 
 template <class T>
-HD T erf(T x) {
-  return std::erf(x);
-}
-
-template <class T>
 HD T exp(T x) {
   return std::exp(x);
 }
@@ -47,6 +42,18 @@ HD T maximum(T a, T b) {
 template <class T>
 HD T minimum(T a, T b) {
   return a > b ? b : a;
+}
+
+// Φ(x), as PyTorch's GELU has it.
+template <class T>
+HD T normal_cdf(T x) {
+  return T(0.5) * (T(1) + std::erf(x * T(0.7071067811865476)));
+}
+
+// Φ'(x).
+template <class T>
+HD T normal_pdf(T x) {
+  return T(0.3989422804014327) * std::exp(T(-0.5) * x * x);
 }
 
 template <class T>

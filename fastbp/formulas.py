@@ -20,7 +20,8 @@ from torch import abs as absolute
 from torch import where as select
 
 # The primitives of the language; each target has a hand-written file with the same names (primitives.py, primitives.h).
-PRIMITIVES = ("absolute", "erf", "exp", "expm1", "log1p", "maximum", "minimum", "select", "sigmoid", "sqrt", "tanh")
+PRIMITIVES = ("absolute", "exp", "expm1", "log1p", "maximum", "minimum", "normal_cdf", "normal_pdf", "select", "sigmoid")
+PRIMITIVES += ("sqrt", "tanh")
 
 
 def maximum(a: Tensor, b: float) -> Tensor:
@@ -31,6 +32,16 @@ def maximum(a: Tensor, b: float) -> Tensor:
 def minimum(a: Tensor, b: float) -> Tensor:
     """min(a, b), NaN kept, gradient to a at a tie."""
     return a.clamp(max=b)
+
+
+def normal_cdf(x: Tensor) -> Tensor:
+    """Φ(x) = (1 + erf(x / √2)) / 2, as PyTorch's GELU has it."""
+    return 0.5 * (1.0 + erf(x * SQRT_HALF))
+
+
+def normal_pdf(x: Tensor) -> Tensor:
+    """Φ'(x) = exp(-x² / 2) / √(2 π)."""
+    return INV_SQRT_2PI * exp(-0.5 * x * x)
 
 
 SQRT_HALF = 0.7071067811865476  # 1 / sqrt(2)
@@ -190,13 +201,11 @@ def silu_grad(dy: Tensor, z: Tensor) -> Tensor:
 
 
 def gelu(z: Tensor) -> Tensor:
-    return 0.5 * z * (1.0 + erf(z * SQRT_HALF))
+    return z * normal_cdf(z)
 
 
 def gelu_grad(dy: Tensor, z: Tensor) -> Tensor:
-    cdf = 0.5 * (1.0 + erf(z * SQRT_HALF))
-    pdf = INV_SQRT_2PI * exp(-0.5 * z * z)
-    return dy * (cdf + z * pdf)
+    return dy * (normal_cdf(z) + z * normal_pdf(z))
 
 
 def gelu_tanh(z: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Fit the polynomials behind the CPU kernels' exp, tanh, erf and log1p: ``python tools/fit_polynomials.py``.
 
 Writes ``csrc/cpu/polynomials.h``, coefficients of the highest power first, for float, double and Coarse (float for
-results of 16 bits). Each polynomial is a weighted least-squares fit at Chebyshev's nodes, in 60 digits, near enough to
+results of 16 bits; its normal distribution in pieces). Each polynomial is a weighted least-squares fit at Chebyshev's nodes, in 60 digits, near enough to
 the best one there is; the degrees are the least that leave the error of the fit under a quarter of a rounding unit.
 """
 
@@ -93,6 +93,49 @@ def fit(row: Polynomial, degree: int) -> list[Any]:
     return list(mp.qr_solve(matrix, values)[0])
 
 
+PIECES, WIDTH, PIECE_DEGREE = 32, mp.mpf("0.2125"), 4
+
+
+def upper_tail(t: Any) -> Any:
+    """1 − Φ(t)."""
+    return mp.erfc(t / mp.sqrt(2)) / 2
+
+
+def normal_pieces() -> tuple[list[list[Any]], Any, Any]:
+    """1 − Φ(t) for t >= 0 in pieces around the multiples of WIDTH, the last of which is 0, and their relative errors.
+
+    Coefficients of powers of the distance from the middle. A piece and its derivative, −φ, are fitted together, each
+    relative to itself; the errors are those of both up to t = 5.
+    """
+    pieces, errors = [], [mp.mpf(0), mp.mpf(0)]
+    powers = range(PIECE_DEGREE, -1, -1)
+    for j in range(PIECES - 1):
+        middle, half = j * WIDTH, WIDTH / 2
+        low = middle if j == 0 else middle - half
+        nodes = [(low + middle + half) / 2 + (middle + half - low) / 2 * mp.cos(mp.pi * (2 * i + 1) / 40) for i in range(20)]
+        matrix = [[(t - middle) ** p / upper_tail(t) for p in powers] for t in nodes]
+        matrix += [[-p * (t - middle) ** (p - 1) / mp.npdf(t) / 4 if p else mp.mpf(0) for p in powers] for t in nodes]
+        values = mp.matrix([1] * len(nodes) + [mp.mpf(1) / 4] * len(nodes))
+        piece = list(mp.qr_solve(mp.matrix(matrix), values)[0])
+        for i in range(21):
+            t = low + (middle + half - low) * i / 20
+            value, slope = mp.polyval(piece, t - middle, derivative=1)
+            if t < 5:
+                errors = [max(errors[0], abs(value / upper_tail(t) - 1)), max(errors[1], abs(-slope / mp.npdf(t) - 1))]
+        pieces.append(piece)
+    return [*pieces, [mp.mpf(0)] * (PIECE_DEGREE + 1)], errors[0], errors[1]
+
+
+def normal_table() -> str:
+    """The pieces as C++, a row of numbers for each power."""
+    pieces, cdf, pdf = normal_pieces()
+    print(f"Coarse kNormal: {PIECES} pieces, relative error {mp.nstr(cdf, 2)}, of the derivative {mp.nstr(pdf, 2)}")
+    text = f"// 1 − Φ(t) around {mp.nstr(WIDTH, 4)} j for j = 0 to 31; relative error {mp.nstr(cdf, 2)}, of the derivative "
+    text += f"{mp.nstr(pdf, 2)} (t < 5)\nstatic constexpr float kPiece = {mp.nstr(WIDTH, 9)}f;\n"
+    columns = (", ".join(mp.nstr(piece[p], 9, min_fixed=0, max_fixed=0) + "f" for piece in pieces) for p in range(PIECE_DEGREE + 1))
+    return text + f"static constexpr float kNormal[{PIECE_DEGREE + 1}][{PIECES}] = {{{{" + "}, {".join(columns) + "}};\n"
+
+
 def error(row: Polynomial, coefficients: list[Any]) -> Any:
     a, b = row.interval
     points = [a + (b - a) * i / 200 for i in range(201)]
@@ -120,7 +163,7 @@ def main() -> int:
             text += f"// {row.meaning}; error of the fit, as it reaches the result, {mp.nstr(found / unit, 2)} units\n"
             text += f"static constexpr {number} {row.name}[] = {{{numbers}}};\n"
             print(f"{kind} {row.name}: degree {len(coefficients) - 1}, {mp.nstr(found / unit, 2)} units")
-        text += "};\n"
+        text += (normal_table() if kind == "Coarse" else "") + "};\n"
     text += "\n}  // namespace fastbp::cpu::polynomials\n"
     path = ROOT / "csrc" / "cpu" / "polynomials.h"
     check = sys.argv[1:] == ["--check"]  # write nothing; exit 1 if the file is stale

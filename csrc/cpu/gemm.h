@@ -21,6 +21,7 @@ enum class Order { rows, columns };
 // How a number of A and a register of B come to a sum.
 template <class S>
 struct Numbers {
+  static constexpr bool kToWords = false;
   using Lanes = typename Vec<S>::Lanes;
   static HD Lanes add(Lanes sum, S number, Lanes b) { return sum + number * b; }
 };
@@ -28,6 +29,7 @@ struct Numbers {
 #if defined(__AVX512BF16__)
 // Two bfloat16 in the place of a float: two steps of the reduction in one.
 struct Pairs {
+  static constexpr bool kToWords = true;  // as a Product may ask
   using Lanes = Vec<float>::Lanes;
   static HD Lanes add(Lanes sum, float pair, Lanes b) {
     const auto a = _mm512_set1_ps(pair);
@@ -49,6 +51,8 @@ struct Tile {
   const S* bias;
   bool accumulate;
   int64_t columns;
+  uint16_t* words;
+  int64_t words_stride;
 };
 
 // R rows by H registers of columns, of which the last may be filled in part.
@@ -86,6 +90,17 @@ static void multiply_tile(const Tile<S>& t) {
       S* to = t.c + i * t.c_stride + h * V::size;
       V sum = V(sums[i][h]) + bias;
       if (t.accumulate) sum = sum + load(to);
+      if constexpr (Arithmetic::kToWords) {
+        if (t.words) {
+          auto* word = reinterpret_cast<BFloat16*>(t.words + i * t.words_stride + h * V::size);
+          if (whole) {
+            fastbp::cpu::FASTBP_CAPABILITY::store(sum, word);
+          } else {
+            fastbp::cpu::FASTBP_CAPABILITY::store(sum, word, last);
+          }
+          continue;
+        }
+      }
       if (whole) {
         sum.store(to);
       } else {
@@ -113,11 +128,18 @@ static void multiply_as(const Product<S>& p) {
     for (int64_t i = 0; i < p.rows; i += kTileRows) {
       const int rows = p.rows - i < kTileRows ? p.rows - i : kTileRows;
       const S* a = p.a + (order == Order::columns ? i / kTileRows * p.a_tile : i * p.a_stride);
-      const Tile<S> tile{p.depth,      a,
-                         p.a_stride,   b,
-                         p.b_stride,   p.c + i * p.c_stride + j,
-                         p.c_stride,   p.bias ? p.bias + j : nullptr,
-                         p.accumulate, columns};
+      const Tile<S> tile{p.depth,
+                         a,
+                         p.a_stride,
+                         b,
+                         p.b_stride,
+                         p.c ? p.c + i * p.c_stride + j : nullptr,
+                         p.c_stride,
+                         p.bias ? p.bias + j : nullptr,
+                         p.accumulate,
+                         columns,
+                         p.words ? p.words + i * p.words_stride + j : nullptr,
+                         p.words_stride};
       if (columns > Vec<S>::size) {
         multiply_rows<S, Arithmetic, order, 2>(rows, tile);
       } else {

@@ -18,22 +18,19 @@ std::vector<Tensor> forward_narrow_pairs(Call& call) {
     Scratch scratch;
     Space space(call, scratch);
     Word *h_room = space.words(), *z_room[2] = {space.words(), space.words()};
-    float* c = space.floats();
     Words h = words_of(call.x, r, rows, h_room, space.room);
     for (int64_t layer = 0; layer < layers; ++layer) {
       const int64_t first = call.first(layer), n = call.weights[first].out;
       const Out out = layer == layers - 1 ? y : keeps_h ? kept[layer] : Out();
       if (layer == hidden) {
-        weights.multiply(first, rows, h, c, space.stride(n));
-        to_words(rows, n, c, space.stride(n), word_at(out, r), n);
+        weights.multiply(first, rows, h, word_at(out, r), n);
         break;
       }
       Words z[2];
       for (int part = 0; part < call.width(); ++part) {
-        weights.multiply(first + part, rows, h, c, space.stride(n));
         Word* to = keeps_z ? word_at(kept[first + part], r) : z_room[part];
-        z[part] = {to, keeps_z ? n : space.room};
-        to_words(rows, n, c, space.stride(n), to, z[part].stride);
+        z[part] = {to, keeps_z || n % 2 == 0 ? n : space.room};
+        weights.multiply(first + part, rows, h, to, z[part].stride);
       }
       // An output of odd length is no operand of a product where it lies.
       const bool copies = out && n % 2 && layer < layers - 1;

@@ -19,7 +19,7 @@ class BackwardPanel {
         own_(own),
         space_(call, scratch),
         h_room_(space_.words()),
-        c_(space_.floats()) {}
+        c_(call.settings.gated ? space_.floats() : nullptr) {}
 
   void run(int64_t r, int64_t rows, const Rows& dy, const Out& dx) {
     Words x;
@@ -27,19 +27,19 @@ class BackwardPanel {
     const std::vector<Words> kept = keep(r, rows, x);
     Word* dh_room = space_.words();
     Word* dz_room[2] = {space_.words(), call_.settings.gated ? space_.words() : nullptr};
-    Words d = words_of(dy, r, rows, dh_room, space_.room);
+    Words d = words_of(dy, r, rows, space_.words(), space_.room);  // not dh_room, which a product of it fills
     for (int64_t layer = call_.layers() - 1; layer >= 0; --layer) {
       const int64_t first = call_.first(layer), in = call_.weights[first].in;
       Words dz[2] = {d, {}};
       if (layer < call_.hidden()) slope(layer, rows, d, kept, dz_room, dz);
       add_up(layer, rows, dz, x, kept);
       if (!needs_.below(layer)) return;
-      for (int part = 0; part < call_.parts(layer); ++part) {
-        backward_.multiply(first + part, rows, dz[part], c_, space_.stride(in), part > 0);
-      }
-      if (layer == 0) return to_words(rows, in, c_, space_.stride(in), word_at(dx, r), in);
-      d = {dh_room, in % 2 ? space_.room : in};
-      to_words(rows, in, c_, space_.stride(in), dh_room, d.stride);
+      const bool two = call_.parts(layer) == 2;
+      if (two) backward_.multiply(first, rows, dz[0], c_, space_.room);
+      Word* const to = layer == 0 ? word_at(dx, r) : dh_room;
+      d = {to, layer > 0 && in % 2 ? space_.room : in};
+      backward_.multiply(first + two, rows, dz[two], to, d.stride, two ? c_ : nullptr, space_.room);
+      if (layer == 0) return;
     }
   }
 
@@ -62,8 +62,7 @@ class BackwardPanel {
         h = {h_room_, space_.room};
       }
       Word* z = space_.words();
-      forward_->multiply(i, rows, h, c_, space_.room);
-      to_words(rows, call_.weights[i].out, c_, space_.room, z, space_.room);
+      forward_->multiply(i, rows, h, z, space_.room);
       kept[i] = {z, space_.room};
     }
     return kept;
@@ -148,7 +147,7 @@ class BackwardPanel {
   const Sums<float>::Set& own_;
   Space space_;
   Word* h_room_;
-  float* c_;
+  float* c_;  // the first half of a gated layer's dx
 };
 
 }  // namespace

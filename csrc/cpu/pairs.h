@@ -70,11 +70,16 @@ class PairedWeights {
     }
   }
 
-  void multiply(int64_t linear, int64_t rows, Words a, float* c, int64_t c_stride, bool accumulate = false) const {
-    const auto& k = kernels<float>();
-    const auto& w = weights_[linear];
-    k.multiply_pairs({rows, w.columns, w.depth, reinterpret_cast<const float*>(a.data), a.stride / 2, false, 0, w.data,
-                      k.tile_columns, k.tile_columns * w.depth, c, c_stride, biases_[linear], accumulate});
+  // A W + bias as rows of words, filled up to an even length; plus `c` where there is one.
+  void multiply(int64_t linear, int64_t rows, Words a, Word* to, int64_t to_stride, float* c = nullptr,
+                int64_t c_stride = 0) const {
+    const int64_t n = weights_[linear].columns;
+    product(linear, rows, a, {c, c_stride, c != nullptr, to, to_stride});
+    for (int64_t i = 0; i < rows && n % 2 && to_stride > n; ++i) to[i * to_stride + n] = 0;
+  }
+  // The same, to rows of floats.
+  void multiply(int64_t linear, int64_t rows, Words a, float* c, int64_t c_stride) const {
+    product(linear, rows, a, {c, c_stride, false, nullptr, 0});
   }
 
  private:
@@ -82,6 +87,22 @@ class PairedWeights {
     const float* data;
     int64_t depth, columns;
   };
+  struct Target {
+    float* c;
+    int64_t c_stride;
+    bool accumulate;
+    Word* words;
+    int64_t words_stride;
+  };
+
+  void product(int64_t linear, int64_t rows, Words a, Target t) const {
+    const auto& k = kernels<float>();
+    const auto& w = weights_[linear];
+    k.multiply_pairs({rows, w.columns, w.depth, reinterpret_cast<const float*>(a.data), a.stride / 2, false, 0, w.data,
+                      k.tile_columns, k.tile_columns * w.depth, t.c, t.c_stride, biases_[linear], t.accumulate, t.words,
+                      t.words_stride});
+  }
+
   std::vector<Matrix> weights_;
   std::vector<const float*> biases_;
 };
@@ -92,20 +113,9 @@ struct Space {
       : scratch(scratch), room(round_up(widest(call), kernels<float>().tile_columns) + 32) {}
   Word* words() { return scratch.take<Word>(kPanel * room); }
   float* floats() { return scratch.take<float>(kPanel * room); }
-  // Between rows of n floats: side by side where they are short, so that they are converted as one.
-  int64_t stride(int64_t n) const { return n <= 128 ? n : room; }
   Scratch& scratch;
   int64_t room;
 };
-
-// Rows of floats to rows of words, filled up to an even length.
-inline void to_words(int64_t rows, int64_t n, const float* from, int64_t from_stride, Word* to, int64_t to_stride) {
-  if (from_stride == n && to_stride == n) return kernels<float>().write(Dtype::bfloat16, rows * n, from, to);
-  for (int64_t i = 0; i < rows; ++i) {
-    kernels<float>().write(Dtype::bfloat16, n, from + i * from_stride, to + i * to_stride);
-    if (n % 2 && to_stride > n) to[i * to_stride + n] = 0;
-  }
-}
 
 // The output of a hidden layer from what its linears kept.
 inline void output(const Call& call, int64_t rows, int64_t n, const Words* z, Word* to, int64_t to_stride) {

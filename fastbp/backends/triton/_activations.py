@@ -5,12 +5,13 @@ import triton.language as tl  # noqa: F401 (the interpreter looks for it among t
 
 from fastbp.backends.triton.primitives import (
     absolute,
-    erf,
     exp,
     expm1,
     log1p,
     maximum,
     minimum,
+    normal_cdf,
+    normal_pdf,
     select,
     sigmoid,
     sqrt,
@@ -216,14 +217,12 @@ def silu_grad(dy, z):
 
 @triton.jit
 def gelu_value(z):
-    return 0.5 * z * (1.0 + erf(z * 0.7071067811865476))
+    return z * normal_cdf(z)
 
 
 @triton.jit
 def gelu_grad(dy, z):
-    cdf = 0.5 * (1.0 + erf(z * 0.7071067811865476))
-    pdf = 0.3989422804014327 * exp(-0.5 * z * z)
-    return dy * (cdf + z * pdf)
+    return dy * (normal_cdf(z) + z * normal_pdf(z))
 
 
 @triton.jit

@@ -17,11 +17,6 @@ def absolute(x):
 
 
 @triton.jit
-def erf(x):
-    return tl.erf(x)
-
-
-@triton.jit
 def exp(x):
     """eˣ. In float32 ``tl.exp(x)`` is 2^(x / ln 2) with the quotient rounded, off by |x| units in the last place.
 
@@ -66,6 +61,18 @@ def maximum(a, b):
 def minimum(a, b):
     """min(a, b) with b a number, NaN kept, as ``maximum``."""
     return tl.minimum(a, tl.full(a.shape, b, a.dtype), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def normal_cdf(x):
+    """Φ(x) = (1 + erf(x / √2)) / 2, as PyTorch's GELU has it."""
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def normal_pdf(x):
+    """Φ'(x) = exp(-x² / 2) / √(2 π)."""
+    return 0.3989422804014327 * exp(-0.5 * x * x)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(fastbp_native, m) {
   // activation. Returns y and the residuals of the policy.
   m.def("forward(Tensor x, Tensor[] tensors, int settings, float[] params) -> Tensor[]");
   // `saved` is x, y, the weights, the biases, the residuals. Returns a gradient for each true entry of needs, which is
-  // about x, the weights, the biases.
+  // about x, the weights, the biases. With 1024 added to `settings` the residuals (policy preact) may be written over.
   m.def("backward(Tensor dy, Tensor[] saved, int settings, float[] params, bool[] needs) -> Tensor[]");
 }
 

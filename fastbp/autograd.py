@@ -92,7 +92,7 @@ class _Eager(torch.autograd.Function):
         elif dy is None or not _ONLY_NONE.issuperset(dresiduals):
             differentiable = False  # the end of a double backward, whose gradients reach the residuals themselves
         else:
-            return (None, *module_of(config).backward(config, dy, saved, needs))
+            return (None, *module_of(config).backward(config, dy, saved, needs, _owns_residuals(ctx, dy, saved)))
         parts = unflatten(saved, len(needs) // 2)
         return (None, *reference.backward(config, dy, parts, needs, dresiduals, differentiable))
 
@@ -135,6 +135,25 @@ class _AtOnce(torch.autograd.Function):
 
     backward = _Eager.backward
     jvp = _Eager.jvp
+
+
+def _owns_residuals(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> bool:
+    """Whether z is nobody's but this backward's, which may then write dz over it and needs no memory for it.
+
+    So it is where the graph is not kept, and autograd has let go what it saved, unless somebody holds the storage: by
+    saved-tensor hooks, by ``grad_fn.saved_tensors``, for forward mode. Asked only where the memory is worth a microsecond.
+    """
+    residuals = saved[2 + 2 * (len(ctx.needs) // 2) :]
+    if ctx.config.save != "preact" or dy.numel() < _WORTH_ASKING or type(dy) is not Tensor or _count_holders is None:
+        return False
+    ctx.maybe_clear_saved_tensors()
+    return all(r is None or _count_holders(r.untyped_storage()._cdata) == _ALONE for r in residuals)
+
+
+_WORTH_ASKING = 1 << 14  # numbers
+_ALONE = 2  # a tensor, and the storage object that asks
+# Internal to PyTorch (2.11 to 2.14 have it); where it is gone, dz gets memory of its own.
+_count_holders: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 @lru_cache(maxsize=1024)

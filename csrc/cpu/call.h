@@ -30,6 +30,9 @@ class Rows {
     return dense() && kItemSize[static_cast<int>(dtype_)] == sizeof(S) ? static_cast<const S*>(at(0, 0)) : nullptr;
   }
   int64_t row_stride() const { return row_stride_; }
+  bool contiguous() const { return dense() && (count < 2 || row_stride_ == size); }
+  // Contiguous rows, to be written over.
+  struct Out over() const;
   // Rows [r, r + rows) alone.
   Rows slice(int64_t r, int64_t rows) const {
     Rows part = *this;
@@ -87,6 +90,14 @@ struct Out {
   }
 };
 
+inline Out Rows::over() const {
+  Out out;
+  out.data = static_cast<char*>(const_cast<void*>(at(0, 0)));
+  out.dtype = dtype_;
+  out.size = size;
+  return out;
+}
+
 struct Weight {
   bool any = false;  // false where backward does not read it
   const void* data = nullptr;
@@ -119,6 +130,7 @@ struct Settings {
   int activation;
   double params[2];
   Save save;
+  bool overwrites = false;  // whether z is nobody else's, so that backward may write dz over it
 };
 
 // A call: rows of x, the linears, and what is known of the hidden layers.

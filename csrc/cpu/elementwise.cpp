@@ -21,6 +21,32 @@ HD void map(int64_t n, T* to, F f, const Rows*... from) {
   if (i < n) store<T, S>(f(load<T, S>(from + i, n - i)...), to + i, n - i);
 }
 
+// The same for an f with two results, of three rows. All of a step is read before anything is written: a result may lie
+// where an input does.
+template <class T, class S, class F>
+HD void map_to_two(int64_t n, T* first, T* second, F f, const T* a, const T* b, const T* c) {
+  constexpr int size = Vec<S>::size, side = 2;
+  int64_t i = 0;
+  for (; i + side * size <= n; i += side * size) {
+    Vec<S> results[side][2];
+    FASTBP_UNROLL for (int j = 0; j < side; ++j) {
+      const int64_t at = i + j * size;
+      f(load<T, S>(a + at), load<T, S>(b + at), load<T, S>(c + at), results[j]);
+    }
+    FASTBP_UNROLL for (int j = 0; j < side; ++j) {
+      store<T, S>(results[j][0], first + i + j * size);
+      store<T, S>(results[j][1], second + i + j * size);
+    }
+  }
+  for (; i < n; i += size) {
+    const int64_t count = n - i < size ? n - i : size;
+    Vec<S> results[2];
+    f(load<T, S>(a + i, count), load<T, S>(b + i, count), load<T, S>(c + i, count), results);
+    store<T, S>(results[0], first + i, count);
+    store<T, S>(results[1], second + i, count);
+  }
+}
+
 // An activation's form with its parameters, as many as the row has.
 template <class A, class S, class F>
 HD auto bound(F form, const double* params) {
@@ -67,13 +93,18 @@ static void gated_grad(int64_t n, const void* dh, const void* g, const void* u, 
                        const double* params) {
   const auto value = bound<A, S>([](auto... a) { return A::value(a...); }, params);
   const auto grad = bound<A, S>([](auto... a) { return A::grad(a...); }, params);
-  const T *d = static_cast<const T*>(dh), *gates = static_cast<const T*>(g);
-  if (dg) {
-    map<T, S>(
-        n, static_cast<T*>(dg), [&](auto x, auto gate, auto up) { return grad(x * up, gate); }, d, gates,
-        static_cast<const T*>(u));
+  const T *d = static_cast<const T*>(dh), *gates = static_cast<const T*>(g), *ups = static_cast<const T*>(u);
+  if (dg && du) {
+    const auto both = [&](Vec<S> x, Vec<S> gate, Vec<S> up, Vec<S>* results) {
+      results[0] = grad(x * up, gate);
+      results[1] = x * value(gate);
+    };
+    map_to_two<T, S>(n, static_cast<T*>(dg), static_cast<T*>(du), both, d, gates, ups);
+  } else if (dg) {
+    map<T, S>(n, static_cast<T*>(dg), [&](auto x, auto gate, auto up) { return grad(x * up, gate); }, d, gates, ups);
+  } else {
+    map<T, S>(n, static_cast<T*>(du), [&](auto x, auto gate) { return x * value(gate); }, d, gates);
   }
-  if (du) map<T, S>(n, static_cast<T*>(du), [&](auto x, auto gate) { return x * value(gate); }, d, gates);
 }
 
 template <class A, class T, class S>

@@ -101,6 +101,7 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
       call.keep(replayed ? Maybe(linear(*h, *weights[i], call.biases[i])) : Maybe());
     }
     call.settings.save = Save::preact;
+    call.settings.overwrites = true;  // they are ours
   }
   // The input of a layer as a matrix, rebuilt where it was not kept.
   const auto input = [&](int64_t layer) {
@@ -119,13 +120,14 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
     add(total.data());
     grads[1 + linears + linear] = call.make_bias_gradient<S>(total.data(), call.weights[linear].out);
   };
-  Tensor dh = dy;
+  Maybe dh = dy;
   for (int64_t layer = call.layers() - 1; layer >= 0; --layer) {
     const int64_t first = call.first(layer);
     if (layer < call.hidden()) {
-      const Rows dh_rows(dh);
+      const Rows dh_rows(*dh);
       Slopes<S> slopes(call, needs, layer, groups_of(dh_rows));
       slopes.all(dh_rows);
+      dh.reset();  // dz is in its place
       for (int part = 0; part < call.width(); ++part) {
         bias_gradient(first + part, [&](double* total) { slopes.add_to(part, total); });
       }
@@ -145,11 +147,11 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
       grads[1 + first + part] = mm(torch::stable::transpose(matrix(*keep[part], call.rows), 0, 1), *h);
     }
     if (!dx) return grads;
-    dh = *dx;
+    dh = std::move(dx);
   }
   std::vector<int64_t> sizes = call.leading;
   sizes.push_back(call.weights[0].in);
-  grads[0] = torch::stable::view(dh, {sizes.data(), sizes.size()});
+  grads[0] = torch::stable::view(*dh, {sizes.data(), sizes.size()});
   return grads;
 }
 

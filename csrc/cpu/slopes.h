@@ -48,8 +48,16 @@ class Slopes {
       const int64_t linear = call.first(layer) + part;
       if (!needs.slope(linear)) continue;
       if (needs.weight(linear) || needs.below(layer)) {
-        dz[part] = call.make(size_);
-        out_[part] = Out(*dz[part]);
+        const Rows kept = linear < static_cast<int64_t>(call.residuals.size()) ? call.residuals[linear] : Rows();
+        if (call.settings.overwrites && kept.any() && kept.contiguous()) {
+          dz[part] = call.kept[linear];
+          rows_[part] = kept;
+          out_[part] = kept.over();
+        } else {
+          dz[part] = call.make(size_);
+          rows_[part] = Rows(*dz[part]);
+          out_[part] = Out(*dz[part]);
+        }
       }
       wanted_[part] = true;
       if (needs.bias(linear)) sums_[part].assign(groups * size_, 0.0);
@@ -117,7 +125,9 @@ class Slopes {
     for (size_t i = 0; i < sums_[part].size(); ++i) total[i % size_] += sums_[part][i];
   }
 
-  Maybe dz[2];
+  Maybe dz[2];  // whole tensors
+  // The rows of dz; they live as long as this object.
+  std::vector<Rows> rows() const { return {rows_[0], rows_[1]}; }
 
  private:
   void add(int64_t group, int part, int64_t c, int64_t rows, int64_t n, Dtype dtype, const void* dz, int64_t stride) {
@@ -126,6 +136,7 @@ class Slopes {
 
   const Call& call_;
   int64_t layer_, size_, groups_;
+  Rows rows_[2];
   Out out_[2];
   bool wanted_[2] = {false, false};
   std::vector<double> sums_[2];
@@ -148,14 +159,6 @@ void add_columns(const Call& call, const Rows& d, double* total) {
     });
   }
   for (size_t i = 0; i < sums.size(); ++i) total[i % d.size] += sums[i];
-}
-
-// dz of a layer as rows, which live as long as `slopes`.
-template <class S>
-std::vector<Rows> rows_of(const Slopes<S>& slopes) {
-  std::vector<Rows> rows;
-  for (const Maybe& dz : slopes.dz) rows.push_back(dz ? Rows(*dz) : Rows());
-  return rows;
 }
 
 }  // namespace fastbp::cpu

@@ -156,6 +156,7 @@ void replay(Call& call) {
     call.keep(z);
   }
   call.settings.save = Save::preact;
+  call.settings.overwrites = true;  // they are ours
 }
 
 // Backward goes through a call in blocks of rows, so that dz of all layers exists for one block at a time.
@@ -205,7 +206,7 @@ void backward_block(Call call, const Rows& dy, const Needs& needs, Gradients<S>&
   std::optional<Slopes<S>> slopes;  // dz of the layer at hand
   std::vector<Rows> d;
   const auto take = [&](int64_t layer) {
-    d = rows_of(*slopes);
+    d = slopes->rows();
     for (int part = 0; part < call.width(); ++part) {
       const int64_t linear = call.first(layer) + part;
       if (needs.bias(linear)) slopes->add_to(part, grads.biases[linear].data());

@@ -76,11 +76,15 @@ def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list
 
 
 def backward(
-    config: Config, dy: Tensor, saved: Sequence[Tensor | None], needs: tuple[bool, ...]
+    config: Config, dy: Tensor, saved: Sequence[Tensor | None], needs: tuple[bool, ...], overwrite: bool = False
 ) -> list[Tensor | None]:
-    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask."""
+    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask.
+
+    With ``overwrite`` the residuals of policy preact are used up.
+    """
     present = [_ABSENT if tensor is None else tensor for tensor in saved]
-    found = _backward(dy, present, *_codes(config, dy.dtype), needs)
+    settings, params = _codes(config, dy.dtype)
+    found = _backward(dy, present, settings + 1024 * overwrite, params, needs)
     if len(found) == len(needs):
         return found  # type: ignore[no-any-return]
     grads = iter(found)

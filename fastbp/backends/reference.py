@@ -30,9 +30,12 @@ def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list
 
 
 def backward(
-    config: Config, dy: Tensor, saved: Sequence[Tensor | None], needs: tuple[bool, ...]
+    config: Config, dy: Tensor, saved: Sequence[Tensor | None], needs: tuple[bool, ...], overwrite: bool = False
 ) -> list[Tensor | None]:
-    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask."""
+    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask.
+
+    ``overwrite`` allows what PyTorch's operations do not do: writing over the residuals.
+    """
     # Nothing here is to be differentiated, and 15 operations without a stop at autograd's kernels count.
     with _AutoDispatchBelowADInplaceOrView():
         return reference.backward(config, dy, reference.unflatten(saved, len(needs) // 2), needs)

@@ -66,3 +66,18 @@ SUITES: dict[str, tuple[Case, ...]] = {
         for activation in ("gelu", "silu", "relu")
     ),
 }
+
+# For benchmarks/memory.py: an activation of which z is kept, and one of which y is enough.
+MEMORY: tuple[Case, ...] = tuple(
+    Case(*block, dtype=dtype)
+    for dtype in (FLOAT, BFLOAT)
+    for block in (
+        *(("layer", rows, features, "gelu") for rows, features in LAYER_SHAPES),
+        ("layer", 2048, (768, 3072), "relu"),
+        ("mlp", 2048, (768, 3072, 768), "gelu"),
+        ("mlp", 2048, (768, 3072, 768), "relu"),
+        ("mlp", 512, (768, 3072, 768), "gelu"),
+        ("gated_mlp", 2048, (512, 1408, 512), "silu"),
+        ("mlp", 65536, (64,) * 6, "gelu"),
+    )
+)

@@ -32,7 +32,7 @@ ROOT = Path(fastbp.__file__).parents[1]
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
 ops = torch.ops.fastbp_native
 
-ROUTES = ["narrow", "narrow_pairs", "wide", "library"]
+ROUTES = ["narrow", "narrow_pairs", "wide", "library", "row"]
 GELU = bind("gelu")
 
 

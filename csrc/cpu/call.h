@@ -104,6 +104,9 @@ struct Weight {
   Dtype dtype = Dtype::float32;
   int64_t out = 0, in = 0, out_stride = 0, in_stride = 0;
 
+  const void* row(int64_t n) const {
+    return static_cast<const char*>(data) + n * out_stride * kItemSize[static_cast<int>(dtype)];
+  }
   // A block of Wᵀ (in × out) or of W (out × in), in the layout that multiply reads.
   template <class S>
   void pack_transposed(int64_t k0, int64_t nk, int64_t c0, int64_t nc, S* to) const {

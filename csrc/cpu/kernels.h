@@ -71,6 +71,10 @@ struct Kernels {
   // B (depth × columns) into tiles of columns, the last one filled up with zeros.
   void (*pack[kDtypes])(int64_t depth, int64_t columns, const void* b, int64_t depth_stride, int64_t column_stride,
                         S* to);
+  // A matrix of rows `stride` numbers apart, and vectors: y = M x; sum += Mᵀ d; M = d xᵀ, contiguous.
+  void (*dots[kDtypes])(int64_t rows, int64_t n, const void* matrix, int64_t stride, const S* x, S* y);
+  void (*add_scaled[kDtypes])(int64_t rows, int64_t n, const S* d, const void* matrix, int64_t stride, S* sum);
+  void (*outer[kDtypes])(int64_t rows, int64_t n, const S* d, const S* x, void* matrix);
   void (*read)(Dtype, int64_t n, const void* from, int64_t stride, S* to);
   void (*write)(Dtype, int64_t n, const S* from, void* to);
   Elementwise of[kDtypes];                     // those that are computed in S

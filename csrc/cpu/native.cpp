@@ -10,6 +10,7 @@
 #include "narrow.h"
 #include "needs.h"
 #include "route.h"
+#include "row.h"
 #include "wide.h"
 
 #ifndef FASTBP_IDENTITY
@@ -100,6 +101,8 @@ std::vector<Tensor> compute_forward(Call& call, const Tensor& x, const std::vect
       return forward_narrow_pairs(call);
     case Route::wide:
       return forward_wide<S>(call);
+    case Route::row:
+      return forward_row<S>(call);
     default:
       return forward_library<S>(call, x, weights);
   }
@@ -115,6 +118,8 @@ std::vector<Maybe> compute_backward(Call& call, const Tensor& dy, const Maybe& x
       return backward_narrow_pairs(call, dy, needs);
     case Route::wide:
       return backward_wide<S>(call, dy, needs);
+    case Route::row:
+      return backward_row<S>(call, dy, needs);
     default:
       return backward_library<S>(call, dy, x, weights, needs);
   }

@@ -10,6 +10,8 @@ namespace fastbp::cpu {
 
 constexpr int64_t kPanel = 96;  // rows; a multiple of every tile
 
+constexpr int64_t kLargeSums = 128 << 10;  // bytes
+
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // Rows of numbers in memory: a part of a tensor, or a copy of it in the compute type.
@@ -112,7 +114,9 @@ class Sums {
     }
     threads_ = threads_for(work);
     panels_ = (call.rows + kPanel - 1) / kPanel;
-    chunks_ = std::max<int64_t>(1, std::min(panels_, threads_ > 1 ? 4 * threads_ : 1));
+    // More chunks than threads even out what else the machine does, where their sums are small beside the rest.
+    const int64_t per_thread = weights_ * static_cast<int64_t>(sizeof(S)) > kLargeSums ? 1 : 4;
+    chunks_ = std::max<int64_t>(1, std::min(panels_, threads_ > 1 ? per_thread * threads_ : 1));
     sums_ = {scratch.take<S>(chunks_ * weights_), scratch.take<double>(chunks_ * biases_)};
   }
 

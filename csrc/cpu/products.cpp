@@ -1,5 +1,6 @@
 // The products of one capability, and how numbers come to them. Compiled once for each, see kernels.h.
 #include "gemm.h"
+#include "gemv.h"
 
 namespace fastbp::cpu::FASTBP_CAPABILITY {
 
@@ -54,6 +55,16 @@ static void fill(Kernels<S>& t) {
   t.write = write<S>;
 }
 
+// What reads or writes matrices of T.
+template <class T, class S>
+static void fill_for(Kernels<S>& t, Dtype dtype) {
+  const int i = static_cast<int>(dtype);
+  t.pack[i] = pack<T, S>;
+  t.dots[i] = dots<T, S>;
+  t.add_scaled[i] = add_scaled<T, S>;
+  t.outer[i] = outer<T, S>;
+}
+
 void fill_products(Kernels<float>& t);
 void fill_products(Kernels<double>& t);
 void fill_products(Kernels<float>& t) {
@@ -62,13 +73,13 @@ void fill_products(Kernels<float>& t) {
   t.multiply_pairs = multiply<float, Pairs>;
 #endif
   t.pair_rows = pair_rows;
-  t.pack[static_cast<int>(Dtype::float32)] = pack<float, float>;
-  t.pack[static_cast<int>(Dtype::bfloat16)] = pack<BFloat16, float>;
-  t.pack[static_cast<int>(Dtype::float16)] = pack<Half, float>;
+  fill_for<float>(t, Dtype::float32);
+  fill_for<BFloat16>(t, Dtype::bfloat16);
+  fill_for<Half>(t, Dtype::float16);
 }
 void fill_products(Kernels<double>& t) {
   fill(t);
-  t.pack[static_cast<int>(Dtype::float64)] = pack<double, double>;
+  fill_for<double>(t, Dtype::float64);
 }
 
 }  // namespace fastbp::cpu::FASTBP_CAPABILITY

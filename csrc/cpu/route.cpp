@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "row.h"
+
 namespace fastbp::cpu {
 
 namespace {
@@ -20,7 +22,7 @@ bool is_intel() {
 #endif
 }
 
-constexpr const char* kRoutes[] = {"narrow", "narrow_pairs", "wide", "library"};
+constexpr const char* kRoutes[] = {"narrow", "narrow_pairs", "wide", "library", "row"};
 std::atomic<int> forced{-1};
 
 }  // namespace
@@ -40,8 +42,11 @@ Route route_of(const Call& call) {
   }
   if (call.rows == 0 || narrowest == 0) return Route::wide;
   const bool pairs = call.dtype == Dtype::bfloat16 && kernels<float>().multiply_pairs;
+  const bool row = call.rows == 1 && has_dense_rows(call);
   const int asked = forced;
-  if (asked >= 0 && (asked != static_cast<int>(Route::narrow_pairs) || pairs)) return static_cast<Route>(asked);
+  const bool serves = asked == static_cast<int>(Route::narrow_pairs) ? pairs : asked != static_cast<int>(Route::row) || row;
+  if (asked >= 0 && serves) return static_cast<Route>(asked);
+  if (row) return Route::row;
   const bool narrow = widest <= kNarrowFeatures && total <= kNarrowWeights;
   switch (call.dtype) {
     case Dtype::bfloat16:  // where the CPU multiplies bfloat16 itself, that is twice as fast as float panels
@@ -52,7 +57,6 @@ Route route_of(const Call& call) {
       break;
     default:
       if (narrow) break;
-      if (call.rows == 1) return Route::library;  // a walk over the weights; packing them would be most of the work
       if (call.dtype == Dtype::float32 && is_intel()) return Route::library;  // MKL is at the CPU's limit there
   }
   return narrow ? Route::narrow : Route::wide;

@@ -7,7 +7,7 @@
 
 namespace fastbp::cpu {
 
-enum class Route { narrow, narrow_pairs, wide, library };
+enum class Route { narrow, narrow_pairs, wide, library, row };
 
 Route route_of(const Call& call);
 

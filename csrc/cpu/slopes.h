@@ -15,7 +15,7 @@ inline int64_t elementwise_threads(const Rows& rows) { return threads_for(8.0 * 
 
 inline int64_t groups_of(const Rows& rows) {
   const int64_t threads = elementwise_threads(rows);
-  return threads > 1 ? 4 * threads : 1;
+  return threads > 1 ? 2 * threads : 1;
 }
 
 // f(group, first row, rows) over a few rows of a tensor at a time; a group's rows come one after another.

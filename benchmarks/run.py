@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, keep_freed_memory
 from benchmarks.measure import bursts, prepare, summarise
 from benchmarks.rivals import RIVALS
 from benchmarks.suites import SUITES, Case
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.quick:
         seconds, output = 0.1, arguments.output
         names = [name for name in names if name != "torch.compile"]
+    keep_freed_memory()
     failed = False
     for suite in arguments.suite or SUITES:
         rows = []

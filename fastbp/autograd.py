@@ -92,7 +92,8 @@ class _Eager(torch.autograd.Function):
         elif dy is None or not _ONLY_NONE.issuperset(dresiduals):
             differentiable = False  # the end of a double backward, whose gradients reach the residuals themselves
         else:
-            return (None, *module_of(config).backward(config, dy, saved, needs, _owns_residuals(ctx, dy, saved)))
+            alone = dy.numel() >= _WORTH_ASKING and _owns_residuals(ctx, dy, saved)
+            return (None, *module_of(config).backward(config, dy, saved, needs, alone))
         parts = unflatten(saved, len(needs) // 2)
         return (None, *reference.backward(config, dy, parts, needs, dresiduals, differentiable))
 
@@ -143,10 +144,10 @@ def _owns_residuals(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> b
     So it is where the graph is not kept, and autograd has let go what it saved, unless somebody holds the storage: by
     saved-tensor hooks, by ``grad_fn.saved_tensors``, for forward mode. Asked only where the memory is worth a microsecond.
     """
-    residuals = saved[2 + 2 * (len(ctx.needs) // 2) :]
-    if ctx.config.save != "preact" or dy.numel() < _WORTH_ASKING or type(dy) is not Tensor or _count_holders is None:
+    if ctx.config.save != "preact" or type(dy) is not Tensor or _count_holders is None:
         return False
     ctx.maybe_clear_saved_tensors()
+    residuals = saved[1 + len(ctx.needs) :]
     return all(r is None or _count_holders(r.untyped_storage()._cdata) == _ALONE for r in residuals)
 
 
@@ -207,12 +208,18 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "gated_mlp": GatedMLPFunction,
 }
 
-# Function.apply binds the signature on every call when setup_context is defined, 20 to 50 µs; the C-level apply beneath
-# it does not, and serves where no functorch transform is active. The names are those that grad_fn shows.
-_DIRECT: dict[str, Callable[..., Outputs]] = {
-    form: super(torch.autograd.Function, type(function.__name__, (_AtOnce,), {})).apply  # type: ignore[misc]
-    for form, function in FUNCTIONS.items()
-}
+def _direct(function: type[torch.autograd.Function]) -> Callable[..., Outputs]:
+    """What to call where no functorch transform is active.
+
+    Function.apply binds the signature on every call when setup_context is defined, 20 to 50 µs; the C-level apply
+    beneath it does not. The node's own apply looks for the function's backward on every call; here it is the backward.
+    """
+    made = type(function.__name__, (_AtOnce,), {})  # the name is what grad_fn shows
+    made._backward_cls.apply = _Eager.backward  # type: ignore[attr-defined]
+    return super(torch.autograd.Function, made).apply  # type: ignore[misc, no-any-return]
+
+
+_DIRECT: dict[str, Callable[..., Outputs]] = {form: _direct(function) for form, function in FUNCTIONS.items()}
 
 
 def run(

@@ -27,13 +27,19 @@ Dtype dtype_of(const Tensor& tensor) {
   STD_TORCH_CHECK(false, "fastbp: tensors must be float64, float32, bfloat16 or float16");
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype) {
-  std::vector<int64_t> strides(sizes.size());
+Tensor empty(const int64_t* leading, int64_t count, int64_t last, Dtype dtype) {
+  constexpr int64_t kUsual = 8;  // dimensions for which no memory is asked
+  const int64_t dims = count + 1;
+  int64_t room[2 * kUsual];
+  std::vector<int64_t> more(dims > kUsual ? 2 * dims : 0);
+  int64_t *sizes = more.empty() ? room : more.data(), *strides = sizes + dims;
+  std::copy_n(leading, count, sizes);
+  sizes[count] = last;
   int64_t step = 1;
-  for (size_t i = sizes.size(); i-- > 0; step *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = step;
+  for (int64_t i = dims; i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) strides[i] = step;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype_numbers()[static_cast<int>(dtype)],
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
+                                                         dtype_numbers()[static_cast<int>(dtype)],
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor made(handle);
   if (poison) memset(made.mutable_data_ptr(), 0xff, made.numel() * kItemSize[static_cast<int>(dtype)]);
@@ -80,9 +86,7 @@ Out::Out(const Tensor& tensor)
     : data(static_cast<char*>(tensor.mutable_data_ptr())), dtype(dtype_of(tensor)), size(tensor.sizes().back()) {}
 
 Tensor Call::make(int64_t features) const {
-  std::vector<int64_t> sizes = leading;
-  sizes.push_back(features);
-  return empty(sizes, dtype);
+  return empty(leading.data(), static_cast<int64_t>(leading.size()), features, dtype);
 }
 
 template <class S>
@@ -90,7 +94,7 @@ Tensor Call::make_bias_gradient(const double* sums, int64_t size) const {
   Scratch scratch;
   S* row = scratch.take<S>(size);
   std::copy_n(sums, size, row);
-  Tensor result = empty({size}, dtype);
+  Tensor result = empty_row(size, dtype);
   kernels<S>().write(dtype, size, row, result.mutable_data_ptr());
   return result;
 }

@@ -239,7 +239,10 @@ struct Call {
 };
 
 Dtype dtype_of(const Tensor& tensor);
-Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype);
+// A contiguous tensor (*leading, last) to be filled in; and the two usual cases.
+Tensor empty(const int64_t* leading, int64_t count, int64_t last, Dtype dtype);
+inline Tensor empty_row(int64_t size, Dtype dtype) { return empty(nullptr, 0, size, dtype); }
+inline Tensor empty_matrix(int64_t rows, int64_t columns, Dtype dtype) { return empty(&rows, 1, columns, dtype); }
 // A bias as a row of S, or null; the memory lasts as long as the scratch.
 template <class S>
 const S* read_bias(const Maybe& bias, Scratch& scratch);

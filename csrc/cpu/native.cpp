@@ -37,7 +37,7 @@ void check(const Tensor& tensor, Dtype dtype, const char* name) {
 
 // The tensor that stands for none: its memory is nobody else's.
 const Tensor& nothing() {
-  static const Tensor tensor = empty({1}, Dtype::float32);
+  static const Tensor tensor = empty_row(1, Dtype::float32);
   return tensor;
 }
 

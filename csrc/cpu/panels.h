@@ -34,7 +34,10 @@ Panel<S> panel_of(const Rows& rows, int64_t r, int64_t count, S* copy, int64_t s
 // y and the residuals of the policy, to be filled in; `kept` are the residuals as rows, in the order of the linears.
 inline std::vector<Tensor> make_results(const Call& call, std::vector<Out>& kept) {
   const bool keeps_h = call.settings.save == Save::output && call.settings.projected;
-  std::vector<Tensor> results{call.make(call.weights.back().out)};
+  std::vector<Tensor> results;
+  results.reserve(1 + call.linears());
+  kept.reserve(call.linears());
+  results.push_back(call.make(call.weights.back().out));
   for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
     if (call.settings.save != Save::preact && !(keeps_h && i % call.width() == 0)) continue;
     results.push_back(call.make(call.weights[i].out));
@@ -147,7 +150,7 @@ class Sums {
       if (!wanted_[i]) continue;
       if (is_weight(i)) {
         const Weight& w = weight_of(i);
-        grads[i] = empty({w.out, w.in}, call_.dtype);
+        grads[i] = empty_matrix(w.out, w.in, call_.dtype);
         k.write(call_.dtype, size(i), sums_.weights + places_[i], grads[i]->mutable_data_ptr());
       } else {
         grads[i] = call_.template make_bias_gradient<S>(sums_.biases + places_[i], size(i));

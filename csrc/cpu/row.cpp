@@ -49,19 +49,12 @@ void multiply_transposed(const Weight& w, const S* d, S* sum) {
 // dW = d xᵀ.
 template <class S>
 Tensor outer(const Weight& w, Dtype dtype, const S* d, const S* x) {
-  const Tensor dw = empty({w.out, w.in}, dtype);
+  const Tensor dw = empty_matrix(w.out, w.in, dtype);
   const Out out(dw);
   for_parts(w, [&](int64_t, int64_t r, int64_t rows) {
     kernels<S>().outer[static_cast<int>(dtype)](rows, w.in, d + r, x, out.at(r, 0));
   });
   return dw;
-}
-
-template <class S>
-Tensor as_tensor(std::vector<int64_t> sizes, Dtype dtype, const S* numbers) {
-  const Tensor made = empty(sizes, dtype);
-  kernels<S>().write(dtype, sizes.back(), numbers, made.mutable_data_ptr());
-  return made;
 }
 
 // What the linears of a hidden layer keep, as vectors; null where nothing is there.
@@ -164,7 +157,10 @@ std::vector<Maybe> backward_row(const Call& call, const Tensor& dy, const std::v
     for (int part = 0; part < call.parts(layer); ++part) {
       const int64_t i = first + part;
       const S* own = layer < call.hidden() ? dz[part] : d;
-      if (needs.bias(i)) grads[1 + linears + i] = as_tensor({n}, call.dtype, own);
+      if (needs.bias(i)) {
+        grads[1 + linears + i] = empty_row(n, call.dtype);
+        kernels<S>().write(call.dtype, n, own, grads[1 + linears + i]->mutable_data_ptr());
+      }
       if (!needs.weight(i)) continue;
       if (!h) h = layer == 0 ? x : kept.output(layer - 1, scratch);
       grads[1 + i] = outer(call.weights[i], call.dtype, own, h);
@@ -177,9 +173,8 @@ std::vector<Maybe> backward_row(const Call& call, const Tensor& dy, const std::v
     }
     d = dh;
   }
-  std::vector<int64_t> sizes = call.leading;
-  sizes.push_back(call.weights[0].in);
-  grads[0] = as_tensor(sizes, call.dtype, d);
+  grads[0] = call.make(call.weights[0].in);
+  kernels<S>().write(call.dtype, call.weights[0].in, d, grads[0]->mutable_data_ptr());
   return grads;
 }
 

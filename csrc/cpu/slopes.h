@@ -8,8 +8,8 @@
 
 namespace fastbp::cpu {
 
-// How many rows the elementwise work takes at a time: about 32 KB of float.
-inline int64_t elementwise_rows(int64_t size) { return std::max<int64_t>(1, std::min<int64_t>(128, 8192 / size)); }
+// How many rows the elementwise work takes at a time: about 128 KB of float.
+inline int64_t elementwise_rows(int64_t size) { return std::max<int64_t>(1, std::min<int64_t>(128, 32768 / size)); }
 
 inline int64_t elementwise_threads(const Rows& rows) { return threads_for(8.0 * rows.count * rows.size); }
 

@@ -169,7 +169,7 @@ struct Gradients {
     if (needs.below(0)) x = call.make(call.weights[0].in);
     for (int64_t i = 0; i < call.linears(); ++i) {
       const Weight& w = call.weights[i];
-      weights.push_back(needs.weight(i) ? Maybe(empty({w.out, w.in}, kDtypeOf<S>)) : Maybe());
+      weights.push_back(needs.weight(i) ? Maybe(empty_matrix(w.out, w.in, kDtypeOf<S>)) : Maybe());
       if (needs.bias(i)) biases[i].assign(w.out, 0.0);
     }
   }
@@ -182,7 +182,7 @@ struct Gradients {
         continue;
       }
       const Rows rows(*sum);
-      grads.push_back(empty({rows.count, rows.size}, call.dtype));
+      grads.push_back(empty_matrix(rows.count, rows.size, call.dtype));
       const Out out(*grads.back());
       for (int64_t r = 0; r < rows.count; ++r) {
         out.write(r, 1, 0, rows.size, static_cast<const S*>(rows.at(r, 0)), rows.size);

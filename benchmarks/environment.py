@@ -18,8 +18,8 @@ from fastbp.backends import native
 def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep what is freed, as it does anyway after a while.
 
-    Whether it gives the top of the heap back to the kernel after a step, and so has every page faulted in again, depends
-    on what else lies there: one rival's gradients on the remains of another's. That was up to half of a step's time.
+    Whether it gives the top of the heap back to the kernel after a step, and so has every page faulted in again,
+    depends on what else lies there: one rival's gradients on another's remains. It was up to half of a step's time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:

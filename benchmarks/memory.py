@@ -63,7 +63,9 @@ def measure(number: int, repeats: int) -> dict[str, object]:
             command = [sys.executable, "-m", "benchmarks.memory", "--one", str(number), name]
             outcome = subprocess.run(command, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True)
             found[name].append(float(outcome.stdout))
-    rows = {name: {"mib": round(statistics.median(v), 1), "spread": round(max(v) - min(v), 1)} for name, v in found.items()}
+    rows = {
+        name: {"mib": round(statistics.median(v), 1), "spread": round(max(v) - min(v), 1)} for name, v in found.items()
+    }
     return {"case": MEMORY[number].name, "rivals": rows}
 
 

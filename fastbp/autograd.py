@@ -142,7 +142,7 @@ def _owns_residuals(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> b
     """Whether z is nobody's but this backward's, which may then write dz over it and needs no memory for it.
 
     So it is where the graph is not kept, and autograd has let go what it saved, unless somebody holds the storage: by
-    saved-tensor hooks, by ``grad_fn.saved_tensors``, for forward mode. Asked only where the memory is worth a microsecond.
+    saved-tensor hooks, by ``grad_fn.saved_tensors``, for forward mode.
     """
     if ctx.config.save != "preact" or type(dy) is not Tensor or _count_holders is None:
         return False
@@ -151,7 +151,7 @@ def _owns_residuals(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> b
     return all(r is None or _count_holders(r.untyped_storage()._cdata) == _ALONE for r in residuals)
 
 
-_WORTH_ASKING = 1 << 14  # numbers
+_WORTH_ASKING = 1 << 14  # numbers in dy: below, the microsecond of asking is worth more than the memory
 _ALONE = 2  # a tensor, and the storage object that asks
 # Internal to PyTorch (2.11 to 2.14 have it); where it is gone, dz gets memory of its own.
 _count_holders: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
@@ -207,6 +207,7 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "mlp": MLPFunction,
     "gated_mlp": GatedMLPFunction,
 }
+
 
 def _direct(function: type[torch.autograd.Function]) -> Callable[..., Outputs]:
     """What to call where no functorch transform is active.

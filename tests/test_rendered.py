@@ -94,11 +94,15 @@ def check_primitive(name: str, dtype: torch.dtype, got: Tensor) -> None:
     x = primitive_points(dtype).double()
     expected = getattr(formulas, name)(x, *NUMBERS.get(name, ()))
     info = torch.finfo(dtype)
-    allowed = 4 * info.eps * (expected.abs() + TERMS[name](x, expected) if name in TERMS else expected.abs()) + info.tiny
+    allowed = (
+        4 * info.eps * (expected.abs() + TERMS[name](x, expected) if name in TERMS else expected.abs()) + info.tiny
+    )
     special = ~expected.to(dtype).isfinite()
     torch.testing.assert_close(got[special], expected.to(dtype)[special], rtol=0, atol=0, equal_nan=True)
     wrong = ~special & ~((got.double() - expected).abs() <= allowed)
-    assert not wrong.any(), f"{name}: (x, result) = {list(zip(x[wrong].tolist(), got[wrong].tolist(), strict=True))[:3]}"
+    assert not wrong.any(), (
+        f"{name}: (x, result) = {list(zip(x[wrong].tolist(), got[wrong].tolist(), strict=True))[:3]}"
+    )
 
 
 @pytest.mark.parametrize("target", render.TARGETS, ids=lambda target: target.path)

@@ -1,8 +1,9 @@
 """Fit the polynomials behind the CPU kernels' exp, tanh, erf and log1p: ``python tools/fit_polynomials.py``.
 
 Writes ``csrc/cpu/polynomials.h``, coefficients of the highest power first, for float, double and Coarse (float for
-results of 16 bits; its normal distribution in pieces). Each polynomial is a weighted least-squares fit at Chebyshev's nodes, in 60 digits, near enough to
-the best one there is; the degrees are the least that leave the error of the fit under a quarter of a rounding unit.
+results of 16 bits), and for Coarse the normal distribution in pieces. Each polynomial is a weighted least-squares fit
+at Chebyshev's nodes, in 60 digits, near enough to the best one there is; the degrees are the least that leave the
+error of the fit under a quarter of a rounding unit.
 """
 
 from __future__ import annotations
@@ -101,39 +102,35 @@ def upper_tail(t: Any) -> Any:
     return mp.erfc(t / mp.sqrt(2)) / 2
 
 
-def normal_pieces() -> tuple[list[list[Any]], Any, Any]:
-    """1 − Φ(t) for t >= 0 in pieces around the multiples of WIDTH, the last of which is 0, and their relative errors.
-
-    Coefficients of powers of the distance from the middle. A piece and its derivative, −φ, are fitted together, each
-    relative to itself; the errors are those of both up to t = 5.
-    """
-    pieces, errors = [], [mp.mpf(0), mp.mpf(0)]
+def piece(middle: Any, low: Any, high: Any) -> list[Any]:
+    """1 − Φ(t) for low ≤ t ≤ high in powers of t − middle; it and its derivative, −φ, each relative to itself."""
+    nodes = [(low + high) / 2 + (high - low) / 2 * mp.cos(mp.pi * (2 * i + 1) / 40) for i in range(20)]
     powers = range(PIECE_DEGREE, -1, -1)
-    for j in range(PIECES - 1):
-        middle, half = j * WIDTH, WIDTH / 2
-        low = middle if j == 0 else middle - half
-        nodes = [(low + middle + half) / 2 + (middle + half - low) / 2 * mp.cos(mp.pi * (2 * i + 1) / 40) for i in range(20)]
-        matrix = [[(t - middle) ** p / upper_tail(t) for p in powers] for t in nodes]
-        matrix += [[-p * (t - middle) ** (p - 1) / mp.npdf(t) / 4 if p else mp.mpf(0) for p in powers] for t in nodes]
-        values = mp.matrix([1] * len(nodes) + [mp.mpf(1) / 4] * len(nodes))
-        piece = list(mp.qr_solve(mp.matrix(matrix), values)[0])
-        for i in range(21):
-            t = low + (middle + half - low) * i / 20
-            value, slope = mp.polyval(piece, t - middle, derivative=1)
-            if t < 5:
-                errors = [max(errors[0], abs(value / upper_tail(t) - 1)), max(errors[1], abs(-slope / mp.npdf(t) - 1))]
-        pieces.append(piece)
-    return [*pieces, [mp.mpf(0)] * (PIECE_DEGREE + 1)], errors[0], errors[1]
+    values = [[(t - middle) ** p / upper_tail(t) for p in powers] for t in nodes]
+    slopes = [[-p * (t - middle) ** max(p - 1, 0) / mp.npdf(t) / 4 for p in powers] for t in nodes]
+    ones = mp.matrix([1] * len(nodes) + [mp.mpf(1) / 4] * len(nodes))
+    return list(mp.qr_solve(mp.matrix(values + slopes), ones)[0])
 
 
 def normal_table() -> str:
-    """The pieces as C++, a row of numbers for each power."""
-    pieces, cdf, pdf = normal_pieces()
-    print(f"Coarse kNormal: {PIECES} pieces, relative error {mp.nstr(cdf, 2)}, of the derivative {mp.nstr(pdf, 2)}")
-    text = f"// 1 − Φ(t) around {mp.nstr(WIDTH, 4)} j for j = 0 to 31; relative error {mp.nstr(cdf, 2)}, of the derivative "
-    text += f"{mp.nstr(pdf, 2)} (t < 5)\nstatic constexpr float kPiece = {mp.nstr(WIDTH, 9)}f;\n"
-    columns = (", ".join(mp.nstr(piece[p], 9, min_fixed=0, max_fixed=0) + "f" for piece in pieces) for p in range(PIECE_DEGREE + 1))
-    return text + f"static constexpr float kNormal[{PIECE_DEGREE + 1}][{PIECES}] = {{{{" + "}, {".join(columns) + "}};\n"
+    """1 − Φ(t), t ≥ 0, in pieces around the multiples of WIDTH, the last of which is 0: a row for each power."""
+    pieces, cdf, pdf = [], mp.mpf(0), mp.mpf(0)
+    for j in range(PIECES - 1):
+        middle = j * WIDTH
+        low, high = max(middle - WIDTH / 2, mp.mpf(0)), middle + WIDTH / 2
+        pieces.append(piece(middle, low, high))
+        for t in [low + (high - low) * i / 20 for i in range(21) if high < 5]:
+            value, slope = mp.polyval(pieces[-1], t - middle, derivative=1)
+            cdf, pdf = max(cdf, abs(value / upper_tail(t) - 1)), max(pdf, abs(-slope / mp.npdf(t) - 1))
+    pieces.append([mp.mpf(0)] * (PIECE_DEGREE + 1))
+    errors = f"relative error {mp.nstr(cdf, 2)}, of the derivative {mp.nstr(pdf, 2)} (t < 5)"
+    print(f"Coarse kNormal: {PIECES} pieces, {errors}")
+    rows = [", ".join(mp.nstr(c, 9, min_fixed=0, max_fixed=0) + "f" for c in row) for row in zip(*pieces, strict=True)]
+    return (
+        f"// 1 − Φ(t) around multiples of kPiece; {errors}\n"
+        f"static constexpr float kPiece = {mp.nstr(WIDTH, 9)}f;\n"
+        f"static constexpr float kNormal[{PIECE_DEGREE + 1}][{PIECES}] = {{{{{'}, {'.join(rows)}}}}};\n"
+    )
 
 
 def error(row: Polynomial, coefficients: list[Any]) -> Any:

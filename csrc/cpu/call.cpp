@@ -38,8 +38,7 @@ Tensor empty(const int64_t* leading, int64_t count, int64_t last, Dtype dtype) {
   int64_t step = 1;
   for (int64_t i = dims; i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) strides[i] = step;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides,
-                                                         dtype_numbers()[static_cast<int>(dtype)],
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype_numbers()[static_cast<int>(dtype)],
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor made(handle);
   if (poison) memset(made.mutable_data_ptr(), 0xff, made.numel() * kItemSize[static_cast<int>(dtype)]);

@@ -52,7 +52,8 @@ template <int R, class T, class S>
 HD void add_scaled_rows(int64_t n, const S* d, const T* rows, int64_t stride, S* sum) {
   for_registers<S>(n, [&](int64_t k, int64_t count) {
     Vec<S> total = load_some<S, S>(sum + k, count);
-    FASTBP_UNROLL for (int r = 0; r < R; ++r) total = total + load_some<T, S>(rows + r * stride + k, count) * Vec<S>(d[r]);
+    FASTBP_UNROLL for (int r = 0; r < R; ++r) total =
+        total + load_some<T, S>(rows + r * stride + k, count) * Vec<S>(d[r]);
     total.store(sum + k, count);
   });
 }

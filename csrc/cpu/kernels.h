@@ -25,8 +25,8 @@ enum class Dtype : int { float64, float32, bfloat16, float16 };
 constexpr int kDtypes = 4, kMostActivations = 64;
 constexpr int64_t kItemSize[kDtypes] = {8, 4, 2, 2};
 
-// C (rows × columns) = A B, plus C where it accumulates, plus a bias for each column. A product of pairs goes to `words`
-// instead, as bfloat16, where there are any.
+// C (rows × columns) = A B, plus C where it accumulates, plus a bias for each column. A product of pairs goes to
+// `words` instead, as bfloat16, where there are any.
 template <class S>
 struct Product {
   int64_t rows, columns, depth;

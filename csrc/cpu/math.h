@@ -186,9 +186,9 @@ HD Normal normal(Register<cpu::Coarse> x) {
   const V magic(Range<float>::kMagic), width(P::kPiece), t = minimum(absolute(x), V(31 * P::kPiece));
   const V shifted = t * V(1 / P::kPiece) + magic;  // the piece's number is in the low bits, which the lookup takes
   const V r = t - (shifted - magic) * width;
-  const auto coefficient = [&](const float(&of)[32]) {
-    return V(reinterpret_cast<V::Lanes>(_mm512_permutex2var_ps(
-        _mm512_loadu_ps(of), reinterpret_cast<__m512i>(shifted.v), _mm512_loadu_ps(of + 16))));
+  const auto coefficient = [&](const float (&of)[32]) {
+    return V(reinterpret_cast<V::Lanes>(
+        _mm512_permutex2var_ps(_mm512_loadu_ps(of), reinterpret_cast<__m512i>(shifted.v), _mm512_loadu_ps(of + 16))));
   };
   V value = coefficient(P::kNormal[0]), slope = value;
   value = value * r + coefficient(P::kNormal[1]);

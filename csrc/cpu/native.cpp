@@ -60,9 +60,8 @@ Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std:
   const bool overwrites = settings >> 10 == 1;
   STD_TORCH_CHECK(settings >> 10 == 0 || (overwrites && save == 0), "fastbp_native: only z may be written over");
   Call call;
-  call.settings = {
-      (settings & 1) != 0,          (settings & 2) != 0, static_cast<int>(activation), {0, 0},
-      static_cast<Save>(save), overwrites};
+  call.settings = {(settings & 1) != 0,     (settings & 2) != 0, static_cast<int>(activation), {0, 0},
+                   static_cast<Save>(save), overwrites};
   for (size_t i = 0; i < params.size(); ++i) call.settings.params[i] = params[i];
   STD_TORCH_CHECK(
       call.settings.gated ? linears == 2 + call.settings.projected : call.settings.projected || linears == 1,

@@ -63,7 +63,7 @@ struct Of<Coarse> {
   static constexpr float kTanh[] = {-4.09592074e-2f, 1.30594736e-1f, -3.33142597e-1f, -2.10376366e-6f};
   // (2 atanh(√w) − 2 √w) / √w³, √w ≤ (√2 − 1)²; error of the fit, as it reaches the result, 0.01 units
   static constexpr float kLog[] = {4.1221013e-1f, 6.66552225e-1f};
-  // 1 − Φ(t) around 0.2125 j for j = 0 to 31; relative error 3.7e-5, of the derivative 0.00041 (t < 5)
+  // 1 − Φ(t) around multiples of kPiece; relative error 3.7e-5, of the derivative 0.00033 (t < 5)
   static constexpr float kPiece = 0.2125f;
   static constexpr float kNormal[5][32] = {{-2.64161477e-3f, -1.01824668e-2f, -1.81554901e-2f, -2.23713606e-2f,
                                             -2.23538587e-2f, -1.87219203e-2f, -1.28580837e-2f, -6.39061802e-3f,

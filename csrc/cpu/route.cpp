@@ -44,7 +44,8 @@ Route route_of(const Call& call) {
   const bool pairs = call.dtype == Dtype::bfloat16 && kernels<float>().multiply_pairs;
   const bool row = call.rows == 1 && has_dense_rows(call);
   const int asked = forced;
-  const bool serves = asked == static_cast<int>(Route::narrow_pairs) ? pairs : asked != static_cast<int>(Route::row) || row;
+  const bool serves =
+      asked == static_cast<int>(Route::narrow_pairs) ? pairs : asked != static_cast<int>(Route::row) || row;
   if (asked >= 0 && serves) return static_cast<Route>(asked);
   if (row) return Route::row;
   const bool narrow = widest <= kNarrowFeatures && total <= kNarrowWeights;

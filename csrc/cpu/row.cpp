@@ -99,7 +99,8 @@ class Kept {
 }  // namespace
 
 bool has_dense_rows(const Call& call) {
-  return std::all_of(call.weights.begin(), call.weights.end(), [](const Weight& w) { return !w.any || w.in_stride == 1; });
+  return std::all_of(call.weights.begin(), call.weights.end(),
+                     [](const Weight& w) { return !w.any || w.in_stride == 1; });
 }
 
 template <class S>
@@ -150,7 +151,8 @@ std::vector<Maybe> backward_row(const Call& call, const Tensor& dy, const std::v
     const int64_t first = call.first(layer), n = call.weights[first].out, in = call.weights[first].in;
     S* dz[2] = {nullptr, nullptr};
     if (layer < call.hidden()) {
-      for (int part = 0; part < call.width(); ++part) dz[part] = needs.slope(first + part) ? scratch.take<S>(n) : nullptr;
+      for (int part = 0; part < call.width(); ++part)
+        dz[part] = needs.slope(first + part) ? scratch.take<S>(n) : nullptr;
       call.slope(1, n, d, n, kept.of(layer), n, dz, n);
     }
     const S* h = nullptr;

@@ -87,8 +87,8 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *dresiduals: Tensor | None) -> tuple[Tensor | None, ...]:
         config, needs, saved = ctx.config, ctx.needs, ctx.saved_tensors
         batched = functorch_active() or (dy is not None and is_legacy_batchedtensor(dy))
-        if torch.is_grad_enabled() or batched or forward_ad._current_level >= 0:
-            differentiable = True  # the gradient will be differentiated in its turn, or batched
+        if torch.is_grad_enabled() or batched or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+            differentiable = True  # the gradient is going to be differentiated, is batched, or traced
         elif dy is None or not _ONLY_NONE.issuperset(dresiduals):
             differentiable = False  # the end of a double backward, whose gradients reach the residuals themselves
         else:

@@ -212,3 +212,16 @@ def test_transforms_in_a_compiled_region(form, outside):
         transformed["hessian"] = lambda x: torch.func.hessian(lambda row: y(row).sum())(x[0])
     for name, function in transformed.items():
         assert_close(compiled(function)(x), function(x), msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.filterwarnings("ignore")  # of Dynamo, about what it traces through
+@each("form", FORMS.values())
+def test_compiled_autograd_of_an_eager_call(form):
+    """Backward is traced through the formulas, whichever backend ran forward."""
+    call = call_of(form, activation="gelu")
+    tensors = draw(form)
+    expected = run(call, tensors)
+    with torch._dynamo.compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        found = run(call, tensors)
+    for mine, eager in zip(found, expected, strict=True):
+        assert_close(mine, eager)

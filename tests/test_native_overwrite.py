@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from support import DTYPES, call, each, grads, like, tensors
+from torch.utils.checkpoint import checkpoint
 
 from fastbp import autograd
 from fastbp.activations import bind
@@ -130,3 +131,20 @@ def test_another_graph_that_holds_z(owned):
     grads(y, inputs, like(y, 30))
     assert owned == [False]
     assert torch.equal(torch.autograd.grad(product.sum(), scale)[0], expected)
+
+
+@each("use_reentrant", [True, False])
+def test_checkpoint(use_reentrant):
+    """What a checkpoint computes again it may read twice."""
+    x, weights, biases = tensors(MLP, torch.float32, seed=31, rows=400, features=(300, 310, 290, 280))
+
+    def run(x):
+        return call(MLP, x, weights, biases, activation=GELU, backend="native")
+
+    y = checkpoint(run, x, use_reentrant=use_reentrant)
+    dy = like(y, 32)
+    expected = grads(run(x), [x], dy)[0]
+    for retain in (True, False):
+        x.grad = None
+        y.backward(dy, retain_graph=retain)
+        assert torch.equal(x.grad, expected)

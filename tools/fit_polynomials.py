@@ -1,7 +1,7 @@
 """Fit the polynomials behind the CPU kernels' exp, tanh, erf and log1p: ``python tools/fit_polynomials.py``.
 
 Writes ``csrc/cpu/polynomials.h``, coefficients of the highest power first, for float, double and Coarse (float for
-results of 16 bits), and for Coarse the normal distribution in pieces. Each polynomial is a weighted least-squares fit
+results of 16 bits), and the normal distribution in pieces. Each polynomial is a weighted least-squares fit
 at Chebyshev's nodes, in 60 digits, near enough to the best one there is; the degrees are the least that leave the
 error of the fit under a quarter of a rounding unit.
 """
@@ -94,7 +94,8 @@ def fit(row: Polynomial, degree: int) -> list[Any]:
     return list(mp.qr_solve(matrix, values)[0])
 
 
-PIECES, WIDTH, PIECE_DEGREE = 32, mp.mpf("0.2125"), 4
+PIECES, WIDTH = 32, mp.mpf(7) / 32  # a width of few bits: its multiples are exact
+PIECE_DEGREES = {"float": 6, "Coarse": 4}
 
 
 def upper_tail(t: Any) -> Any:
@@ -102,34 +103,34 @@ def upper_tail(t: Any) -> Any:
     return mp.erfc(t / mp.sqrt(2)) / 2
 
 
-def piece(middle: Any, low: Any, high: Any) -> list[Any]:
+def piece(degree: int, middle: Any, low: Any, high: Any) -> list[Any]:
     """1 − Φ(t) for low ≤ t ≤ high in powers of t − middle; it and its derivative, −φ, each relative to itself."""
     nodes = [(low + high) / 2 + (high - low) / 2 * mp.cos(mp.pi * (2 * i + 1) / 40) for i in range(20)]
-    powers = range(PIECE_DEGREE, -1, -1)
+    powers = range(degree, -1, -1)
     values = [[(t - middle) ** p / upper_tail(t) for p in powers] for t in nodes]
     slopes = [[-p * (t - middle) ** max(p - 1, 0) / mp.npdf(t) / 4 for p in powers] for t in nodes]
     ones = mp.matrix([1] * len(nodes) + [mp.mpf(1) / 4] * len(nodes))
     return list(mp.qr_solve(mp.matrix(values + slopes), ones)[0])
 
 
-def normal_table() -> str:
+def normal_table(kind: str, degree: int) -> str:
     """1 − Φ(t), t ≥ 0, in pieces around the multiples of WIDTH, the last of which is 0: a row for each power."""
     pieces, cdf, pdf = [], mp.mpf(0), mp.mpf(0)
     for j in range(PIECES - 1):
         middle = j * WIDTH
         low, high = max(middle - WIDTH / 2, mp.mpf(0)), middle + WIDTH / 2
-        pieces.append(piece(middle, low, high))
+        pieces.append(piece(degree, middle, low, high))
         for t in [low + (high - low) * i / 20 for i in range(21) if high < 5]:
             value, slope = mp.polyval(pieces[-1], t - middle, derivative=1)
             cdf, pdf = max(cdf, abs(value / upper_tail(t) - 1)), max(pdf, abs(-slope / mp.npdf(t) - 1))
-    pieces.append([mp.mpf(0)] * (PIECE_DEGREE + 1))
+    pieces.append([mp.mpf(0)] * (degree + 1))
     errors = f"relative error {mp.nstr(cdf, 2)}, of the derivative {mp.nstr(pdf, 2)} (t < 5)"
-    print(f"Coarse kNormal: {PIECES} pieces, {errors}")
+    print(f"{kind} kNormal: degree {degree}, {PIECES} pieces, {errors}")
     rows = [", ".join(mp.nstr(c, 9, min_fixed=0, max_fixed=0) + "f" for c in row) for row in zip(*pieces, strict=True)]
     return (
         f"// 1 − Φ(t) around multiples of kPiece; {errors}\n"
         f"static constexpr float kPiece = {mp.nstr(WIDTH, 9)}f;\n"
-        f"static constexpr float kNormal[{PIECE_DEGREE + 1}][{PIECES}] = {{{{{'}, {'.join(rows)}}}}};\n"
+        f"static constexpr float kNormal[{degree + 1}][{PIECES}] = {{{{{'}, {'.join(rows)}}}}};\n"
     )
 
 
@@ -160,7 +161,7 @@ def main() -> int:
             text += f"// {row.meaning}; error of the fit, as it reaches the result, {mp.nstr(found / unit, 2)} units\n"
             text += f"static constexpr {number} {row.name}[] = {{{numbers}}};\n"
             print(f"{kind} {row.name}: degree {len(coefficients) - 1}, {mp.nstr(found / unit, 2)} units")
-        text += (normal_table() if kind == "Coarse" else "") + "};\n"
+        text += (normal_table(kind, PIECE_DEGREES[kind]) if kind in PIECE_DEGREES else "") + "};\n"
     text += "\n}  // namespace fastbp::cpu::polynomials\n"
     path = ROOT / "csrc" / "cpu" / "polynomials.h"
     check = sys.argv[1:] == ["--check"]  # write nothing; exit 1 if the file is stale

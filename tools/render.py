@@ -13,8 +13,6 @@ import argparse
 import ast
 import copy
 import inspect
-import json
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -25,6 +23,8 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tree this file lies in, whichever fastbp is installed
+
+import results  # noqa: E402
 
 from fastbp import saving  # noqa: E402
 from fastbp.activations import TABLE, Activation, bind  # noqa: E402
@@ -206,34 +206,6 @@ def readme_table() -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
-SUITES_SHOWN = ("layers", "blocks", "small", "edges", "overhead")
-
-
-def speed_table() -> str:
-    """What the committed results say of each suite on a CPU: fastbp over eager, the slowest case first."""
-    table = [
-        ["suite", "dtype", "cases", "× eager: worst, median, best", "worst case", "torch.compile: worst, median, best"]
-    ]
-    table.append(["---"] * 6)
-    for suite in SUITES_SHOWN:
-        rows = json.loads((ROOT / "benchmarks" / "results" / "cpu" / f"{suite}.json").read_text())["rows"]
-        for dtype in ("float32", "bfloat16"):
-            chosen = [row for row in rows if row["case"].endswith(dtype)]
-            ratios = {
-                who: sorted((row["rivals"][who]["over_eager"], row["case"]) for row in chosen)
-                for who in ("fastbp", "torch.compile")
-            }
-            if not chosen:
-                continue
-            spans = [
-                f"{found[0][0]:.2f}, {statistics.median(r for r, _ in found):.2f}, {found[-1][0]:.2f}"
-                for found in ratios.values()
-            ]
-            worst = ratios["fastbp"][0][1].removesuffix(f" {dtype}")
-            table.append([suite, dtype, str(len(chosen)), f"**{spans[0]}**", worst, spans[1]])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
-
-
 @dataclass(frozen=True)
 class Target:
     """A file that is rendered, or with a region the part of it between that region's markers."""
@@ -259,7 +231,8 @@ TARGETS = (
     Target("fastbp/backends/triton/_activations.py", triton_activations),
     Target("csrc/activations.h", cxx_activations),
     Target("README.md", readme_table, region="activations"),
-    Target("README.md", speed_table, region="speed"),
+    Target("README.md", results.speed_table, region="speed"),
+    Target("README.md", results.memory_table, region="memory"),
 )
 
 

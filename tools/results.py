@@ -1,0 +1,61 @@
+"""The README's tables of results, from the files in benchmarks/results/; tools/render.py puts them in."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "cpu"
+SUITES_SHOWN = ("layers", "blocks", "small", "edges", "overhead")
+DTYPES = ("float32", "bfloat16")
+Row = dict[str, Any]
+
+
+def rows_of(suite: str) -> list[tuple[str, list[Row]]]:
+    """A file's rows, by dtype."""
+    rows = json.loads((RESULTS / f"{suite}.json").read_text())["rows"]
+    chosen = [(dtype, [row for row in rows if row["case"].endswith(dtype)]) for dtype in DTYPES]
+    return [(dtype, found) for dtype, found in chosen if found]
+
+
+def span(ratios: list[tuple[float, str]]) -> str:
+    """Worst, median and best of ratios in this order."""
+    return f"{ratios[0][0]:.2f}, {statistics.median(r for r, _ in ratios):.2f}, {ratios[-1][0]:.2f}"
+
+
+def markdown(table: list[list[str]]) -> str:
+    table.insert(1, ["---"] * len(table[0]))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
+
+
+def speed_table() -> str:
+    """Each suite on a CPU: fastbp over eager, the slowest case first."""
+    table = [
+        ["suite", "dtype", "cases", "× eager: worst, median, best", "worst case", "torch.compile: worst, median, best"]
+    ]
+    for suite in SUITES_SHOWN:
+        for dtype, rows in rows_of(suite):
+            mine, compiled = (
+                sorted((row["rivals"][who]["over_eager"], row["case"]) for row in rows)
+                for who in ("fastbp", "torch.compile")
+            )
+            worst = mine[0][1].removesuffix(f" {dtype}")
+            table.append([suite, dtype, str(len(rows)), f"**{span(mine)}**", worst, span(compiled)])
+    return markdown(table)
+
+
+def memory_table() -> str:
+    """How far a step raises the memory in use, over eager's: the most first."""
+    table = [["dtype", "cases", "of eager's: worst, median, best", "worst case", "`recompute`: worst, median, best"]]
+    for dtype, rows in rows_of("memory"):
+        mine, recompute = (
+            sorted(
+                ((row["rivals"][who]["mib"] / row["rivals"]["eager"]["mib"], row["case"]) for row in rows), reverse=True
+            )
+            for who in ("fastbp", "fastbp recompute")
+        )
+        worst = mine[0][1].removesuffix(f" {dtype}")
+        table.append([dtype, str(len(rows)), f"**{span(mine)}**", worst, span(recompute)])
+    return markdown(table)

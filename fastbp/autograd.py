@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.compiler import is_compiling
 
 from fastbp import ops, reference
 from fastbp.activations import ROWS, bind
@@ -87,7 +88,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *dresiduals: Tensor | None) -> tuple[Tensor | None, ...]:
         config, needs, saved = ctx.config, ctx.needs, ctx.saved_tensors
         batched = functorch_active() or (dy is not None and is_legacy_batchedtensor(dy))
-        if torch.is_grad_enabled() or batched or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        if is_grad_enabled() or batched or forward_ad._current_level >= 0 or is_compiling():
             differentiable = True  # the gradient is going to be differentiated, is batched, or traced
         elif dy is None or not _ONLY_NONE.issuperset(dresiduals):
             differentiable = False  # the end of a double backward, whose gradients reach the residuals themselves
@@ -153,8 +154,10 @@ def _owns_residuals(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> b
 
 _WORTH_ASKING = 1 << 14  # numbers in dy: below, the microsecond of asking is worth more than the memory
 _ALONE = 2  # a tensor, and the storage object that asks
-# Internal to PyTorch (2.11 to 2.14 have it); where it is gone, dz gets memory of its own.
+# Internal to PyTorch (2.11 to 2.14 have both); where one is gone, dz gets memory of its own.
 _count_holders: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+if not hasattr(torch._C._FunctionBase, "maybe_clear_saved_tensors"):
+    _count_holders = None
 
 
 @lru_cache(maxsize=1024)
@@ -244,7 +247,7 @@ def run(
     if not module.CHECKS_TENSORS:
         check(config.form, x, weights, biases)
     try:
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if is_grad_enabled() or forward_ad._current_level >= 0:
             return _DIRECT[config.form.name](config, x, *tensors)[0]
         return module.forward(_keep_nothing(config), x, tensors)[0]  # type: ignore[no-any-return]
     except RuntimeError:
@@ -258,7 +261,7 @@ def run_traced(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Seque
     if functorch_active():  # an op without autograd would be a constant to the transform
         return reference.compose(FORMS[form], bind(activation, params), x, weights, biases)
     tensors = (x, *weights, *biases)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Traced.apply(names, *tensors)[0]  # type: ignore[no-any-return]
     return ops.traced_forward((form, activation, params, "recompute", backend), x, weights, biases)[0]
 

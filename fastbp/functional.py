@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled as any_autocast
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastbp import activations, backends, recognition, saving
@@ -186,7 +187,7 @@ def call(
         check(form, x, weights, biases)  # before the activation is probed, so that the tensors' faults come first
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
     settings = (form, activation, save, backend, _defaults.save, _defaults.backend)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         check(form, x, weights, biases)
         return run_traced(_settle(*settings), x, weights, biases)
     try:

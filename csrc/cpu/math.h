@@ -1,8 +1,9 @@
 // The primitives of fastbp/formulas.py on registers, for float and double, and the activations made of them.
 //
 // exp, expm1 and sigmoid rest on one polynomial for eʳ − 1 after the reduction of Cody and Waite, x = n ln 2 + r; tanh
-// and erf have a range near 0 and one made of exp, log1p the series of atanh; the normal distribution is looked up where
-// there is AVX-512. Polynomials: tools/fit_polynomials.py. Errors: docs/numerics.md. NaN stays NaN everywhere, as a comparison with it is false.
+// and erf have a range near 0 and one made of exp, log1p the series of atanh; the normal distribution is looked up
+// where there is AVX-512. Polynomials: tools/fit_polynomials.py. Errors: docs/numerics.md. NaN stays NaN everywhere, as
+// a comparison with it is false.
 #pragma once
 
 #include <type_traits>

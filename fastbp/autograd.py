@@ -25,7 +25,7 @@ from torch.compiler import is_compiling
 
 from fastbp import ops, reference
 from fastbp.activations import ROWS, bind
-from fastbp.backends import choose, module_of
+from fastbp.backends import BACKENDS, choose, module_of
 from fastbp.forms import FORMS
 from fastbp.problem import Config, Names, check, configure
 from fastbp.reference import Saved, unflatten
@@ -94,7 +94,7 @@ class _Eager(torch.autograd.Function):
             differentiable = False  # the end of a double backward, whose gradients reach the residuals themselves
         else:
             alone = dy.numel() >= _WORTH_ASKING and _owns_residuals(ctx, dy, saved)
-            return (None, *module_of(config).backward(config, dy, saved, needs, alone))
+            return (None, *BACKENDS[config.backend].backward(config, dy, saved, needs, alone))  # type: ignore[union-attr]
         parts = unflatten(saved, len(needs) // 2)
         return (None, *reference.backward(config, dy, parts, needs, dresiduals, differentiable))
 
@@ -126,7 +126,8 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, config: Config, x: Tensor, *tensors: Tensor | None) -> Outputs:
-        output = tuple(module_of(config).forward(config, x, tensors))
+        # A backend has been chosen: no module_of here and in backward, for frames cost twice where Dynamo watches them.
+        output = tuple(BACKENDS[config.backend].forward(config, x, tensors))  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
         ctx.config = config
         needs = ctx.needs = ctx.needs_input_grad[1:]

@@ -71,7 +71,9 @@ def supports(problem: Problem) -> str | None:
 
 def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     """y and the residuals of the policy."""
-    present = [_ABSENT if tensor is None else tensor for tensor in tensors]
+    present: list[Any] = []
+    for tensor in tensors:  # no comprehension, which is a frame of its own before Python 3.12
+        present.append(_ABSENT if tensor is None else tensor)
     return _forward(x, present, *_codes(config, torch.float64))  # type: ignore[no-any-return]
 
 
@@ -82,7 +84,9 @@ def backward(
 
     With ``overwrite`` the residuals of policy preact are used up.
     """
-    present = [_ABSENT if tensor is None else tensor for tensor in saved]
+    present: list[Any] = []
+    for tensor in saved:
+        present.append(_ABSENT if tensor is None else tensor)
     settings, params = _codes(config, dy.dtype)
     found = _backward(dy, present, settings + 1024 * overwrite, params, needs)
     if len(found) == len(needs):

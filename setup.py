@@ -68,7 +68,7 @@ def compiler() -> list[str]:
     for name in ("g++", "clang++", "c++"):
         if shutil.which(name):
             return [name]
-    raise Unable("no C++ compiler was found (g++ 10 or clang++ 15 or newer); `apt-get install g++` brings one")
+    raise Unable("no C++ compiler was found (g++ or clang++ with C++20); `apt-get install g++` brings one")
 
 
 def torch_folders() -> tuple[list[Path], Path]:

@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY(fastbp_native, m) {
   m.def("capability() -> str");
   // For tests: fill scratch memory and fresh results with NaN; take this way of computing wherever it can serve.
   m.def("set_debug(bool poison, str route) -> ()");
+  m.def("routes() -> str");
   // What stands for a tensor that is absent. (PyTorch resolves lazy negation in lists of tensors, and not in lists of
   // optional ones.)
   m.def("absent() -> Tensor");
@@ -26,6 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastbp_native, CompositeExplicitAutograd, m) {
   m.impl("capability", TORCH_BOX(&fastbp::cpu::capability_name));
   m.impl("absent", TORCH_BOX(&fastbp::cpu::absent));
   m.impl("set_debug", TORCH_BOX(&fastbp::cpu::set_debug));
+  m.impl("routes", TORCH_BOX(&fastbp::cpu::routes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbp_native, CPU, m) {

@@ -144,7 +144,7 @@ def _owns_residuals(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> b
     """Whether z is nobody's but this backward's, which may then write dz over it and needs no memory for it.
 
     So it is where the graph is not kept, and autograd has let go what it saved, unless somebody holds the storage: by
-    saved-tensor hooks, by ``grad_fn.saved_tensors``, for forward mode.
+    saved-tensor hooks, by ``grad_fn.saved_tensors``, in another graph.
     """
     if ctx.config.save != "preact" or type(dy) is not Tensor or _count_holders is None:
         return False

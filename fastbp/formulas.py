@@ -20,19 +20,10 @@ from torch import abs as absolute
 from torch import where as select
 
 # The primitives of the language; each target has a hand-written file with the same names (primitives.py, primitives.h).
-PRIMITIVES: tuple[str, ...] = (
-    "absolute",
-    "exp",
-    "expm1",
-    "log1p",
-    "maximum",
-    "minimum",
-    "normal_cdf",
-    "normal_pdf",
-    "select",
-    "sigmoid",
+PRIMITIVES = (
+    *("absolute", "exp", "expm1", "log1p", "maximum", "minimum", "normal_cdf", "normal_pdf", "select", "sigmoid"),
+    *("sqrt", "tanh"),
 )
-PRIMITIVES += ("sqrt", "tanh")
 
 
 def maximum(a: Tensor, b: float) -> Tensor:

@@ -162,7 +162,7 @@ def test_activation_parameters_come_with_the_module():
 def test_settings_reach_the_call(name, monkeypatch):
     """Every module passes its activation, policy and backend on."""
     if name == "Linear":
-        pytest.skip("it has none")
+        pytest.skip("a Linear has neither activation, policy nor backend")
     seen = []
     forms = {"LinearAct": "linear_act", "GatedLinear": "gated_linear_act", "MLP": "mlp", "GatedMLP": "gated_mlp"}
     monkeypatch.setattr(fastbp.functional, "call", lambda form, *arguments: seen.append((form.name, *arguments[-3:])))

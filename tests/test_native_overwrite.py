@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from support import DTYPES, call, each, grads, like, tensors
+from routes import ROWS, each_route
+from support import call, each, grads, like, tensors
 from torch.utils.checkpoint import checkpoint
 
 from fastbp import autograd
@@ -13,24 +14,15 @@ from fastbp.forms import FORMS, GATED_MLP, LINEAR_ACT, MLP
 from fastbp.problem import configure
 
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
-ops = torch.ops.fastbp_native
 GELU = bind("gelu")
 
 
-@pytest.fixture
-def route(request):
-    ops.set_debug(True, request.param)
-    yield request.param
-    ops.set_debug(False, "")
-
-
-@each("dtype", DTYPES)
+@each_route
 @each("save", ["preact", "recompute"])
 @each("form", FORMS.values())
-@pytest.mark.parametrize("route", ["narrow", "narrow_pairs", "wide", "library"], indirect=True)
 def test_the_same_gradients(form, save, dtype, route):
     """Every subset of the gradients, with and without, over rows of more than one block."""
-    x, weights, biases = tensors(form, dtype, seed=21, rows=1100, features=(20, 33, 18, 24))
+    x, weights, biases = tensors(form, dtype, seed=21, rows=ROWS.get(route, 1100), features=(20, 33, 18, 24))
     flat = [t.detach() for t in (*weights, *biases)]
     config = configure(form.name, "gelu", (), save, "native")
     y, *residuals = native.forward(config, x.detach(), flat)
@@ -112,13 +104,18 @@ def test_copies_that_hooks_make_may_be_used_up(owned):
     assert owned == [True, True]
 
 
-def test_forward_mode_keeps_z(owned):
+def test_forward_over_reverse_does_not_ask(owned):
+    """While a dual level is open the gradient has a tangent of its own, which is made of z."""
     x, weights, biases = tensors(LINEAR_ACT, torch.float32, seed=28, rows=400, features=(300, 310))
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, torch.ones_like(x))
         y = call(LINEAR_ACT, dual, weights, biases, activation=GELU, backend="native")
-        grads(y, weights, like(y, 29))
-    assert True not in owned
+        dy = like(y, 29)
+        inside = [forward_ad.unpack_dual(g) for g in grads(y, weights, dy, retain_graph=True)]
+    assert owned == [] and all(g.tangent is not None for g in inside)
+    for mine, earlier in zip(grads(y, weights, dy), inside, strict=True):
+        torch.testing.assert_close(mine, earlier.primal)
+    assert owned == [True]
 
 
 def test_another_graph_that_holds_z(owned):

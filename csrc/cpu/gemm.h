@@ -94,9 +94,9 @@ static void multiply_tile(const Tile<S>& t) {
         if (t.words) {
           auto* word = reinterpret_cast<BFloat16*>(t.words + i * t.words_stride + h * V::size);
           if (whole) {
-            fastbp::cpu::FASTBP_CAPABILITY::store(sum, word);
+            store(sum, word);
           } else {
-            fastbp::cpu::FASTBP_CAPABILITY::store(sum, word, last);
+            store(sum, word, last);
           }
           continue;
         }

@@ -26,6 +26,8 @@ constexpr const char* kActivationNames = FASTBP_FOR_EACH_ACTIVATION(FASTBP_NAME)
 #define FASTBP_COUNT(A) +1
 constexpr int kActivations = FASTBP_FOR_EACH_ACTIVATION(FASTBP_COUNT);
 static_assert(kActivations <= kMostActivations);
+constexpr int64_t kOverwrites = 16 * kMostActivations;                        // in a call's settings, see ops.cpp
+static_assert(kOverwrites == 1024);                                           // as ops.cpp and the Python side have it
 static_assert(std::string_view(kActivationNames).starts_with(" identity "));  // see check_complete
 
 // Every tensor that reaches a pointer passes here: the Python side has said it better, but an op can be called alone.
@@ -54,11 +56,12 @@ Weight weight_of(const Tensor& tensor, Dtype dtype) {
 }
 
 Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std::vector<double>& params) {
-  const int64_t save = settings >> 2 & 3, activation = settings >> 4 & (kMostActivations - 1);
+  const int64_t save = settings >> 2 & 3, activation = (settings & (kOverwrites - 1)) >> 4;
   STD_TORCH_CHECK(linears > 0 && settings >= 0 && activation < kActivations && params.size() <= 2 && save < 3,
                   "fastbp_native: no such call");
-  const bool overwrites = settings >> 10 == 1;
-  STD_TORCH_CHECK(settings >> 10 == 0 || (overwrites && save == 0), "fastbp_native: only z may be written over");
+  const bool overwrites = settings >= kOverwrites;
+  STD_TORCH_CHECK(settings < 2 * kOverwrites && !(overwrites && save != 0),
+                  "fastbp_native: only z may be written over");
   Call call;
   call.settings = {(settings & 1) != 0,     (settings & 2) != 0, static_cast<int>(activation), {0, 0},
                    static_cast<Save>(save), overwrites};
@@ -197,6 +200,8 @@ void set_debug(bool poison_on, std::string route) {
   poison = poison_on;
   force_route(route);
 }
+
+std::string routes() { return route_names(); }
 
 Tensor absent() { return nothing(); }
 

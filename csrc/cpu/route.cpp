@@ -33,6 +33,12 @@ void force_route(const std::string& name) {
   forced = name.empty() ? -1 : static_cast<int>(found - kRoutes);
 }
 
+std::string route_names() {
+  std::string names;
+  for (const char* name : kRoutes) names += (names.empty() ? "" : " ") + std::string(name);
+  return names;
+}
+
 Route route_of(const Call& call) {
   int64_t widest = 0, narrowest = INT64_MAX, total = 0;
   for (const Weight& w : call.weights) {

@@ -14,4 +14,7 @@ Route route_of(const Call& call);
 // For tests: take this route, by its name above, wherever it can serve; an empty name ends it.
 void force_route(const std::string& name);
 
+// Their names, by spaces.
+std::string route_names();
+
 }  // namespace fastbp::cpu

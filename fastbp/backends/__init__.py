@@ -20,7 +20,9 @@ REFERENCE = "reference"
 # Fastest first. A backend is a module with
 #   supports(problem)                    the reason why not, or None
 #   forward(config, x, tensors)          y and the residuals; tensors are the weights, then the biases or None
-#   backward(config, dy, saved, needs)   the gradients; saved is x, y, weights, biases, residuals, None where not kept
+#   backward(config, dy, saved, needs, overwrite)
+#                                        the gradients; saved is x, y, weights, biases, residuals, None where not kept;
+#                                        overwrite says that z is nobody else's and dz may be written over it
 #   CHECKS_TENSORS                       whether forward refuses every tensor that a call must refuse
 # One that is not there stands here as the reason.
 BACKENDS: dict[str, ModuleType | str] = {

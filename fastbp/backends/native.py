@@ -23,6 +23,7 @@ LIBRARY = Path(os.environ.get("FASTBP_NATIVE_LIBRARY") or Path(__file__).parents
 SOURCES = Path(__file__).parents[2] / "csrc"  # there in a checkout, not in an installed package
 REBUILD = "FASTBP_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps"
 CHECKS_TENSORS = True  # in C++, so that a good call need not be checked in Python
+_OVERWRITE = 1024  # in a call's settings, csrc/ops.cpp
 _SAVES = ("preact", "output", "recompute")  # the order of csrc/cpu/call.h
 
 
@@ -88,7 +89,7 @@ def backward(
     for tensor in saved:
         present.append(_ABSENT if tensor is None else tensor)
     settings, params = _codes(config, dy.dtype)
-    found = _backward(dy, present, settings + 1024 * overwrite, params, needs)
+    found = _backward(dy, present, settings + _OVERWRITE * overwrite, params, needs)
     if len(found) == len(needs):
         return found  # type: ignore[no-any-return]
     grads = iter(found)

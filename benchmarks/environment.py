@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import subprocess
@@ -13,6 +14,16 @@ import torch
 
 import fastbp
 from fastbp.backends import native
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(path: Path, rows: list[dict[str, object]], command: list[str]) -> None:
+    """A result file: what it belongs to, and its rows. ``command`` is the module that measured, and its arguments."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"environment": environment(f"python -m {' '.join(command)}"), "rows": rows}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"written to {path}")
 
 
 def keep_freed_memory() -> None:

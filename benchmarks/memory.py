@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import os
 import statistics
 import subprocess
@@ -20,11 +19,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import environment
+from benchmarks.environment import RESULTS, write
 from benchmarks.rivals import RIVALS, make_linears
 from benchmarks.suites import MEMORY, Case
 
-RESULTS = Path(__file__).parent / "results"
 NAMES = ("eager", "fastbp", "fastbp recompute")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
@@ -71,9 +69,9 @@ def measure(number: int, repeats: int) -> dict[str, object]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", default="", help="only cases whose name has this in it")
+    parser.add_argument("--case", default="", help="only cases whose name has this in it; nothing written")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each case and rival")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cpu", help="a folder for the result file")
+    parser.add_argument("--output", type=Path, help="a folder for the result file, also for --case")
     parser.add_argument("--one", nargs=2, metavar=("NUMBER", "RIVAL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.one:
@@ -88,12 +86,10 @@ def main(argv: list[str] | None = None) -> int:
         rivals: dict[str, dict[str, float]] = rows[-1]["rivals"]  # type: ignore[assignment]
         for name, r in rivals.items():
             print(f"  {name:18}{r['mib']:8.1f} MiB   {r['mib'] / rivals['eager']['mib']:5.2f} × eager", flush=True)
-    if not arguments.case:
-        command = " ".join(["python -m benchmarks.memory", *(argv if argv is not None else sys.argv[1:])])
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        path = arguments.output / "memory.json"
-        path.write_text(json.dumps({"environment": environment(command), "rows": rows}, indent=1) + "\n")
-        print(f"written to {path}")
+    output = arguments.output or (None if arguments.case else RESULTS / "cpu")
+    if output is not None:
+        command = ["benchmarks.memory", *(argv if argv is not None else sys.argv[1:])]
+        write(output / "memory.json", rows, command)
     return 0
 
 

@@ -10,18 +10,15 @@ benchmarks/results/<device>/<suite>.json.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks.environment import environment, keep_freed_memory
+from benchmarks.environment import RESULTS, keep_freed_memory, write
 from benchmarks.measure import bursts, prepare, summarise
 from benchmarks.rivals import RIVALS
 from benchmarks.suites import SUITES, Case
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def measure(case: Case, names: list[str], seconds: float) -> dict[str, object]:
@@ -51,15 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--rival", choices=list(RIVALS), action="append", help="beside eager; those for every run if not"
     )
-    parser.add_argument("--case", default="", help="only cases whose name has this in it")
+    parser.add_argument("--case", default="", help="only cases whose name has this in it; nothing written")
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each rival of a case")
     parser.add_argument("--quick", action="store_true", help="0.1 seconds each, no torch.compile, nothing written")
-    parser.add_argument("--output", type=Path, help="a folder for the result files")
+    parser.add_argument("--output", type=Path, help="a folder for the result files, also for --quick and --case")
     arguments = parser.parse_args(argv)
     names = ["eager", *(arguments.rival or [n for n, r in RIVALS.items() if r.always and n != "eager"])]
-    seconds, output = arguments.seconds, arguments.output or RESULTS / arguments.device
+    seconds = arguments.seconds
+    # A result file holds a whole suite: a part of one goes only where it is sent.
+    output = arguments.output or (None if arguments.quick or arguments.case else RESULTS / arguments.device)
     if arguments.quick:
-        seconds, output = 0.1, arguments.output
+        seconds = 0.1
         names = [name for name in names if name != "torch.compile"]
     keep_freed_memory()
     failed = False
@@ -77,11 +76,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             print_row(rows[-1])
         if output is not None and rows:
-            output.mkdir(parents=True, exist_ok=True)
-            command = " ".join(["python -m benchmarks.run", *(argv if argv is not None else sys.argv[1:])])
-            path = output / f"{suite}.json"
-            path.write_text(json.dumps({"environment": environment(command), "rows": rows}, indent=1) + "\n")
-            print(f"written to {path}")
+            write(output / f"{suite}.json", rows, ["benchmarks.run", *(argv if argv is not None else sys.argv[1:])])
     return int(failed)
 
 

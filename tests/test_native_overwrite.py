@@ -114,7 +114,7 @@ def test_forward_over_reverse_does_not_ask(owned):
         inside = [forward_ad.unpack_dual(g) for g in grads(y, weights, dy, retain_graph=True)]
     assert owned == [] and all(g.tangent is not None for g in inside)
     for mine, earlier in zip(grads(y, weights, dy), inside, strict=True):
-        torch.testing.assert_close(mine, earlier.primal)
+        torch.testing.assert_close(mine, earlier.primal, rtol=1e-4, atol=1e-4)  # by the formulas
     assert owned == [True]
 
 

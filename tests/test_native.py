@@ -39,7 +39,9 @@ accurate = functools.partial(assert_accurate, backend="native")
 @each_route
 @each(("form", "activation", "save"), cases(FEW))
 def test_every_route(form, activation, save, dtype, route):
-    accurate(form, activation, save, tensors(form, dtype, seed=11, rows=ROWS.get(route, 37)))
+    # One row has few errors, all of one z: more features, so that neither eager nor we are lucky.
+    sizes = {"rows": ROWS[route], "features": (130, 170, 150, 140)} if route in ROWS else {}
+    accurate(form, activation, save, tensors(form, dtype, seed=11, **sizes))
 
 
 @each_route

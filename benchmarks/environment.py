@@ -7,8 +7,11 @@ import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from datetime import date
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +19,7 @@ import fastbp
 from fastbp.backends import native
 
 RESULTS = Path(__file__).parent / "results"
+T = TypeVar("T")
 
 
 def write(path: Path, rows: list[dict[str, object]], command: list[str]) -> None:
@@ -57,3 +61,12 @@ def environment(command: str) -> dict[str, object]:
         # Settings of the environment under which PyTorch and fastbp choose other kernels.
         "settings": {k: v for k, v in os.environ.items() if k.startswith(("FASTBP_", "ATEN_CPU", "ONEDNN_", "OMP_"))},
     }
+
+
+def progress(items: Iterable[T], total: int) -> Iterator[T]:
+    """The items, with their count on a terminal's last line meanwhile."""
+    shown = sys.stderr.isatty()
+    for count, item in enumerate(items, 1):
+        yield item
+        if shown:
+            print(f"\r{count} of {total}", end="\n" if count == total else "", file=sys.stderr, flush=True)

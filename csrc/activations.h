@@ -290,14 +290,16 @@ struct gelu_tanh {
 
   template <class T>
   static HD T value(T z) {
-    return T(0.5) * z * (T(1.0) + prim::tanh(T(0.7978845608028654) * (z + T(0.044715) * z * z * z)));
+    return z * prim::tanh_cdf(z * (T(0.7978845608028654) + T(0.7978845608028654) * T(0.044715) * (z * z)));
   }
 
   template <class T>
   static HD T grad(T dy, T z) {
-    const auto t = prim::tanh(T(0.7978845608028654) * (z + T(0.044715) * z * z * z));
-    const auto inner = T(0.7978845608028654) * (T(1.0) + T(3.0) * T(0.044715) * z * z);
-    return dy * (T(0.5) * (T(1.0) + t) + T(0.5) * z * (T(1.0) - t * t) * inner);
+    const auto square = z * z;
+    const auto u = z * (T(0.7978845608028654) + T(0.7978845608028654) * T(0.044715) * square);
+    return dy *
+           (prim::tanh_cdf(u) +
+            z * prim::tanh_pdf(u) * (T(0.7978845608028654) + T(3.0) * T(0.7978845608028654) * T(0.044715) * square));
   }
 };
 

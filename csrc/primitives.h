@@ -76,4 +76,17 @@ HD T tanh(T x) {
   return std::tanh(x);
 }
 
+// (1 + tanh x) / 2.
+template <class T>
+HD T tanh_cdf(T x) {
+  return T(0.5) * (T(1) + std::tanh(x));
+}
+
+// Its derivative.
+template <class T>
+HD T tanh_pdf(T x) {
+  const T t = std::tanh(x);
+  return T(0.5) * (T(1) - t * t);
+}
+
 }  // namespace fastbp::prim

@@ -22,7 +22,7 @@ from torch import where as select
 # The primitives of the language; each target has a hand-written file with the same names (primitives.py, primitives.h).
 PRIMITIVES = (
     *("absolute", "exp", "expm1", "log1p", "maximum", "minimum", "normal_cdf", "normal_pdf", "select", "sigmoid"),
-    *("sqrt", "tanh"),
+    *("sqrt", "tanh", "tanh_cdf", "tanh_pdf"),
 )
 
 
@@ -44,6 +44,17 @@ def normal_cdf(x: Tensor) -> Tensor:
 def normal_pdf(x: Tensor) -> Tensor:
     """Φ'(x) = exp(-x² / 2) / √(2 π)."""
     return INV_SQRT_2PI * exp(-0.5 * x * x)
+
+
+def tanh_cdf(x: Tensor) -> Tensor:
+    """(1 + tanh x) / 2, as PyTorch's tanh-GELU has it."""
+    return 0.5 * (1.0 + tanh(x))
+
+
+def tanh_pdf(x: Tensor) -> Tensor:
+    """The derivative of ``tanh_cdf``: (1 - tanh² x) / 2."""
+    t = tanh(x)
+    return 0.5 * (1.0 - t * t)
 
 
 SQRT_HALF = 0.7071067811865476  # 1 / sqrt(2)
@@ -211,13 +222,13 @@ def gelu_grad(dy: Tensor, z: Tensor) -> Tensor:
 
 
 def gelu_tanh(z: Tensor) -> Tensor:
-    return 0.5 * z * (1.0 + tanh(SQRT_2_OVER_PI * (z + GELU_CUBIC * z * z * z)))
+    return z * tanh_cdf(z * (SQRT_2_OVER_PI + SQRT_2_OVER_PI * GELU_CUBIC * (z * z)))
 
 
 def gelu_tanh_grad(dy: Tensor, z: Tensor) -> Tensor:
-    t = tanh(SQRT_2_OVER_PI * (z + GELU_CUBIC * z * z * z))
-    inner = SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * z * z)
-    return dy * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner)
+    square = z * z
+    u = z * (SQRT_2_OVER_PI + SQRT_2_OVER_PI * GELU_CUBIC * square)
+    return dy * (tanh_cdf(u) + z * tanh_pdf(u) * (SQRT_2_OVER_PI + 3.0 * SQRT_2_OVER_PI * GELU_CUBIC * square))
 
 
 def quick_gelu(z: Tensor) -> Tensor:

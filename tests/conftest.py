@@ -1,7 +1,13 @@
 """Fixtures of more than one file."""
 
+import os
+
 import pytest
 import torch
+
+# Where there is no GPU the Triton kernels are interpreted; Triton decides when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Their assertions are to say what they compared, as those of the tests do.
 pytest.register_assert_rewrite("autograd_cases", "fusible", "graphs", "module_pairs", "refusals", "routes", "support")
@@ -24,3 +30,19 @@ def route(request):
     torch.ops.fastbp_native.set_debug(True, request.param)
     yield request.param
     torch.ops.fastbp_native.set_debug(False, "")
+
+
+@pytest.fixture
+def triton_route(request, monkeypatch):
+    """This way of the Triton kernels, and every allocation of theirs amid NaN, filled with NaN, and looked at after."""
+    from routes import TRITON_ROUTES
+    from support import RedZones
+
+    from fastbp.backends.triton import choice, configs, layers
+
+    route, tile = TRITON_ROUTES[request.param]
+    zones = RedZones()
+    monkeypatch.setattr(layers, "new", zones.new)
+    with choice.forced(route, configs.Tile(**tile) if tile else None):
+        yield request.param
+    zones.check()

@@ -268,3 +268,22 @@ def special(activation: Bound, dtype: torch.dtype) -> Tensor:
     kinks = [0.0, 1.0, 3.0, 6.0, 20.0, *activation.params_for(dtype)]
     values = [float("nan"), *(sign * v for v in (*kinks, 65504.0, 1e30, float("inf")) for sign in (1, -1))]
     return torch.tensor(values, dtype=torch.float64).to(dtype)
+
+
+class RedZones:
+    """Allocates as ``fastbp.backends.triton.layers.new`` does, between zones that nobody may write to."""
+
+    SIZE, FILL = 64, -123.0  # numbers on either side; 16 bytes at least, so that the memory stays aligned
+
+    def __init__(self) -> None:
+        self.buffers: list[Tensor] = []
+
+    def new(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        count = torch.Size(shape).numel()
+        buffer = torch.full((count + 2 * self.SIZE,), self.FILL, dtype=dtype or like.dtype, device=like.device)
+        self.buffers.append(buffer)
+        return buffer[self.SIZE : self.SIZE + count].fill_(float("nan")).view(tuple(shape))
+
+    def check(self) -> None:
+        for buffer in self.buffers:
+            assert (buffer[: self.SIZE] == self.FILL).all() and (buffer[-self.SIZE :] == self.FILL).all()

@@ -38,7 +38,10 @@ CTYPES = {torch.float32: "float", torch.float64: "double"}
 PRIMITIVES = [name for name in formulas.PRIMITIVES if name != "select"]  # which every row with a kink proves
 NUMBERS = {"maximum": (0.1,), "minimum": (0.1,)}  # what some primitives take after x; not a float32
 # What is rounded on the way and larger than the result: 1 + erf cancels, and e^(-x²/2) takes x²/2 as it is rounded.
-TERMS = {"normal_cdf": lambda x, y: 0.5, "normal_pdf": lambda x, y: (x * x * y).nan_to_num(nan=0.0)}
+TERMS = {
+    **dict.fromkeys(("normal_cdf", "tanh_cdf", "tanh_pdf"), lambda x, y: 0.5),
+    "normal_pdf": lambda x, y: (x * x * y).nan_to_num(nan=0.0),
+}
 needs_triton = pytest.mark.skipif(triton is None, reason="triton is not installed")
 each_dtype = pytest.mark.parametrize("dtype", CTYPES, ids=str)
 each_row = pytest.mark.parametrize("name", ROWS)

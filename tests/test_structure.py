@@ -22,7 +22,7 @@ GENERATED = ("_activations.py", "activations.h")
 
 # From the ground up: a room imports rooms of the floors beneath it, and itself. Rooms of one floor are strangers.
 FLOORS = (
-    ("formulas", "version"),
+    ("formulas", "version", "cache"),
     ("activations",),
     ("recognition", "forms"),
     ("saving",),

@@ -18,6 +18,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -118,16 +119,33 @@ def formulas_of(row: Activation) -> Iterator[tuple[str, Formula]]:
             yield form, formula
 
 
-def triton_activations() -> str:
-    """``<row>_value(z, ...)``, ``<row>_grad(dy, z, ...)`` and ``<row>_grad_from_output(dy, y, ...)`` of every row."""
+class Quotients(ast.NodeTransformer):
+    """``a / b`` becomes ``divide(a, b)``, which a file of primitives may have; by a number it is a product."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Div):
+            return node
+        if isinstance(node.right, ast.Constant):
+            return ast.BinOp(node.left, ast.Mult(), ast.Constant(1.0 / node.right.value))  # type: ignore[operator]
+        return ast.Call(ast.Name("divide"), [node.left, node.right], [])
+
+
+def triton_activations(primitives: str, divide: bool = False) -> str:
+    """``<row>_value(z, ...)``, ``<row>_grad(dy, z, ...)`` and ``<row>_grad_from_output(dy, y, ...)`` of every row.
+
+    ``divide``: the primitives have a division of their own.
+    """
     functions, used = [], set[str]()
     for row in TABLE:
         for form, formula in formulas_of(row):
+            if divide:
+                formula.body = [Quotients().visit(statement) for statement in formula.body]
             used |= formula.names()
             body = "\n".join(ast.unparse(statement) for statement in formula.body)
             head = f"@triton.jit\ndef {row.name}_{form}({', '.join(formula.args)}):\n"
             functions.append(head + textwrap.indent(body, "    "))
-    imports = f"from fastbp.backends.triton.primitives import {', '.join(p for p in PRIMITIVES if p in used)}"
+    imports = f"from fastbp.backends.triton.{primitives} import {', '.join(p for p in sorted((*PRIMITIVES, 'divide')) if p in used)}"
     language = "import triton.language as tl  # noqa: F401 (the interpreter looks for it among the globals)"
     text = "\n\n\n".join([f'"""{ORIGIN}"""\n\nimport triton\n{language}\n\n{imports}', *functions])
     return formatted(text, sys.executable, "-m", "ruff", "format", "--stdin-filename", "_activations.py", "-")
@@ -228,7 +246,8 @@ class Target:
 
 
 TARGETS = (
-    Target("fastbp/backends/triton/_activations.py", triton_activations),
+    Target("fastbp/backends/triton/_activations.py", partial(triton_activations, "primitives")),
+    Target("fastbp/backends/triton/_activations_16.py", partial(triton_activations, "primitives_16", divide=True)),
     Target("csrc/activations.h", cxx_activations),
     Target("README.md", readme_table, region="activations"),
     Target("README.md", results.speed_table, region="speed"),

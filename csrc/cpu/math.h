@@ -226,6 +226,19 @@ HD Register<S> normal_pdf(Register<S> x) {
   return V(Number<S>(0.3989422804014327)) * exp(V(Number<S>(-0.5)) * x * x);
 }
 
+template <class S>
+HD Register<S> tanh_cdf(Register<S> x) {
+  using V = Register<S>;
+  return V(Number<S>(0.5)) * (V(Number<S>(1)) + tanh(x));
+}
+
+template <class S>
+HD Register<S> tanh_pdf(Register<S> x) {
+  using V = Register<S>;
+  const V t = tanh(x);
+  return V(Number<S>(0.5)) * (V(Number<S>(1)) - t * t);
+}
+
 // For x >= 0, which is all that softplus asks. With u = 1 + x rounded, log(1 + x) = log u + (1 + x − u) / u.
 template <class S>
 HD Register<S> log1p(Register<S> x) {

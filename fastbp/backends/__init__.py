@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastbp.activations import nearest
-from fastbp.backends import native, reference
+from fastbp.backends import native, reference, triton
 from fastbp.problem import Config, Problem, configure
 
 AUTO = "auto"
@@ -27,7 +27,7 @@ REFERENCE = "reference"
 # One that is not there stands here as the reason.
 BACKENDS: dict[str, ModuleType | str] = {
     "native": native.unavailable or native,
-    "triton": "this version has no Triton kernels, only their activations",
+    "triton": triton.unavailable or triton,
     REFERENCE: reference,
 }
 

@@ -16,6 +16,8 @@ from fastbp.backends.triton.primitives import (
     sigmoid,
     sqrt,
     tanh,
+    tanh_cdf,
+    tanh_pdf,
 )
 
 
@@ -227,14 +229,14 @@ def gelu_grad(dy, z):
 
 @triton.jit
 def gelu_tanh_value(z):
-    return 0.5 * z * (1.0 + tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+    return z * tanh_cdf(z * (0.7978845608028654 + 0.7978845608028654 * 0.044715 * (z * z)))
 
 
 @triton.jit
 def gelu_tanh_grad(dy, z):
-    t = tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
-    inner = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * z * z)
-    return dy * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner)
+    square = z * z
+    u = z * (0.7978845608028654 + 0.7978845608028654 * 0.044715 * square)
+    return dy * (tanh_cdf(u) + z * tanh_pdf(u) * (0.7978845608028654 + 3.0 * 0.7978845608028654 * 0.044715 * square))
 
 
 @triton.jit

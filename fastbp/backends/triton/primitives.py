@@ -1,4 +1,4 @@
-"""The primitives of ``fastbp/formulas.py`` for Triton, on blocks of float32 or float64.
+"""The primitives of ``fastbp/formulas.py`` for Triton, on blocks of float32 or float64, for results as precise.
 
 They are built from what the language itself has, since libdevice does not exist in the interpreter: so the text that
 TRITON_INTERPRET=1 tests is the text that runs on a GPU.  Each is within a few units in the last place of the exact
@@ -10,10 +10,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastbp.backends.triton._polynomials import erf_far, erf_near, tanh_near
+
 
 @triton.jit
 def absolute(x):
     return tl.abs(x)
+
+
+@triton.jit
+def erf(x):
+    """In float32 by two polynomials without a branch, as on the CPU; in float64 the language's own."""
+    if x.dtype == tl.float32:
+        t = minimum(tl.abs(x), 4.0)
+        near = t + t * erf_near(t * t)
+        far = 1.0 - exp(-erf_far(t - 1.0))
+        y = tl.where(t < 1.0, near, far)
+        y = tl.where(x < 0.0, -y, y)
+    else:
+        y = tl.erf(x)
+    return y
 
 
 @triton.jit
@@ -66,7 +82,7 @@ def minimum(a, b):
 @triton.jit
 def normal_cdf(x):
     """Φ(x) = (1 + erf(x / √2)) / 2, as PyTorch's GELU has it."""
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return 0.5 * (1.0 + erf(x * 0.7071067811865476))
 
 
 @triton.jit
@@ -94,7 +110,27 @@ def sqrt(x):
 
 @triton.jit
 def tanh(x):
-    """With t = e^(−2|x|) − 1, which lies in (−1, 0]: tanh |x| = −t / (t + 2)."""
-    t = expm1(-2.0 * tl.abs(x))
-    y = t / (t + 2.0)
-    return tl.where(x < 0.0, y, -y)
+    """In float32 a polynomial near 0 and 1 − 2 / (e^2|x| + 1) beyond, as on the CPU, for an error near one unit.
+
+    In float64, with t = e^(−2|x|) − 1, which lies in (−1, 0]: tanh |x| = −t / (t + 2).
+    """
+    size = tl.abs(x)
+    if x.dtype == tl.float32:
+        y = tl.where(size < 0.6, size + size * tanh_near(size * size), 1.0 - 2.0 / (exp(2.0 * size) + 1.0))
+    else:
+        t = expm1(-2.0 * size)
+        y = -t / (t + 2.0)
+    return tl.where(x < 0.0, -y, y)
+
+
+@triton.jit
+def tanh_cdf(x):
+    """(1 + tanh x) / 2, as PyTorch's tanh-GELU has it."""
+    return 0.5 * (1.0 + tanh(x))
+
+
+@triton.jit
+def tanh_pdf(x):
+    """The derivative of ``tanh_cdf``: (1 - tanh² x) / 2."""
+    t = tanh(x)
+    return 0.5 * (1.0 - t * t)

@@ -1,0 +1,244 @@
+"""What the Triton kernels become on GPUs that are not here: ``python -m benchmarks.static``.
+
+Compiles every shipped kernel, configuration and dtype for sm_80, sm_90 and sm_100, reads the machine code, and prints
+registers, spills, shared memory, matrix instructions and the instructions an element costs in the epilogue. Exits 1 on
+a spill, on more shared memory than the architecture has, and on sm_90 and sm_100 on a product that does not run on the
+asynchronous tensor cores with both operands in shared memory. ``--quick`` takes the activations that need most
+registers; without it every activation is compiled, which takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+from benchmarks.environment import progress
+from fastbp.activations import ROWS
+from fastbp.backends.triton import configs, launch
+from fastbp.backends.triton.configs import Tile
+from fastbp.backends.triton.launch import Launch
+from fastbp.problem import DTYPES, configure
+
+SIXTEEN = tuple(dtype for dtype in DTYPES if dtype.itemsize == 2)
+TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHARED_LIMIT = {"sm_80": 99, "sm_90": 227, "sm_100": 227}  # KiB a block may have; of sm_86 and sm_89 in sm_80's place
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}  # instructions of the tensor cores
+QUICK = ("gelu", "softplus", "mish")  # a table look-up would not do: these need the most registers
+M, N, K = 8192, 4096, 1024
+
+
+class Case(NamedTuple):
+    """One compilation."""
+
+    family: str
+    kernel: str
+    tile: Tile | None  # None for the elementwise kernels
+    activation: str
+    dtype: torch.dtype
+    from_output: bool = False
+
+    def __str__(self) -> str:
+        tile = self.tile.name if self.tile else ""
+        policy = "output" if self.from_output else ""
+        return f"{self.family:7} {self.kernel:17} {tile:38} {self.activation:12} {TYPES[self.dtype]:5} {policy:6}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a case became, and what is wrong with it."""
+
+    registers: int
+    spills: int
+    shared: int  # KiB
+    matrix: int  # instructions of the tensor cores
+    waits: str  # how many products may be under way at each wait, of sm_90
+    epilogue: float | None  # instructions an element after the last product
+    faults: tuple[str, ...]
+
+    def __str__(self) -> str:
+        epilogue = "     " if self.epilogue is None else f"{self.epilogue:5.1f}"
+        numbers = f"{self.registers:4} {self.spills:6} {self.shared:5} KiB {self.matrix:4} {self.waits:>5} {epilogue}"
+        return numbers + "".join(f"  FAULT: {fault}" for fault in self.faults)
+
+
+HEAD = f"{'family':7} {'kernel':17} {'tile':38} {'activation':12} {'dtype':5} {'policy':6}"
+HEAD += " regs spills    shared  mma waits ops/el"
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def make_launch(case: Case, n: int = N) -> Launch:
+    """The launch as a call would make it, on tensors without memory; every optional output is there."""
+    params = tuple(default for _, default in ROWS[case.activation].params)
+    save = "output" if case.from_output else "preact"
+    how = launch.arithmetic(configure("linear_act", case.activation, params, save, "triton"), case.dtype)
+    new: Callable[..., Tensor] = partial(empty, dtype=case.dtype)
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+    h = None if case.from_output else new(M, n)
+    x, weight, bias, out = new(M, K), new(n, K), new(n), new(M, n)
+    if case.tile is None:
+        strip = configs.strip(M, n, case.dtype.itemsize, 132)
+        sums = empty(strip.strips(M), n, dtype=wide)
+        return {
+            "activation": lambda: launch.activation(how, out, None, out),
+            "gated_activation": lambda: launch.activation(how, out, out, out),
+            "chain_rule": lambda: launch.chain_rule(how, strip, out, out, out, h, sums),
+            "gated_chain_rule": lambda: launch.gated_chain_rule(how, strip, *[out] * 5, h, sums, sums),
+            "column_sum": lambda: launch.column_sum(sums, bias),
+        }[case.kernel]()
+    sums = empty(-(-M // case.tile.block_m), n, dtype=torch.float32)
+    return {
+        "forward": lambda: launch.forward(how, case.tile, 132, x, weight, bias, out, out),
+        "gated_forward": lambda: launch.gated_forward(how, case.tile, 132, x, [weight] * 2, [bias] * 2, out, out, out),
+        "dgrad": lambda: launch.dgrad(how, case.tile, 132, x, new(K, n), out, out, h, sums),
+        "gated_dgrad": lambda: launch.gated_dgrad(how, case.tile, 132, x, new(K, n), *[out] * 4, h, sums, sums),
+    }[case.kernel]()
+
+
+def source_of(made: Launch) -> ASTSource:
+    """The source with the types, and what Triton assumes of the values, as a launch would find them."""
+    signature, constants, attributes = dict[str, str](), dict[str, Any](), dict[tuple[int, ...], Any]()
+    for i, param in enumerate(made.kernel.params):
+        name, value = param.name, made.arguments[param.name]
+        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif hasattr(value, "block_shape"):  # a descriptor, of Triton or of Gluon, which adds a layout
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
+        elif isinstance(value, float):
+            signature[name] = "fp64"
+        else:
+            signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+            if isinstance(value, Tensor) or value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    kind = GluonASTSource if isinstance(made.kernel, GluonJITFunction) else ASTSource
+    return kind(made.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_for(family: str, made: Launch) -> Any:
+    target = GPUTarget("cuda", int(family.removeprefix("sm_")), 32)
+    return triton.compile(source_of(made), target=target, options=made.options)
+
+
+def disassemble(compiled: Any) -> tuple[int, int, list[str]]:
+    """Registers, bytes of stack, and the machine code, an instruction a line."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", sass)
+    return int(found[1]), int(found[2]), [line for line in code if not line.startswith("NOP")]
+
+
+def examine(case: Case, count_epilogue: bool = False, n: int = N) -> Found:
+    """Compile a case and judge it."""
+    made = make_launch(case, n)
+    compiled = compile_for(case.family, made)
+    registers, stack, code = disassemble(compiled)
+    spills = sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code)
+    matrix = [i for i, line in enumerate(code) if re.search(rf"\b{MATRIX[case.family]}\b", line)]
+    ptx = compiled.asm["ptx"]
+    waits = ",".join(sorted(set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx))))
+    shared = -(-compiled.metadata.shared // 1024)
+    faults = []
+    if spills or stack:
+        faults.append(f"{spills} spills, {stack} bytes of stack")
+    if shared > SHARED_LIMIT[case.family]:
+        faults.append(f"{shared} KiB of shared memory, of {SHARED_LIMIT[case.family]}")
+    if case.tile and not matrix:
+        faults.append(f"no {MATRIX[case.family]}")
+    if any(re.search(r"\bHGMMA\S* R\d+, R\d+,", code[i]) for i in matrix):
+        faults.append("wgmma reads an operand from registers")
+    if case.tile and case.family == "sm_90" and set(waits.split(",")) <= {"0"}:
+        faults.append("every wgmma is waited for at once")
+    epilogue = None
+    if case.tile and count_epilogue:
+        epilogue = _epilogue(case, case.tile, code, matrix)
+    return Found(registers, spills, shared, len(matrix), waits, epilogue, tuple(faults))
+
+
+def _epilogue(case: Case, tile: Tile, code: list[str], matrix: list[int]) -> float:
+    """Instructions an element after the last product, of the kernel that is not persistent: there each stands once."""
+    if tile.persistent and not tile.pingpong:
+        plain = case._replace(tile=replace(tile, persistent=False))
+        *_, code = disassemble(compile_for(case.family, make_launch(plain)))
+        matrix = [i for i, line in enumerate(code) if re.search(rf"\b{MATRIX[case.family]}\b", line)]
+    outputs = 2 if case.kernel.startswith("gated_f") else 1
+    return (len(code) - matrix[-1]) / (tile.block_m * tile.block_n * outputs / (32 * tile.warps))
+
+
+def cases(families: list[str], activations: list[str], quick: bool) -> Iterator[Case]:
+    """Every case, or for ``quick`` those most likely to fail."""
+    for family in families:
+        for kernel in configs.KINDS:
+            for tile in configs.tiles(kernel, family):
+                for activation in activations:
+                    for dtype in SIXTEEN[:1] if quick and activation != "gelu" else SIXTEEN:
+                        yield Case(family, kernel, tile, activation, dtype)
+                        if not quick and kernel == "dgrad" and ROWS[activation].grad_from_output:
+                            yield Case(family, kernel, tile, activation, dtype, from_output=True)
+        for activation in activations[:1] if quick else activations:
+            for dtype in DTYPES:
+                yield Case(family, "activation", None, activation, dtype)
+                yield Case(family, "gated_activation", None, activation, dtype)
+                yield Case(family, "chain_rule", None, activation, dtype)
+                yield Case(family, "gated_chain_rule", None, activation, dtype)
+        for dtype in DTYPES:
+            yield Case(family, "column_sum", None, activations[0], dtype)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="the activations that need most registers; under 2 minutes"
+    )
+    parser.add_argument("--family", choices=list(configs.FAMILIES), action="append", help="only this architecture")
+    parser.add_argument("--activation", choices=list(ROWS), action="append", help="only this activation")
+    parser.add_argument("--verbose", action="store_true", help="print every case, not only faults and one per tile")
+    options = parser.parse_args(argv)
+    activations = options.activation or [*(QUICK if options.quick else ROWS)]
+    todo = list(cases(options.family or list(configs.FAMILIES), activations, options.quick))
+    print(f"Triton {triton.__version__}: {len(todo)} compilations\n{HEAD}")
+    shown = set[Any]()
+    failed = 0
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        first = {
+            (c.family, c.kernel, c.tile, c.dtype): c for c in reversed(todo)
+        }  # one of each has its epilogue counted
+        counted = [first[c.family, c.kernel, c.tile, c.dtype] is c for c in todo]
+        for case, found in zip(todo, progress(pool.map(examine, todo, counted, chunksize=4), len(todo)), strict=True):
+            failed += bool(found.faults)
+            key = (case.family, case.kernel, case.tile, case.dtype)
+            if options.verbose or found.faults or (case.tile and key not in shown and case.dtype == SIXTEEN[0]):
+                print(f"{case} {found}", flush=True)
+            shown.add(key)
+    print(f"{len(todo) - failed} of {len(todo)} without a fault")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""A whole call each way: its layers in order, and the products that belong to PyTorch.
+
+The mathematics is that of ``fastbp/reference.py``, which also serves what is too small or empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _AutoDispatchBelowADInplaceOrView
+
+from fastbp import reference
+from fastbp.backends.triton import layers
+from fastbp.backends.triton.choice import stays_eager
+from fastbp.problem import Config
+from fastbp.reference import Saved, unflatten
+from fastbp.saving import kept, needed_below
+
+Maybe = Tensor | None
+
+
+def _left_to_pytorch(config: Config, given: Tensor, weights: Sequence[Maybe]) -> bool:
+    """Whether PyTorch's operations serve this call throughout: it is small, or a size in it is 0.
+
+    ``given`` is x or dy: both have a row for each row of every hidden layer.
+    """
+    sizes = [given.shape[-1], *(size for w in weights if w is not None for size in w.shape)]
+    rows = given.numel() // max(given.shape[-1], 1)
+    return rows == 0 or 0 in sizes or stays_eager(rows * max(sizes))
+
+
+def forward(config: Config, x: Tensor, tensors: Sequence[Maybe]) -> list[Tensor]:
+    """y and the residuals of the policy, none of them a view in the eyes of autograd."""
+    half = len(tensors) // 2
+    weights, biases = tensors[:half], tensors[half:]
+    with _AutoDispatchBelowADInplaceOrView(), layers.on(x.device):
+        if _left_to_pytorch(config, x, weights):
+            y, residuals = reference.forward(config, x, weights, biases)  # type: ignore[arg-type]
+        elif config.form.gated:
+            y, residuals = _gated_forward(config, x, weights, biases)  # type: ignore[arg-type]
+        else:
+            y, residuals = _forward(config, x, weights, biases)  # type: ignore[arg-type]
+        return [y, *residuals]
+
+
+def _forward(
+    config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Maybe]
+) -> tuple[Tensor, list[Tensor]]:
+    h, residuals, projected = x, list[Tensor](), config.form.projected
+    for i in range(len(weights) - projected):
+        h, z = layers.forward(config, h, weights[i], biases[i], keep=config.save == "preact")
+        if z is not None:
+            residuals.append(z)
+        elif config.save == "output" and projected:
+            residuals.append(h)
+    return (F.linear(h, weights[-1], biases[-1]) if projected else h), residuals
+
+
+def _gated_forward(
+    config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Maybe]
+) -> tuple[Tensor, list[Tensor]]:
+    keep = config.save == "preact"
+    h, *kept_ones = layers.gated_forward(config, x, weights[:2], biases[:2], keep)
+    residuals = [r for r in kept_ones if r is not None]
+    return (F.linear(h, weights[2], biases[2]) if config.form.projected else h), residuals
+
+
+def backward(
+    config: Config, dy: Tensor, saved: Sequence[Maybe], needs: tuple[bool, ...], overwrite: bool
+) -> list[Maybe]:
+    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask."""
+    parts = unflatten(saved, len(needs) // 2)
+    # Nothing here is to be differentiated, and 15 operations without a stop at autograd's kernels count.
+    with _AutoDispatchBelowADInplaceOrView(), layers.on(dy.device):
+        if _left_to_pytorch(config, dy, parts.weights):
+            return reference.backward(config, dy, parts, needs)
+        x, y, weights, biases, residuals = parts
+        if config.save == "recompute":
+            residuals, overwrite = _replay(config, parts, needs), True
+        elif config.save == "output" and not config.form.projected:
+            residuals = (y,)
+        flat = [None if r is None else layers.rows_of(r).contiguous() for r in residuals]
+        given = Saved(None if x is None else layers.rows_of(x), None, weights, biases, flat)
+        run = _gated_backward if config.form.gated else _backward
+        dx, *grads = run(config, layers.rows_of(dy), given, needs, overwrite)
+        return [None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), *grads]
+
+
+def _backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...], overwrite: bool) -> list[Maybe]:
+    """linear_act and mlp: dz_{l-1} = (dz_l W_l) · f'(z_{l-1}), from the last linear to the first."""
+    x, _, weights, _, residuals = saved
+    count, from_output = len(weights), config.save == "output"
+    overwrite = overwrite and not from_output
+    below = needed_below(config.form, needs)
+    grads: list[Maybe] = [None] * len(needs)
+    d, db = dy, None
+    if not config.form.projected:
+        over = residuals[0] if overwrite else None
+        d, _, db = layers.chain_rule(config, dy, residuals[0], False, needs[1 + count], over)
+    for i in range(count - 1, -1, -1):
+        if needs[1 + count + i]:
+            grads[1 + count + i] = d.sum(0) if db is None else db
+        h: Maybe = x if i == 0 else residuals[i - 1] if from_output else None
+        following: layers.Slope | None = None
+        rebuild = needs[1 + i] and h is None
+        if i > 0 and below[i]:
+            following = layers.dgrad(config, d, weights[i], residuals[i - 1], rebuild, needs[count + i], overwrite)
+            h = following.h if rebuild else h
+        elif rebuild:
+            h = layers.value(config, residuals[i - 1])
+        if needs[1 + i]:
+            grads[1 + i] = d.mT.mm(h)  # type: ignore[arg-type]
+        if i == 0 and needs[0]:
+            grads[0] = d.mm(weights[0])
+        if following is None:
+            break
+        d, db = following.dz, following.db
+    return grads
+
+
+def _gated_backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...], overwrite: bool) -> list[Maybe]:
+    """gated_linear_act and gated_mlp: dg = dh · u · f'(g), du = dh · f(g)."""
+    x, _, weights, _, (gate, up) = saved
+    count = len(weights)
+    grads: list[Maybe] = [None] * len(needs)
+    biases = needs[1 + count : 3 + count]
+    wanted = tuple(needs[0] or needs[1 + i] or biases[i] for i in range(2))
+    if config.form.projected:
+        rebuild = needs[3]
+        if any(wanted):
+            slope = layers.gated_dgrad(config, dy, weights[2], gate, up, wanted, biases, rebuild, overwrite)
+            h = slope.h
+        elif rebuild:
+            h = layers.value(config, gate, up)
+        if rebuild:
+            grads[3] = dy.mT.mm(h)  # type: ignore[arg-type]
+        if needs[6]:
+            grads[6] = dy.sum(0)
+        if not any(wanted):
+            return grads
+    else:
+        over = (gate, up) if overwrite else (None, None)
+        slope = layers.gated_chain_rule(config, dy, gate, up, wanted, biases, False, *over)
+    for i, (dz, db) in enumerate(((slope.dgate, slope.dgate_bias), (slope.dup, slope.dup_bias))):
+        if dz is None:
+            continue
+        if needs[1 + i]:
+            grads[1 + i] = dz.mT.mm(x)  # type: ignore[arg-type]
+        grads[1 + count + i] = db
+        if needs[0]:  # the second product adds to the first in float32, and rounds once
+            dx = grads[0]
+            grads[0] = dz.mm(weights[i]) if dx is None else dx.addmm_(dz, weights[i])
+    return grads
+
+
+def _replay(config: Config, saved: Saved, needs: tuple[bool, ...]) -> list[Maybe]:
+    """The pre-activations again, as deep as backward looks at them, with the layers' outputs on the way."""
+    x, _, weights, biases, _ = saved
+    wanted = kept(config.form, "preact", True, needs)[2 + 2 * len(weights) :]
+    if config.form.gated:
+        return [F.linear(x, weights[i], biases[i]) if wanted[i] else None for i in range(2)]  # type: ignore[arg-type]
+    zs: list[Maybe] = []
+    h = x
+    for i in range(len(wanted)):
+        z: Maybe = None
+        if any(wanted[i + 1 :]):
+            h, z = layers.forward(config, h, weights[i], biases[i], keep=True)  # type: ignore[arg-type]
+        elif wanted[i]:
+            z = F.linear(h, weights[i], biases[i])  # type: ignore[arg-type]
+        zs.append(z)
+    return zs

@@ -1,0 +1,119 @@
+"""The elementwise kernels around products of PyTorch's own (cuBLAS): one pass each way, for every dtype.
+
+Arithmetic is in float32, in float64 for float64. Rows have any stride; columns are adjacent in all that the kernels
+write.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastbp.backends.triton.blocks import load_tile, parameters, rounded, store_tile
+
+
+@triton.jit
+def activation_kernel(
+    gate, up, y, p0: tl.float64, p1: tl.float64, size,
+    VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = f(z) with z in ``gate``, or y = f(g) · u; all of ``size`` adjacent numbers. y may be one of the others."""
+    params = parameters(p0, p1, NUM_PARAMS, COMPUTE)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    value = VALUE(tl.load(gate + index, mask=inside, other=0.0).to(COMPUTE), *params)
+    if up is not None:
+        value = value * tl.load(up + index, mask=inside, other=0.0).to(COMPUTE)
+    tl.store(y + index, rounded(value, DTYPE), mask=inside)
+
+
+@triton.jit
+def column_sums(total, dz, row, M, ROWS: tl.constexpr):
+    """total plus the sums of a tile's columns, without the rows beyond M, where some slopes at 0 are NaN."""
+    inside = (row + tl.arange(0, ROWS) < M)[:, None]
+    return total + tl.sum(tl.where(inside, dz, 0.0), 0)
+
+
+@triton.jit
+def chain_rule_kernel(
+    dh, residual, dz, h, sums, p0: tl.float64, p1: tl.float64, M, N, rows_each,
+    stride_dm, stride_dn, stride_r,
+    GRAD: tl.constexpr, VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dz = dz(dh, r), r the kept z or y, with h = f(z) again where it is wanted, and the sums of dz's columns.
+
+    dh (M, N) of any strides, residual (M, N), dz and h (M, N) contiguous; dz may be dh or the residual. A program
+    takes ``rows_each`` rows, and writes its sums into its row of sums (programs, N).
+    """
+    params = parameters(p0, p1, NUM_PARAMS, COMPUTE)
+    n, first = tl.program_id(0) * BLOCK_N, tl.program_id(1) * rows_each
+    last = min(first + rows_each, M)
+    total = tl.zeros((BLOCK_N,), COMPUTE)
+    for m in tl.range(first, last, BLOCK_M):
+        d = load_tile(dh, stride_dm, stride_dn, m, n, last, N, BLOCK_M, BLOCK_N, False).to(COMPUTE)
+        r = load_tile(residual, stride_r, 1, m, n, last, N, BLOCK_M, BLOCK_N, False).to(COMPUTE)
+        if h is not None:
+            store_tile(h, N, rounded(VALUE(r, *params), DTYPE), m, n, last, N, BLOCK_M, BLOCK_N, False)
+        grad = GRAD(d, r, *params)
+        if sums is not None:
+            total = column_sums(total, grad, m, last, BLOCK_M)
+        store_tile(dz, N, rounded(grad, DTYPE), m, n, last, N, BLOCK_M, BLOCK_N, False)
+    if sums is not None:
+        cols = n + tl.arange(0, BLOCK_N)
+        tl.store(sums + tl.program_id(1).to(tl.int64) * N + cols, total, mask=cols < N)
+
+
+@triton.jit
+def gated_chain_rule_kernel(
+    dh, gate, up, dgate, dup, h, gate_sums, up_sums, p0: tl.float64, p1: tl.float64, M, N, rows_each,
+    stride_dm, stride_dn, stride_r,
+    GRAD: tl.constexpr, VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same through a gated layer: dg = dh · u · f'(g), du = dh · f(g), h = f(g) · u.
+
+    Any of dgate, dup, h and the sums may be None, and ``up`` where neither dgate nor h is wanted. dgate may be gate,
+    dup may be dh or up.
+    """
+    params = parameters(p0, p1, NUM_PARAMS, COMPUTE)
+    n, first = tl.program_id(0) * BLOCK_N, tl.program_id(1) * rows_each
+    last = min(first + rows_each, M)
+    gate_total, up_total = tl.zeros((BLOCK_N,), COMPUTE), tl.zeros((BLOCK_N,), COMPUTE)
+    for m in tl.range(first, last, BLOCK_M):
+        d = load_tile(dh, stride_dm, stride_dn, m, n, last, N, BLOCK_M, BLOCK_N, False).to(COMPUTE)
+        g = load_tile(gate, stride_r, 1, m, n, last, N, BLOCK_M, BLOCK_N, False).to(COMPUTE)
+        value = VALUE(g, *params)
+        if up is not None:
+            u = load_tile(up, stride_r, 1, m, n, last, N, BLOCK_M, BLOCK_N, False).to(COMPUTE)
+            if h is not None:
+                store_tile(h, N, rounded(value * u, DTYPE), m, n, last, N, BLOCK_M, BLOCK_N, False)
+            if dgate is not None:
+                dg = GRAD(rounded(d * u, DTYPE).to(COMPUTE), g, *params)
+                if gate_sums is not None:
+                    gate_total = column_sums(gate_total, dg, m, last, BLOCK_M)
+                store_tile(dgate, N, rounded(dg, DTYPE), m, n, last, N, BLOCK_M, BLOCK_N, False)
+        if dup is not None:
+            du = d * value
+            if up_sums is not None:
+                up_total = column_sums(up_total, du, m, last, BLOCK_M)
+            store_tile(dup, N, rounded(du, DTYPE), m, n, last, N, BLOCK_M, BLOCK_N, False)
+    cols = n + tl.arange(0, BLOCK_N)
+    row = tl.program_id(1).to(tl.int64) * N
+    if gate_sums is not None:
+        tl.store(gate_sums + row + cols, gate_total, mask=cols < N)
+    if up_sums is not None:
+        tl.store(up_sums + row + cols, up_total, mask=cols < N)
+
+
+@triton.jit
+def column_sum_kernel(
+    sums, out, P, N, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The second stage of a bias gradient: out (N,) = Σ_p sums (P, N), in one order, always the same."""
+    n = tl.program_id(0) * BLOCK_N
+    total = tl.zeros((BLOCK_P, BLOCK_N), COMPUTE)
+    for p in tl.range(0, P, BLOCK_P):
+        total += load_tile(sums, N, 1, p, n, P, N, BLOCK_P, BLOCK_N, False)
+    cols = n + tl.arange(0, BLOCK_N)
+    tl.store(out + cols, rounded(tl.sum(total, 0), DTYPE), mask=cols < N)

@@ -1,0 +1,219 @@
+"""From tensors to launches: each function says which kernel runs on which grid with which arguments, and runs nothing.
+
+So what is launched here, what ``benchmarks.static`` compiles for a GPU that is not there, and what the tests interpret
+is one and the same. All matrices are 2-D, outputs have adjacent columns, and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastbp.activations import rounded, wide
+from fastbp.backends.triton import _activations, _activations_16, elementwise, gemm
+from fastbp.backends.triton.configs import Strip, Tile, flat_block
+from fastbp.problem import Config
+
+ELEMENTWISE = dict(num_warps=4, enable_fp_fusion=True)
+_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Arithmetic(NamedTuple):
+    """An activation as the kernels take it: functions of the precision that the dtype asks for, and parameters."""
+
+    value: Callable[..., Any]
+    grad: Callable[..., Any]
+    params: dict[str, Any]  # p0, p1 and how many of them count
+    types: dict[str, Any]  # the dtype of results, and of elementwise arithmetic
+
+
+@lru_cache(maxsize=1024)
+def arithmetic(config: Config, dtype: torch.dtype) -> Arithmetic:
+    """The activation of a config for tensors of this dtype; ``grad`` reads y under policy output, else z."""
+    source = _activations_16 if dtype.itemsize == 2 else _activations
+    from_output = config.save == "output"
+    params = rounded(config.params, dtype) if from_output and config.row.limits else config.params
+    p0, p1 = (*params, 0.0, 0.0)[:2]
+    return Arithmetic(
+        getattr(source, f"{config.row.name}_value"),
+        getattr(source, f"{config.row.name}_grad{'_from_output' if from_output else ''}"),
+        dict(p0=p0, p1=p1, NUM_PARAMS=len(params)),
+        dict(DTYPE=_TYPES[dtype], COMPUTE=_TYPES[wide(dtype)]),
+    )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid, its arguments by name, and how it is compiled."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def describable(*matrices: Tensor | None) -> bool:
+    """Whether TMA descriptors can say where these lie: 16-byte rows, adjacent columns."""
+    return all(
+        t is None or (t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0)
+        for t in matrices
+    )
+
+
+def _fused(
+    kernel: Any, how: Arithmetic, tile: Tile, sizes: Sequence[int], programs: int, functions: Sequence[str],
+    tensors: dict[str, tuple[Tensor | None, tuple[int, int] | None]], **others: Any,
+) -> Launch:  # fmt: skip
+    """A launch of one of the products. ``tensors`` come with the block that a descriptor of theirs has, if any."""
+    m, n, k = sizes
+    tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
+    if tile.tma:
+        described = {
+            name: t if t is None or block is None else TensorDescriptor.from_tensor(t, list(block))
+            for name, (t, block) in tensors.items()
+        }
+    else:
+        described = {name: t for name, (t, _) in tensors.items()}
+    arguments = dict(
+        described, **others, **how.params, M=m, N=n, K=k, DTYPE=how.types["DTYPE"],
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+        PARTS=tile.parts, TMA=tile.tma, FLATTEN=tile.persistent,
+    )  # fmt: skip
+    arguments |= {name: getattr(how, name.lower()) for name in functions}
+    grid = min(tiles, programs * tile.blocks_per_sm) if tile.persistent else tiles
+    return Launch(kernel, (grid,), arguments, tile.options)
+
+
+def _output_block(tile: Tile) -> tuple[int, int]:
+    return tile.block_m, tile.block_n // tile.parts
+
+
+def forward(
+    how: Arithmetic, tile: Tile, programs: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None,
+) -> Launch:  # fmt: skip
+    """y = f(x Wᵀ + b), and z unless it is None."""
+    if tile.pingpong:
+        from fastbp.backends.triton import pingpong  # Gluon, which the interpreter does not know
+
+        arguments = pingpong.arguments(x, weight, bias, y, z, how.value) | how.params
+        return Launch(pingpong.forward_kernel, (min(programs, tile.count(*y.shape)),), arguments, tile.options)
+    out = _output_block(tile)
+    return _fused(
+        gemm.forward_kernel, how, tile, (*y.shape, x.shape[1]), programs, ("VALUE",),
+        dict(
+            x=(x, (tile.block_m, tile.block_k)), weight=(weight, (tile.block_n, tile.block_k)), bias=(bias, None),
+            y=(y, out), z=(z, out),
+        ),
+        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0), stride_wk=weight.stride(1),
+        stride_y=y.stride(0),
+    )  # fmt: skip
+
+
+def gated_forward(
+    how: Arithmetic, tile: Tile, programs: int,
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+    y: Tensor, gate: Tensor | None, up: Tensor | None,
+) -> Launch:  # fmt: skip
+    """y = f(g) · u, and g and u unless they are None."""
+    out, block = _output_block(tile), (tile.block_n, tile.block_k)
+    return _fused(
+        gemm.gated_forward_kernel, how, tile, (*y.shape, x.shape[1]), programs, ("VALUE",),
+        dict(
+            x=(x, (tile.block_m, tile.block_k)), gate_weight=(weights[0], block), up_weight=(weights[1], block),
+            gate_bias=(biases[0], None), up_bias=(biases[1], None), y=(y, out), gate=(gate, out), up=(up, out),
+        ),
+        stride_xm=x.stride(0), stride_xk=x.stride(1), stride_gn=weights[0].stride(0), stride_gk=weights[0].stride(1),
+        stride_un=weights[1].stride(0), stride_uk=weights[1].stride(1), stride_y=y.stride(0),
+    )  # fmt: skip
+
+
+def dgrad(
+    how: Arithmetic, tile: Tile, programs: int,
+    d: Tensor, weight: Tensor, residual: Tensor, dz: Tensor, h: Tensor | None, sums: Tensor | None,
+) -> Launch:  # fmt: skip
+    """dz = dz(d W, r), h = f(r) unless it is None, and a row of column sums for each row of tiles."""
+    out = _output_block(tile)
+    return _fused(
+        gemm.dgrad_kernel, how, tile, (*dz.shape, d.shape[1]), programs, ("GRAD", "VALUE"),
+        dict(
+            d=(d, (tile.block_m, tile.block_k)), weight=(weight, (tile.block_k, tile.block_n)),
+            residual=(residual, out), dz=(dz, out), h=(h, out), sums=(sums, None),
+        ),
+        stride_dm=d.stride(0), stride_dk=d.stride(1), stride_wn=weight.stride(1), stride_wk=weight.stride(0),
+        stride_r=residual.stride(0), stride_out=dz.stride(0),
+    )  # fmt: skip
+
+
+def gated_dgrad(
+    how: Arithmetic, tile: Tile, programs: int,
+    d: Tensor, weight: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor,
+    h: Tensor | None, gate_sums: Tensor | None, up_sums: Tensor | None,
+) -> Launch:  # fmt: skip
+    """dg = dh · u · f'(g) and du = dh · f(g) with dh = d W; h = f(g) · u unless it is None; sums as in ``dgrad``."""
+    out = _output_block(tile)
+    return _fused(
+        gemm.gated_dgrad_kernel, how, tile, (*dgate.shape, d.shape[1]), programs, ("GRAD", "VALUE"),
+        dict(
+            d=(d, (tile.block_m, tile.block_k)), weight=(weight, (tile.block_k, tile.block_n)),
+            gate=(gate, out), up=(up, out), dgate=(dgate, out), dup=(dup, out), h=(h, out),
+            gate_sums=(gate_sums, None), up_sums=(up_sums, None),
+        ),
+        stride_dm=d.stride(0), stride_dk=d.stride(1), stride_wn=weight.stride(1), stride_wk=weight.stride(0),
+        stride_r=gate.stride(0), stride_out=dgate.stride(0),
+    )  # fmt: skip
+
+
+def activation(how: Arithmetic, gate: Tensor, up: Tensor | None, y: Tensor) -> Launch:
+    """y = f(z) with z in ``gate``, or y = f(g) · u. All contiguous; y may be one of the others."""
+    block = flat_block(y.itemsize)
+    arguments = dict(gate=gate, up=up, y=y, size=y.numel(), VALUE=how.value, **how.params, **how.types, BLOCK=block)
+    return Launch(elementwise.activation_kernel, (-(-y.numel() // block),), arguments, ELEMENTWISE)
+
+
+def chain_rule(
+    how: Arithmetic, strip: Strip, dh: Tensor, residual: Tensor, dz: Tensor, h: Tensor | None, sums: Tensor | None
+) -> Launch:
+    """dz = dz(dh, r) and h = f(r) unless it is None; column sums, a row for each strip of rows. dz and h contiguous."""
+    arguments = dict(
+        dh=dh, residual=residual, dz=dz, h=h, sums=sums, stride_r=residual.stride(0),
+        GRAD=how.grad, VALUE=how.value, **_strips(how, strip, dh),
+    )  # fmt: skip
+    return Launch(elementwise.chain_rule_kernel, strip.grid(*dh.shape), arguments, strip.options)
+
+
+def gated_chain_rule(
+    how: Arithmetic, strip: Strip, dh: Tensor, gate: Tensor, up: Tensor | None,
+    dgate: Tensor | None, dup: Tensor | None, h: Tensor | None, gate_sums: Tensor | None, up_sums: Tensor | None,
+) -> Launch:  # fmt: skip
+    """dg = dh · u · f'(g), du = dh · f(g), h = f(g) · u, each unless it is None."""
+    arguments = dict(
+        dh=dh, gate=gate, up=up, dgate=dgate, dup=dup, h=h, gate_sums=gate_sums, up_sums=up_sums,
+        stride_r=gate.stride(0), GRAD=how.grad, VALUE=how.value, **_strips(how, strip, dh),
+    )  # fmt: skip
+    return Launch(elementwise.gated_chain_rule_kernel, strip.grid(*dh.shape), arguments, strip.options)
+
+
+def _strips(how: Arithmetic, strip: Strip, dh: Tensor) -> dict[str, Any]:
+    return dict(
+        M=dh.shape[0], N=dh.shape[1], rows_each=strip.rows, stride_dm=dh.stride(0), stride_dn=dh.stride(1),
+        BLOCK_M=strip.block_m, BLOCK_N=strip.block_n, **how.params, **how.types,
+    )  # fmt: skip
+
+
+def column_sum(sums: Tensor, out: Tensor) -> Launch:
+    """out (N,) = Σ sums (P, N)."""
+    block_p, block_n = 32, 64
+    types = dict(DTYPE=_TYPES[out.dtype], COMPUTE=_TYPES[sums.dtype])
+    arguments = dict(sums=sums, out=out, P=sums.shape[0], N=sums.shape[1], BLOCK_P=block_p, BLOCK_N=block_n, **types)
+    return Launch(elementwise.column_sum_kernel, (-(-sums.shape[1] // block_n),), arguments, ELEMENTWISE)

@@ -1,0 +1,142 @@
+"""The Triton kernels, interpreted where there is no GPU: every activation, policy, dtype, form and route."""
+
+import functools
+
+import pytest
+import torch
+from routes import each_triton_route
+from support import (
+    ACTIVATIONS,
+    FEW,
+    assert_accurate,
+    call,
+    cases,
+    each,
+    flatten,
+    grads,
+    like,
+    tensors,
+)
+
+from fastbp.activations import bind
+from fastbp.backends import triton
+from fastbp.forms import FORMS, GATED_MLP, LINEAR_ACT, MLP
+
+pytestmark = pytest.mark.skipif(triton.unavailable is not None, reason=f"triton: {triton.unavailable}")
+
+GELU = bind("gelu")
+ALIGNED = (24, 40, 32, 16)  # TMA can describe these in 16 bits; a tile of 16 or 32 does not divide them
+accurate = functools.partial(assert_accurate, backend="triton")
+
+
+@each_triton_route("library", "fused")
+@each(("form", "activation", "save"), cases(ACTIVATIONS))
+def test_every_activation(form, activation, save, dtype, triton_route):
+    features = ALIGNED if form.projected else (19, 23, 17, 11)
+    accurate(form, activation, save, tensors(form, dtype, seed=31, features=features))
+
+
+@each_triton_route("fused by pointers", "fused in parts", "fused, persistent")
+@each(("form", "activation", "save"), cases(FEW))
+def test_every_route(form, activation, save, dtype, triton_route):
+    features = (19, 23, 17, 11) if "pointers" in triton_route else ALIGNED
+    accurate(form, activation, save, tensors(form, dtype, seed=32, features=features, bias=False))
+
+
+@each_triton_route()
+@each(("rows", "features"), [(1, (16, 32, 16, 32)), (16, (1, 33, 8, 1)), (33, (130, 17, 64, 5)), (70, (8, 40, 72, 24))])
+@each("form", FORMS.values())
+def test_sizes_around_every_edge(form, rows, features, dtype, triton_route):
+    """One row, less and more than a tile; features at and around a tile; a reduction of one number and of many."""
+    accurate(form, GELU, "preact", tensors(form, dtype, seed=33, rows=rows, features=features))
+
+
+@each_triton_route("library", "fused")
+@each("size", [(0, 8, 8), (4, 0, 8), (4, 8, 0)])
+@each("form", FORMS.values())
+def test_sizes_of_zero(form, size, dtype, triton_route):
+    rows, k, n = size
+    accurate(form, GELU, "preact", tensors(form, dtype, seed=34, rows=rows, features=(k, n, n, 5)))
+
+
+# Views of other strides with the same numbers: x, dy, weights and biases as they may come.
+VIEWS = {
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "outer gap": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "not at 16 bytes": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+}
+
+
+@each_triton_route()
+@each("view", VIEWS)
+@each("form", FORMS.values())
+def test_strides(form, view, dtype, triton_route):
+    def viewed(tensor):
+        return VIEWS[view](tensor.detach()).requires_grad_()
+
+    x, weights, biases = tensors(form, dtype, seed=35, rows=(3, 2, 5), features=ALIGNED)
+    strided = viewed(x), [viewed(w) for w in weights], [viewed(b) for b in biases]
+    assert torch.equal(strided[0], x)
+    accurate(form, GELU, "preact", strided, view=lambda dy: viewed(dy).detach())
+
+
+@each_triton_route()
+@each("form", FORMS.values())
+def test_a_gradient_of_no_strides(form, dtype, triton_route):
+    accurate(form, GELU, "preact", tensors(form, dtype, seed=36), view=lambda dy: dy.flatten()[:1].expand(dy.shape))
+
+
+@each_triton_route("library", "fused", "fused, persistent")
+@each(("form", "activation", "save"), cases([GELU, bind("tanh")]))
+def test_the_same_bits_again_with_and_without_keeping_the_graph(
+    form, activation, save, dtype, triton_route, monkeypatch
+):
+    """A retained graph is left as it was; without one, dz may be written over z."""
+    monkeypatch.setattr("fastbp.autograd._WORTH_ASKING", 1)
+    inputs = flatten(*tensors(form, dtype, seed=38, features=ALIGNED))
+    half = 1 + len(inputs) // 2
+
+    def step():
+        return call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save, backend="triton")
+
+    y = step()
+    dy = like(y, 37)
+    runs = [grads(y, inputs, dy, retain_graph=True) for _ in range(2)]
+    again = step()
+    runs.append(grads(again, inputs, dy))
+    assert torch.equal(y, again)
+    for first, *others in zip(*runs, strict=True):
+        assert all(torch.equal(first, other) for other in others)
+
+
+NEEDS = {
+    "x alone": lambda count: [True] + [False] * (2 * count),
+    "weights alone": lambda count: [False] + [True] * count + [False] * count,
+    "biases alone": lambda count: [False] + [False] * count + [True] * count,
+    "the last weight": lambda count: [False] + [False] * (count - 1) + [True] + [False] * count,
+    "the first weight": lambda count: [False, True] + [False] * (2 * count - 1),
+    "the second bias": lambda count: (
+        [False] * (count + 2) + [True] + [False] * (count - 2) if count > 1 else [True] * 3
+    ),
+}
+
+
+@each_triton_route("library", "fused", dtypes=[torch.bfloat16])
+@each("needs", NEEDS)
+@each(("form", "save"), [(form, save) for form, _, save in cases([bind("tanh")])])
+def test_frozen_inputs(form, save, needs, dtype, triton_route):
+    inputs = flatten(*tensors(form, dtype, seed=39, features=ALIGNED))
+    for tensor, need in zip(inputs, NEEDS[needs](len(inputs) // 2), strict=True):
+        tensor.requires_grad_(need)
+    half = 1 + len(inputs) // 2
+    accurate(form, bind("tanh"), save, (inputs[0], inputs[1:half], inputs[half:]))
+
+
+@each("dtype", [torch.float16, torch.float32])
+@each("form", [LINEAR_ACT, MLP, GATED_MLP])
+def test_unforced_small_calls_are_left_to_pytorch(form, dtype, monkeypatch):
+    from fastbp.backends.triton import launch
+
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self: pytest.fail("a kernel for a small call"))
+    accurate(form, GELU, "preact", tensors(form, dtype, seed=40))

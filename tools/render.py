@@ -145,7 +145,8 @@ def triton_activations(primitives: str, divide: bool = False) -> str:
             body = "\n".join(ast.unparse(statement) for statement in formula.body)
             head = f"@triton.jit\ndef {row.name}_{form}({', '.join(formula.args)}):\n"
             functions.append(head + textwrap.indent(body, "    "))
-    imports = f"from fastbp.backends.triton.{primitives} import {', '.join(p for p in sorted((*PRIMITIVES, 'divide')) if p in used)}"
+    needed = ", ".join(name for name in sorted((*PRIMITIVES, "divide")) if name in used)
+    imports = f"from fastbp.backends.triton.{primitives} import {needed}"
     language = "import triton.language as tl  # noqa: F401 (the interpreter looks for it among the globals)"
     text = "\n\n\n".join([f'"""{ORIGIN}"""\n\nimport triton\n{language}\n\n{imports}', *functions])
     return formatted(text, sys.executable, "-m", "ruff", "format", "--stdin-filename", "_activations.py", "-")

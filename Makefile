@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test workers: one per core, and one thread in each, so that they do not fight over the cores.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 
-.PHONY: demo test check bench sanitize render clean
+.PHONY: demo test check bench gpu sanitize render clean
 
 # The stamps are newer than what they were made from, so a second `make` starts at once. torch comes first and by itself:
 # a later resolver run must not replace the build that was chosen. FASTBP_BUILD=auto, the default, builds what it can.
@@ -34,10 +34,17 @@ check: $(VENV)/.stamp
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
 	$(BIN)/python tools/render.py --check
 	$(BIN)/python tools/fit_polynomials.py --check > /dev/null
+	$(BIN)/python -m benchmarks.static --quick
 
 # ARGS="--suite layers" and the like; --help has them all.
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# All there is to do on a machine with a GPU, stage by stage; ARGS="--stage tests" for one, --dry-run without a GPU.
+# With PY=python3 it runs in an environment that is already there, and asks for no network.
+PY ?= $(BIN)/python
+gpu: $(if $(filter $(BIN)/python,$(PY)),$(VENV)/.built)
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 # The C++ kernels under AddressSanitizer and UBSan, in a build of their own.
 SANITIZED := build/sanitized

@@ -113,16 +113,20 @@ def _product(
         operands = [a, *weights, *(draw(m, n) if dgrad else draw(n) for _ in range(width))]
     else:
         operands = [t.to(dtype) for t in like]
-    a: Tensor = operands[0]
+    first = operands[0]
     rest: list[Any] = operands[1:]
     if kind == "forward":
-        return _Product(operands, lambda: layers.forward(config, a, *rest, keep=True))
+        return _Product(operands, lambda: layers.forward(config, first, rest[0], rest[1], keep=True))
     if kind == "gated_forward":
-        return _Product(operands, lambda: layers.gated_forward(config, a, rest[:2], rest[2:], keep=True))
+        return _Product(operands, lambda: layers.gated_forward(config, first, rest[:2], rest[2:], keep=True))
     if kind == "dgrad":
-        return _Product(operands, lambda: tuple(layers.dgrad(config, a, *rest, True, True, False)))
-    both = (True, True)
-    return _Product(operands, lambda: tuple(layers.gated_dgrad(config, a, *rest, both, both, True, False)))
+        return _Product(operands, lambda: tuple(layers.dgrad(config, first, rest[0], rest[1], True, True, False)))
+
+    def gated_dgrad() -> tuple[Tensor | None, ...]:
+        both = (True, True)
+        return tuple(layers.gated_dgrad(config, first, rest[0], rest[1], rest[2], both, both, True, False))
+
+    return _Product(operands, gated_dgrad)
 
 
 def _error(found: Tensor, exact: Tensor) -> float:

@@ -84,7 +84,7 @@ _POINTERS: dict[str, tuple[Tile, ...]] = {
 # multiprocessor hide one's epilogue behind the other's product, which counts where K is short.
 _HOPPER: dict[str, tuple[Tile, ...]] = {
     "forward": (
-        Tile(128, 256, 64, 8, 3, tma=True, persistent=True),
+        Tile(128, 256, 64, 8, 3, parts=4, tma=True, persistent=True),
         Tile(128, 128, 64, 4, 3, parts=2, tma=True, blocks_per_sm=2),
         Tile(128, 64, 64, 4, 3, tma=True, blocks_per_sm=2),
     ),
@@ -119,8 +119,8 @@ _BLACKWELL: dict[str, tuple[Tile, ...]] = {
         Tile(128, 64, 64, 8, 3, parts=2, tma=True),
     ),
     "gated_dgrad": (
-        Tile(128, 128, 64, 8, 3, parts=2, tma=True, persistent=True),
-        Tile(128, 64, 64, 4, 3, parts=2, tma=True),
+        Tile(128, 128, 64, 8, 3, parts=4, tma=True, persistent=True),
+        Tile(128, 64, 64, 8, 3, tma=True),
     ),
 }
 FAMILIES = {"sm_80": _POINTERS, "sm_90": _HOPPER, "sm_100": _BLACKWELL}

@@ -18,6 +18,8 @@ each_route = pytest.mark.parametrize(
 )
 
 
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where they are interpreted: conftest.py
+
 # The ways of the Triton kernels; a tile is small, so that small matrices have several. Sixteen columns are the least
 # that a product of Triton has.
 TRITON_ROUTES = {

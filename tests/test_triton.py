@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from routes import each_triton_route
+from routes import TRITON_DEVICE, each_triton_route
 from support import (
     ACTIVATIONS,
     FEW,
@@ -15,8 +15,8 @@ from support import (
     flatten,
     grads,
     like,
-    tensors,
 )
+from support import tensors as draw
 
 from fastbp.activations import bind
 from fastbp.backends import triton
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(triton.unavailable is not None, reason=f"triton:
 GELU = bind("gelu")
 ALIGNED = (24, 40, 32, 16)  # TMA can describe these in 16 bits; a tile of 16 or 32 does not divide them
 accurate = functools.partial(assert_accurate, backend="triton")
+tensors = functools.partial(draw, device=TRITON_DEVICE)
 
 
 @each_triton_route("library", "fused")

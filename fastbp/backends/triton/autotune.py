@@ -34,16 +34,20 @@ class Outcome(NamedTuple):
         return min(self.milliseconds, key=self.milliseconds.__getitem__)
 
 
-def candidates(kind: str, device: torch.device) -> dict[str, Tile | None]:
-    """Every way to compute a product on this device, by name; None is PyTorch's own."""
+def candidates(kind: str, device: torch.device, pingpong: bool = False) -> dict[str, Tile | None]:
+    """Every way to compute a product on this device, by name; None is PyTorch's own.
+
+    The ping-pong kernel only where it is asked for: its warps wait for each other, and until it has run on a GPU nobody
+    knows that none waits for ever, which no check can catch. The interpreter does not know Gluon.
+    """
     tiles = configs.tiles(kind, choice.device_of(device).family)
-    usable = [tile for tile in tiles if not (tile.pingpong and interpreting())]
+    usable = [tile for tile in tiles if not tile.pingpong or (pingpong and not interpreting())]
     return {tuning.LIBRARY: None} | {tile.name: tile for tile in usable}
 
 
 def tune(
     kind: str, activation: str, dtype: torch.dtype, sizes: tuple[int, int, int], device: torch.device, clock: Clock,
-    remember: bool = True,
+    remember: bool = True, pingpong: bool = False,
 ) -> Outcome:  # fmt: skip
     """Check, then time the candidates for ``kind`` (``configs.KINDS``) with sizes (m, n, k); 16-bit dtypes.
 
@@ -58,7 +62,7 @@ def tune(
     steps: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
-    for name, tile in candidates(kind, device).items():
+    for name, tile in candidates(kind, device, pingpong).items():
         step = _under(tile, product.run)
         try:
             found = [t for t in step() if t is not None]

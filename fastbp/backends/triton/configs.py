@@ -137,8 +137,9 @@ def family_of(capability: tuple[int, int]) -> str:
 
 
 def tiles(kind: str, family: str) -> tuple[Tile, ...]:
-    """Every tile of a product on an architecture, for those who measure."""
-    return FAMILIES[family][kind] + ONLY_MEASURED.get((family, kind), ())
+    """Every tile of a product that an architecture may run: its own, those that read by pointers, those by request."""
+    found = FAMILIES[family][kind] + _POINTERS[kind] + ONLY_MEASURED.get((family, kind), ())
+    return tuple(dict.fromkeys(found))
 
 
 def every_tile(kind: str) -> list[Tile]:

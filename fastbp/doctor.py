@@ -9,7 +9,7 @@ import shutil
 
 import torch
 
-from fastbp.backends import available_backends, native
+from fastbp.backends import available_backends, native, triton
 from fastbp.version import __version__
 
 # Optional packages: what they are for, and how they come. The versions are those of pyproject.toml.
@@ -28,6 +28,7 @@ def report() -> str:
         "devices": _devices(),
         "backends, fastest first": [f"{name}: {status}" for name, status in available_backends().items()],
         "native kernels": _native(),
+        "Triton kernels": _triton(),
         "optional packages": [_optional(name) for name in _OPTIONAL],
     }
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
@@ -65,6 +66,32 @@ def _native() -> list[str]:
         lines = [f"CPU kernels for {native.capability()}; FASTBP_CPU_CAPABILITY names another capability of this CPU"]
         lines.append("CUDA kernels: this version has none")
     return [*lines, f"compilers on the path: {', '.join(tools) or 'none'}"]
+
+
+def _triton() -> list[str]:
+    if triton.unavailable:
+        return [triton.unavailable]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    lines = [_gpu(torch.device("cuda", i)) for i in range(count)]
+    return lines or ["no GPU to run on; with TRITON_INTERPRET=1 in the environment the CPU interprets them, for tests"]
+
+
+def _gpu(device: torch.device) -> str:
+    """What calls on this GPU take, and from where it is known."""
+    reason = triton.refusal(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+    if reason:
+        return f"GPU {device.index}: {reason}"
+    from fastbp import cache  # not before there is a GPU: what follows imports triton
+    from fastbp.backends.triton import choice, tuning
+
+    family, processors = choice.device_of(device)
+    proven = ", ".join(sorted(kind for at, kind in choice.PROVEN if at == family)) or "none yet"
+    name = tuning.file_name(tuning.environment(device))
+    measured = len(cache.read(name).get("fastest", {}))
+    return (
+        f"GPU {device.index}: {processors} multiprocessors, tiles of {family}; products of ours taken unmeasured: "
+        f"{proven}; measured: {measured}, in {cache.folder() / name}"
+    )
 
 
 def _optional(name: str) -> str:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,14 +57,29 @@ def test_doctor_says_what_is_missing_and_the_command_that_mends_it(monkeypatch):
     assert all("pip install" in line for line in lines)
 
 
-def test_doctor_on_a_machine_with_gpus(monkeypatch):
+def test_doctor_on_a_machine_with_gpus(monkeypatch, tmp_path):
+    choice = pytest.importorskip("fastbp.backends.triton.choice", reason="triton is not installed")
+    tuning = pytest.importorskip("fastbp.backends.triton.tuning", reason="triton is not installed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"Wonder {i}")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, i))
-    lines = doctor.report().splitlines()
+    index = lambda device: getattr(device, "index", device)  # noqa: E731
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Wonder {index(device)}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (7, 5)][index(device)])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        lines = doctor.report().splitlines()
+    finally:
+        choice.device_of.cache_clear()
+        tuning.environment.cache_clear()
     assert "  GPU 0: Wonder 0, sm_90" in lines
-    assert "  GPU 1: Wonder 1, sm_91" in lines
+    assert "  GPU 1: Wonder 1, sm_75" in lines
+    served = (
+        "  GPU 0: 132 multiprocessors, tiles of sm_90; products of ours taken unmeasured: none yet; measured: 0, in "
+    )
+    assert any(line.startswith(f"{served}{tmp_path}/fastbp/triton-") for line in lines)
+    assert "  GPU 1: Wonder 1 has compute capability 7.5, and the Triton kernels need 8.0 or newer" in lines
 
 
 def test_version(capsys):

@@ -69,10 +69,10 @@ def supports(problem: Problem) -> str | None:
         )
     if device.type != "cuda" or torch.version.hip:
         return f"the Triton kernels run on NVIDIA GPUs, and x is on {'an AMD GPU' if torch.version.hip else device}"
-    return _refused(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)) or _loaded()
+    return refusal(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)) or _loaded()
 
 
-def _refused(capability: tuple[int, int], name: str) -> str | None:
+def refusal(capability: tuple[int, int], name: str) -> str | None:
     """Why a GPU is not served, or None."""
     if capability >= OLDEST_GPU:
         return None

@@ -30,7 +30,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from benchmarks.environment import progress
 from fastbp.activations import ROWS
-from fastbp.backends.triton import configs, launch
+from fastbp.backends.triton import configs, interpreting, launch
 from fastbp.backends.triton.configs import Tile
 from fastbp.backends.triton.launch import Launch
 from fastbp.problem import DTYPES, configure
@@ -220,6 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--activation", choices=list(ROWS), action="append", help="only this activation")
     parser.add_argument("--verbose", action="store_true", help="print every case, not only faults and one per tile")
     options = parser.parse_args(argv)
+    if interpreting():
+        parser.error("TRITON_INTERPRET is set, so nothing is compiled; unset it")
     activations = options.activation or [*(QUICK if options.quick else ROWS)]
     todo = list(cases(options.family or list(configs.FAMILIES), activations, options.quick))
     print(f"Triton {triton.__version__}: {len(todo)} compilations\n{HEAD}")

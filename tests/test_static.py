@@ -1,0 +1,108 @@
+"""benchmarks/static.py: it sees what is wrong with a kernel, and compiles what a launch would compile.
+
+In processes of their own, for whether triton interprets or compiles is settled when it is imported.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastbp
+from fastbp.backends import triton
+
+ROOT = Path(fastbp.__file__).parents[1]
+pytestmark = pytest.mark.skipif(triton.unavailable is not None, reason=f"triton: {triton.unavailable}")
+
+
+def python(*arguments, interpret="0"):
+    environment = dict(os.environ, TRITON_INTERPRET=interpret)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+FAULTS = """
+import json
+import torch
+from benchmarks.static import Case, Tile, examine
+
+def faults(family, kernel, *tile, activation="gelu", **traits):
+    return examine(Case(family, kernel, Tile(*tile, **traits), activation, torch.bfloat16)).faults
+
+print(json.dumps({
+    "sound": faults("sm_90", "forward", 128, 128, 64, 4, 3, parts=2, tma=True),
+    "spills": faults("sm_90", "gated_dgrad", 128, 128, 64, 8, 3, tma=True),
+    "shared memory": faults("sm_90", "forward", 128, 256, 64, 8, 5, parts=4, tma=True),
+    "slow products": faults("sm_90", "forward", 32, 64, 64, 4, 3, tma=True),
+    "slow products of Blackwell": faults("sm_100", "forward", 32, 64, 64, 4, 3, tma=True),
+}))
+"""
+
+
+def test_each_fault_is_seen():
+    done = python("-c", FAULTS)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["sound"] == []
+    assert "spills" in found["spills"][0] and "bytes of stack" in found["spills"][0]
+    assert "KiB of shared memory, of 227" in found["shared memory"][0]
+    assert found["slow products"][0] == "no HGMMA"
+    assert found["slow products of Blackwell"][0] == "no UTCHMMA"
+
+
+def test_a_fault_is_an_exit_code_and_a_line():
+    program = (
+        "import sys; from benchmarks import static; from fastbp.backends.triton import configs\n"
+        "bad = configs.Tile(128, 128, 64, 8, 3, tma=True)\n"
+        "configs.tiles = lambda kind, family: (bad,) if kind == 'gated_dgrad' else ()\n"
+        "sys.exit(static.main(['--quick', '--family', 'sm_90', '--activation', 'relu', '--activation', 'gelu']))"
+    )
+    done = python("-c", program)
+    assert done.returncode == 1
+    assert any("FAULT" in line and "128x128x64" in line for line in done.stdout.splitlines())
+    assert "without a fault" in done.stdout.splitlines()[-1]
+
+
+LAUNCHES = """
+import torch
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from benchmarks import static
+from benchmarks.static import DTYPES, SIXTEEN, Case, GPUTarget, configs, make_launch, source_of
+
+static.empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype)  # memory that is never touched
+backend = make_backend(GPUTarget("cuda", 90, 32))
+elementwise = ("activation", "gated_activation", "chain_rule", "gated_chain_rule", "column_sum")
+tiles = [(kind, tile) for kind in configs.KINDS for tile in configs.tiles(kind, "sm_90")]
+cases = [
+    *(Case("sm_90", kind, tile, "leaky_relu", SIXTEEN[0]) for kind, tile in tiles),
+    *(Case("sm_90", kind, None, "softplus", dtype) for kind in elementwise for dtype in DTYPES),
+]
+for case in cases:
+    launch = make_launch(case)
+    source = source_of(launch)
+    binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    _, specialized, options = binder(**launch.arguments, **launch.options)
+    for i, (param, (type_name, aligned)) in enumerate(zip(launch.kernel.params, specialized, strict=True)):
+        assert type_name.replace(" ", "") == source.signature[param.name].replace(" ", ""), (case, param.name)
+        assert type_name == "constexpr" or (aligned == "D") == ((i,) in source.attrs), (case, param.name)
+    assert options == launch.options, case
+print(len(cases))
+"""
+
+
+def test_what_is_compiled_is_what_a_launch_compiles():
+    """The types, constants and alignments that Triton finds in the arguments of a launch are those of the gate."""
+    done = python("-c", LAUNCHES)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) >= 40
+
+
+def test_under_the_interpreter_it_refuses():
+    done = python("-m", "benchmarks.static", "--quick", interpret="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET is set" in done.stderr

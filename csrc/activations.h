@@ -334,7 +334,7 @@ struct mish {
   static HD T grad(T dy, T z) {
     const auto e = prim::exp(prim::minimum(z, T(20.0)));
     const auto n = e * (e + T(2.0));
-    const auto t = n / (n + T(2.0));
+    const auto t = prim::select(z > T(20.0), T(1.0), n / (n + T(2.0)));
     return dy * (t + z * prim::sigmoid(z) * (T(1.0) - t * t));
   }
 };

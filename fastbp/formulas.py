@@ -250,7 +250,7 @@ def mish(z: Tensor) -> Tensor:
 def mish_grad(dy: Tensor, z: Tensor) -> Tensor:
     e = exp(minimum(z, 20.0))
     n = e * (e + 2.0)
-    t = n / (n + 2.0)
+    t = select(z > 20.0, 1.0, n / (n + 2.0))  # not a unit less where division is approximate: inf (1 - t²) must be NaN
     return dy * (t + z * sigmoid(z) * (1.0 - t * t))
 
 

@@ -10,7 +10,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Their assertions are to say what they compared, as those of the tests do.
-pytest.register_assert_rewrite("autograd_cases", "fusible", "graphs", "module_pairs", "refusals", "routes", "support")
+pytest.register_assert_rewrite(
+    "autograd_cases", "fusible", "graphs", "module_pairs", "refusals", "routes", "special_points", "support"
+)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Errors of values and gradients against float64, and where NaN and inf stand: at least as good as plain PyTorch."""
 
 import torch
+from special_points import EXACT, assert_one_of, at_special_points
 from support import (
     ACTIVATIONS,
     DTYPES,
@@ -13,8 +14,6 @@ from support import (
     grads,
     like,
     places,
-    special,
-    stock,
     tensors,
 )
 
@@ -38,10 +37,6 @@ def test_gradients_that_can_be_differentiated(form, activation, save, dtype):
     assert_accurate(form, activation, save, tensors(form, dtype, seed=1), create_graph=True)
 
 
-# From relu2's y the slope is lost where y over- or underflows, and the documentation says so.
-EXACT = [c for c in cases(ACTIVATIONS, [LINEAR_ACT, GATED_LINEAR_ACT]) if c[1].row.output_exact or c[2] != "output"]
-
-
 @each("dtype", [dtype for dtype in DTYPES if dtype != torch.float64])  # which has no yardstick finer than itself
 @each("mean", [-6, 6])
 @each(("activation", "save"), [(activation, save) for form, activation, save in EXACT if form is LINEAR_ACT])
@@ -53,41 +48,16 @@ def test_saturated_units(activation, save, mean, dtype):
     assert_accurate(LINEAR_ACT, activation, save, (x, weights, biases))
 
 
-def _widely(f):
-    """A composition of several kernels whose intermediates do not overflow before its result does."""
-    return lambda z: f(z.double()).to(z.dtype)
-
-
-def _at_special_points(form, activation, save, dtype, make_dy, **options):
-    """x, and y and dx for it by fastbp and by PyTorch in two ways, where every z is an entry of x, 64 times over."""
-    x = special(activation, dtype)[:, None].requires_grad_()
-    weights = [torch.ones(64, 1, dtype=dtype) for _ in range(form.width)]  # a sum over one feature is no sum
-    biases = [None] * form.width
-    f = stock(activation) if activation.row.aten_value else _widely(stock(activation))
-    ys = (
-        call(form, x, weights, biases, activation=activation, save=save),
-        eager(form, x, weights, biases, f),
-        # oneDNN's gelu(inf) is NaN, PyTorch's own is inf; a transposed tensor takes the latter.
-        eager(form, x, weights, biases, lambda z: f(z.mT).mT),
-    )
-    return x, [(y.detach(), *grads(y, [x], make_dy(y), **options)) for y in ys]
-
-
-def _assert_one_of(ours, theirs, others, x):
-    wrong = (ours != theirs) & (ours != others)
-    assert not wrong.any(), f"z = {x[wrong.any(1)].flatten().tolist()}"
-
-
 @each("dtype", DTYPES)
 @each(("form", "activation", "save"), EXACT)
 def test_nan_and_inf_stand_where_eager_has_them(form, activation, save, dtype):
     def dy(y):
         return like(y, seed=4).abs() / 64
 
-    x, results = _at_special_points(form, activation, save, dtype, dy)
+    x, results = at_special_points(form, activation, save, dtype, dy)
     for found in zip(*results, strict=True):
-        _assert_one_of(*map(places, found), x)
-    *_, differentiable = _at_special_points(form, activation, save, dtype, dy, create_graph=True)[1][0]
+        assert_one_of(*map(places, found), x)
+    *_, differentiable = at_special_points(form, activation, save, dtype, dy, create_graph=True)[1][0]
     unit = 16 * max(torch.finfo(t).eps for t in (dtype, torch.float32))  # PyTorch's hardsigmoid has a 1/6 of float32
     torch.testing.assert_close(differentiable, results[0][1], rtol=unit, atol=unit, equal_nan=True)
 
@@ -97,8 +67,8 @@ def test_nan_and_inf_stand_where_eager_has_them(form, activation, save, dtype):
 def test_an_overflow_above_is_seen_below_where_eager_shows_it(form, activation, save, dtype):
     """What a GradScaler looks for neither disappears nor appears."""
     for dy in (float("inf"), float("nan")):
-        x, results = _at_special_points(form, activation, save, dtype, lambda y, dy=dy: torch.full_like(y, dy))
-        _assert_one_of(*(dx.isfinite() for _, dx in results), x)
+        x, results = at_special_points(form, activation, save, dtype, lambda y, dy=dy: torch.full_like(y, dy))
+        assert_one_of(*(dx.isfinite() for _, dx in results), x)
 
 
 @each("dtype", DTYPES)

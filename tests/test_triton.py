@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from routes import TRITON_DEVICE, each_triton_route
+from special_points import EXACT, assert_one_of, at_special_points
 from support import (
     ACTIVATIONS,
     FEW,
@@ -15,6 +16,7 @@ from support import (
     flatten,
     grads,
     like,
+    places,
 )
 from support import tensors as draw
 
@@ -35,6 +37,21 @@ tensors = functools.partial(draw, device=TRITON_DEVICE)
 def test_every_activation(form, activation, save, dtype, triton_route):
     features = ALIGNED if form.projected else (19, 23, 17, 11)
     accurate(form, activation, save, tensors(form, dtype, seed=31, features=features))
+
+
+@each_triton_route("library", "fused")
+@each(("form", "activation", "save"), EXACT)
+def test_nan_and_inf_stand_where_eager_has_them(form, activation, save, dtype, triton_route):
+    where = dict(backend="triton", device=TRITON_DEVICE)
+    for dy in (None, float("inf"), float("nan")):
+
+        def make_dy(y, dy=dy):
+            return like(y, seed=4).abs() / 64 if dy is None else torch.full_like(y, dy)
+
+        x, results = at_special_points(form, activation, save, dtype, make_dy, **where)
+        same = places if dy is None else torch.isfinite
+        for found in list(zip(*results, strict=True))[0 if dy is None else 1 :]:
+            assert_one_of(*map(same, found), x)
 
 
 @each_triton_route("fused by pointers", "fused in parts", "fused, persistent")

@@ -261,7 +261,7 @@ def mish_value(z):
 def mish_grad(dy, z):
     e = exp(minimum(z, 20.0))
     n = e * (e + 2.0)
-    t = n / (n + 2.0)
+    t = select(z > 20.0, 1.0, n / (n + 2.0))
     return dy * (t + z * sigmoid(z) * (1.0 - t * t))
 
 

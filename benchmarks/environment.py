@@ -6,10 +6,12 @@ import ctypes
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,15 +21,28 @@ import fastbp
 from fastbp.backends import native
 
 RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
+# What nvidia-smi knows of a GPU that torch does not say.
+QUERIES = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 T = TypeVar("T")
 
 
-def write(path: Path, rows: list[dict[str, object]], command: list[str]) -> None:
+def folder_of(device: torch.device) -> str:
+    """Where in ``RESULTS`` the files of a device are: ``cpu``, or the name of the GPU, like ``nvidia-h200``."""
+    if device.type != "cuda":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def write(
+    path: Path, rows: list[dict[str, object]], command: list[str], device: torch.device = CPU, quiet: bool = False
+) -> None:
     """A result file: what it belongs to, and its rows. ``command`` is the module that measured, and its arguments."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"environment": environment(f"python -m {' '.join(command)}"), "rows": rows}
+    found = {"environment": environment(f"python -m {' '.join(command)}", device), "rows": rows}
     path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"written to {path}")
+    if not quiet:
+        print(f"written to {path}")
 
 
 def keep_freed_memory() -> None:
@@ -42,14 +57,42 @@ def keep_freed_memory() -> None:
             mallopt(setting, 1 << 30)
 
 
-def environment(command: str) -> dict[str, object]:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+def _said(*command: str) -> str:
+    """What a command prints; "" where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@lru_cache(maxsize=8)
+def gpu(device: torch.device) -> dict[str, object]:
+    """The GPU and what it is driven by. The clocks are those of the moment of the first call."""
+    found = torch.cuda.get_device_properties(device)
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = "none"
+    query = ["nvidia-smi", f"--id=GPU-{found.uuid}", f"--query-gpu={','.join(QUERIES)}", "--format=csv,noheader"]
+    answers = [answer.strip() for answer in _said(*query).split(",")]
+    return {
+        "gpu": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "triton": triton,
+        **(dict(zip(QUERIES, answers, strict=True)) if len(answers) == len(QUERIES) else {"driver_version": "unknown"}),
+    }
+
+
+def environment(command: str, device: torch.device = CPU) -> dict[str, object]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
         "date": date.today().isoformat(),
-        "commit": git.stdout.strip(),
+        "commit": _said("git", "rev-parse", "--short", "HEAD"),
         "command": command,
         "cpu": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": len(os.sched_getaffinity(0)),
@@ -58,8 +101,11 @@ def environment(command: str) -> dict[str, object]:
         "native": native.capability() if native.unavailable is None else native.unavailable,
         "python": platform.python_version(),
         "fastbp": fastbp.__version__,
+        **(gpu(device) if device.type == "cuda" else {}),
         # Settings of the environment under which PyTorch and fastbp choose other kernels.
-        "settings": {k: v for k, v in os.environ.items() if k.startswith(("FASTBP_", "ATEN_CPU", "ONEDNN_", "OMP_"))},
+        "settings": {
+            k: v for k, v in os.environ.items() if k.startswith(("FASTBP_", "TRITON_", "ATEN_CPU", "ONEDNN_", "OMP_"))
+        },
     }
 
 

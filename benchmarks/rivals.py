@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import fastbp
 from benchmarks.suites import Case
 from fastbp.activations import bind
+from fastbp.backends import triton
 from fastbp.forms import FORMS
 from fastbp.saving import legal_policies
 
@@ -64,8 +66,13 @@ def linears_alone(case: Case, linears: list[nn.Linear]) -> nn.Module:
     return Gated(linears, nn.Identity())
 
 
-def compiled(case: Case, linears: list[nn.Linear]) -> Callable[[Tensor], Tensor]:
-    return torch.compile(eager(case, linears))  # type: ignore[no-any-return]
+def compiled(mode: str | None = None) -> Callable[..., Callable[[Tensor], Tensor]]:
+    """torch.compile of eager, in this mode of its own."""
+
+    def make(case: Case, linears: list[nn.Linear]) -> Callable[[Tensor], Tensor]:
+        return torch.compile(eager(case, linears), mode=mode)  # type: ignore[no-any-return]
+
+    return make
 
 
 def fused(backend: str | None = None, save: str = "auto") -> Callable[..., Callable[[Tensor], Tensor] | None]:
@@ -73,6 +80,8 @@ def fused(backend: str | None = None, save: str = "auto") -> Callable[..., Calla
 
     def make(case: Case, linears: list[nn.Linear]) -> Callable[[Tensor], Tensor] | None:
         if save != "auto" and save not in legal_policies(bind(case.activation), FORMS[_FORMS[case.kind]]):
+            return None
+        if backend == "triton" and (triton.unavailable or not (linears[0].weight.is_cuda or triton.interpreting())):
             return None
         options = {"activation": case.activation, "save": save, "backend": backend, "dtype": case.dtype}
         first, last = case.features[0], case.features[-1]
@@ -94,22 +103,37 @@ def fused(backend: str | None = None, save: str = "auto") -> Callable[..., Calla
     return make
 
 
+BOTH, GPU = ("cpu", "cuda"), ("cuda",)
+
+
 @dataclass(frozen=True)
 class Rival:
-    """A row: how it is made, whether it computes what the case says, and whether it runs without being asked for."""
+    """A row: how it is made, whether it computes what the case says, and where it runs without being asked for."""
 
     make: Callable[..., Callable[[Tensor], Tensor] | None]
     same_function: bool = True
-    always: bool = True
+    always: tuple[str, ...] = BOTH
+    route: str | None = None  # of the Triton backend: ``choice.ROUTES``
+
+    def on_its_route(self) -> AbstractContextManager[None]:
+        """Where its calls, forward and backward, take the route that it is named for."""
+        if self.route is None:
+            return nullcontext()
+        from fastbp.backends.triton import choice  # imports Triton
+
+        return choice.forced(self.route)
 
 
 RIVALS: dict[str, Rival] = {
     "eager": Rival(eager),
     "eager again": Rival(eager),  # the same thing twice: what a difference must exceed to mean anything
     "linears alone": Rival(linears_alone, same_function=False),
-    "torch.compile": Rival(compiled),
+    "torch.compile": Rival(compiled()),
+    "torch.compile max-autotune": Rival(compiled("max-autotune-no-cudagraphs"), always=GPU),
     "fastbp": Rival(fused()),
-    "fastbp reference": Rival(fused("reference"), always=False),
-    "fastbp recompute": Rival(fused(save="recompute"), always=False),
-    "fastbp output": Rival(fused(save="output"), always=False),
+    "fastbp library": Rival(fused("triton"), always=GPU, route="library"),
+    "fastbp fused": Rival(fused("triton"), always=GPU, route="fused"),
+    "fastbp reference": Rival(fused("reference"), always=()),
+    "fastbp recompute": Rival(fused(save="recompute"), always=()),
+    "fastbp output": Rival(fused(save="output"), always=()),
 }

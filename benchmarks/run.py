@@ -5,78 +5,126 @@ short bursts beside the others. The table shows medians: milliseconds of a step,
 (in brackets the 20th and 80th percentile, turn by turn). ``eager again`` is the noise. A rival that is less accurate
 than twice eager's error is timed and marked; fastbp is not let off, and the exit code is 1. Results go to
 benchmarks/results/<device>/<suite>.json.
+
+With ``--device cuda`` the milliseconds are by events around bursts; beside them stand those of a replayed CUDA graph,
+which are the kernels' alone, and what a call costs the host. The inputs rotate over more copies than the L2 cache has
+room for.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.environment import RESULTS, keep_freed_memory, write
-from benchmarks.measure import bursts, prepare, summarise
+from benchmarks import cuda_clock
+from benchmarks.environment import RESULTS, folder_of, keep_freed_memory, write
+from benchmarks.measure import burst, bursts, on_cuda, prepare, summarise
 from benchmarks.rivals import RIVALS
-from benchmarks.suites import SUITES, Case
+from benchmarks.suites import SUITES, Case, suites_of
 
 
-def measure(case: Case, names: list[str], seconds: float) -> dict[str, object]:
+def measure(case: Case, names: list[str], seconds: float, device: torch.device) -> dict[str, object]:
     """One row of a result file."""
-    steps, accuracy = prepare(case, names)
-    times = bursts(steps, seconds)
-    rows = {name: summarise(t, times["eager"]) | accuracy.get(name, {}) for name, t in times.items()}
-    return {"case": case.name, "rivals": rows}
+    prepared = prepare(case, names, device)
+    cuda = device.type == "cuda"
+    times = bursts(prepared.steps, seconds, cuda_clock.burst if cuda else burst)
+    figures, ungraphed = on_cuda(prepared, seconds) if cuda else ({}, {})
+    rows = {
+        name: summarise(t, times["eager"]) | figures.get(name, {}) | prepared.accuracy.get(name, {})
+        for name, t in times.items()
+    }
+    remarks = {"left_out": prepared.left_out, "no_graph": ungraphed}
+    return {"case": case.name, "rivals": rows} | {remark: found for remark, found in remarks.items() if found}
 
 
 def print_row(row: dict[str, object]) -> None:
     """A case on the terminal."""
     print(row["case"])
     rivals: dict[str, dict[str, float]] = row["rivals"]  # type: ignore[assignment]
+    wide = max(18, *(len(name) + 1 for name in rivals))
     for name, r in rivals.items():
         spread = f"({r['over_eager_p20']:.2f} to {r['over_eager_p80']:.2f})"
-        note = "" if r.get("accurate", True) else "  less accurate than eager allows"
-        print(f"  {name:18}{r['ms']:10.3f} ms   {r['over_eager']:6.2f} × eager {spread}{note}", flush=True)
+        note = ""
+        if "host_ms" in r:
+            note += f"   host {r['host_ms']:7.3f} ms"
+        if "graph_ms" in r:
+            note += f"   graph {r['graph_ms']:10.3f} ms"
+        if "graph_over_eager" in r:
+            note += f"   {r['graph_over_eager']:6.2f} × eager"
+        note += "" if r.get("accurate", True) else "  less accurate than eager allows"
+        print(f"  {name:{wide}}{r['ms']:10.3f} ms   {r['over_eager']:6.2f} × eager {spread}{note}", flush=True)
+    for remark, words in (("left_out", "left out"), ("no_graph", "has no CUDA graph")):
+        found: dict[str, str] = row.get(remark, {})  # type: ignore[assignment]
+        for name, reason in found.items():
+            print(f"  {name:{wide}}{words}: {reason}", flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with what they leave open filled in for the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--suite", choices=list(SUITES), action="append", help="may be given more than once; all if not"
     )
     parser.add_argument(
         "--rival", choices=list(RIVALS), action="append", help="beside eager; those for every run if not"
     )
+    parser.add_argument("--skip", choices=list(RIVALS), action="append", default=[], help="a rival to leave out")
     parser.add_argument("--case", default="", help="only cases whose name has this in it; nothing written")
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each rival of a case")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no new case begins")
     parser.add_argument("--quick", action="store_true", help="0.1 seconds each, no torch.compile, nothing written")
     parser.add_argument("--output", type=Path, help="a folder for the result files, also for --quick and --case")
     arguments = parser.parse_args(argv)
-    names = ["eager", *(arguments.rival or [n for n, r in RIVALS.items() if r.always and n != "eager"])]
-    seconds = arguments.seconds
-    # A result file holds a whole suite: a part of one goes only where it is sent.
-    output = arguments.output or (None if arguments.quick or arguments.case else RESULTS / arguments.device)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU that torch can use; `python -m fastbp doctor` says more")
+    arguments.suite = arguments.suite or suites_of(arguments.device)
+    only_gpu = [suite for suite in arguments.suite if suite in suites_of("cuda")]
+    if arguments.device == "cpu" and only_gpu:
+        parser.error(f"--suite {only_gpu[0]} is for a GPU; for a CPU there are {', '.join(suites_of('cpu'))}")
+    if "eager" in arguments.skip:
+        parser.error("--skip eager: every other rival is compared with it")
+    names = ["eager", *(arguments.rival or [n for n, r in RIVALS.items() if arguments.device in r.always])]
     if arguments.quick:
-        seconds = 0.1
-        names = [name for name in names if name != "torch.compile"]
+        arguments.seconds = 0.1
+        arguments.skip += [name for name in names if name.startswith("torch.compile")]
+    arguments.names = [name for name in dict.fromkeys(names) if name not in arguments.skip]
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    start = time.monotonic()
+    arguments = parse(argv)
+    device = torch.device(arguments.device, 0 if arguments.device == "cuda" else None)
+    # A result file holds a whole suite: a part of one goes only where it is sent.
+    output = arguments.output or (None if arguments.quick or arguments.case else RESULTS / folder_of(device))
+    command = ["benchmarks.run", *(argv if argv is not None else sys.argv[1:])]
     keep_freed_memory()
     failed = False
-    for suite in arguments.suite or SUITES:
-        rows = []
+    for suite in arguments.suite:
+        rows: list[dict[str, object]] = []
         for case in SUITES[suite]:
             if arguments.case not in case.name:
                 continue
+            if time.monotonic() - start > arguments.limit:
+                print(f"{case.name}: not measured, {arguments.limit:.0f} s are over", flush=True)
+                continue
             torch._dynamo.reset()
             try:
-                rows.append(measure(case, names, seconds))
+                rows.append(measure(case, arguments.names, arguments.seconds, device))
             except AssertionError as error:  # a wrong result is not worth timing
                 print(f"  {error}", file=sys.stderr)
                 failed = True
                 continue
             print_row(rows[-1])
+            if output is not None:  # now, should this process be ended before the last case
+                write(output / f"{suite}.json", rows, command, device, quiet=True)
         if output is not None and rows:
-            write(output / f"{suite}.json", rows, ["benchmarks.run", *(argv if argv is not None else sys.argv[1:])])
+            print(f"written to {output / suite}.json")
     return int(failed)
 
 

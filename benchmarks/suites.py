@@ -1,4 +1,7 @@
-"""What is measured: one table of cases for each suite."""
+"""What is measured: one table of cases for each suite. A suite named gpu_... is for a GPU, and runs nowhere else.
+
+Of those the cases that say most come first, because a machine with a GPU may be lent for minutes.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,27 @@ class Case:
         return f"{self.kind} {self.rows}×{sizes} {self.activation} {dtype}"
 
 
-FLOAT, BFLOAT = torch.float32, torch.bfloat16
+FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
+WIDTHS = (768, 1024, 2048, 4096)  # of models, with a hidden layer four times as wide
+GATED_WIDTHS = ((4096, 14336), (2048, 5632))  # of models with SwiGLU, and their hidden layers
 LAYER_SHAPES = ((2048, (768, 3072)), (512, (768, 3072)), (4096, (256, 256)), (8192, (64, 64)))
 EDGES = (
     *((rows, (width, width)) for rows in (1, 16, 64) for width in (8, 64, 256, 1024, 4096)),
     *((rows, (width, width)) for rows in (1024, 65536) for width in (8, 64, 256)),
     *((1, (768, 3072)), (128, (3072, 768)), (1024, (1024, 1024)), (256, (4096, 4096)), (4096, (8, 1024))),
+)
+GPU_EDGES = (
+    *(("layer", 1, (width, width)) for width in (8, 1024, 4096)),
+    *(("layer", 64, (width, 4 * width)) for width in (64, 1024, 4096)),
+    ("layer", 1000, (1000, 1001)),
+    ("layer", 4097, (769, 3001)),
+    ("layer", 8192, (4096, 64)),
+    ("layer", 1 << 18, (64, 64)),
+    ("mlp", 4, (8, 8, 8)),
+    ("mlp", 1024, (256,) * 4),
+    ("mlp", 65536, (64,) * 6),
+    ("gated_mlp", 333, (500, 1300, 500)),
 )
 
 SUITES: dict[str, tuple[Case, ...]] = {
@@ -37,7 +55,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case("layer", rows, features, activation, dtype)
         for dtype in (FLOAT, BFLOAT)
         for rows, features in LAYER_SHAPES
-        for activation in ("gelu", "gelu_tanh", "silu", "relu")
+        for activation in ACTIVATIONS
     ),
     "edges": tuple(Case("layer", *edge, dtype=dtype) for dtype in (FLOAT, BFLOAT) for edge in EDGES),
     "blocks": tuple(
@@ -65,7 +83,25 @@ SUITES: dict[str, tuple[Case, ...]] = {
         for kind, sizes in (("layer", 2), ("mlp", 3))
         for activation in ("gelu", "silu", "relu")
     ),
+    "gpu_layers": tuple(
+        Case("layer", rows, (width, 4 * width), activation, dtype)
+        for dtype in (BFLOAT, HALF)
+        for rows in (8192, 16384)
+        for activation in ACTIVATIONS
+        for width in WIDTHS
+    ),
+    "gpu_blocks": (
+        *(Case("mlp", 8192, (width, 4 * width, width), dtype=BFLOAT) for width in WIDTHS),
+        *(Case("gated_mlp", 8192, (width, hidden, width), "silu", BFLOAT) for width, hidden in GATED_WIDTHS),
+    ),
+    "gpu_edges": tuple(Case(*edge, dtype=dtype) for dtype in (BFLOAT, FLOAT) for edge in GPU_EDGES),
 }
+
+
+def suites_of(device: str) -> list[str]:
+    """The suites that are for this kind of device."""
+    return [suite for suite in SUITES if suite.startswith("gpu_") == (device == "cuda")]
+
 
 # For benchmarks/memory.py: an activation of which z is kept, and one of which y is enough.
 MEMORY: tuple[Case, ...] = tuple(

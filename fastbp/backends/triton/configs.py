@@ -36,8 +36,13 @@ class Tile:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How it is compiled. FP fusion is said aloud, because its default changes with Triton 3.10."""
-        return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
+        """How it is compiled.
+
+        FP fusion is said aloud, because its default changes with Triton 3.10. So are all registers that a thread may
+        have: told nothing, ptxas spills a few where it reckons that more blocks would then fit.
+        """
+        options = dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
+        return options if self.pingpong else options | dict(maxnreg=255)
 
     @property
     def name(self) -> str:
@@ -90,10 +95,10 @@ _HOPPER: dict[str, tuple[Tile, ...]] = {
     ),
     "gated_forward": (
         Tile(128, 128, 64, 8, 3, parts=2, tma=True, persistent=True),
-        Tile(128, 64, 64, 4, 3, tma=True, blocks_per_sm=2),
+        Tile(128, 64, 64, 4, 3, parts=2, tma=True, blocks_per_sm=2),
     ),
     "dgrad": (
-        Tile(128, 256, 64, 8, 3, parts=4, tma=True, persistent=True),
+        Tile(128, 256, 64, 8, 3, parts=8, tma=True, persistent=True),
         Tile(128, 128, 64, 8, 3, parts=2, tma=True),
         Tile(128, 64, 64, 4, 3, parts=2, tma=True, blocks_per_sm=2),
     ),
@@ -114,7 +119,7 @@ _BLACKWELL: dict[str, tuple[Tile, ...]] = {
         Tile(128, 64, 64, 4, 3, parts=2, tma=True),
     ),
     "dgrad": (
-        Tile(128, 256, 64, 8, 3, parts=4, tma=True),
+        Tile(128, 256, 64, 8, 3, parts=8, tma=True),
         Tile(128, 128, 64, 8, 3, parts=4, tma=True),
         Tile(128, 64, 64, 8, 3, parts=2, tma=True),
     ),

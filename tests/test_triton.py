@@ -62,10 +62,13 @@ def test_every_route(form, activation, save, dtype, triton_route):
 
 
 @each_triton_route()
-@each(("rows", "features"), [(1, (16, 32, 16, 32)), (16, (1, 33, 8, 1)), (33, (130, 17, 64, 5)), (70, (8, 40, 72, 24))])
+@each(
+    ("rows", "features"),
+    [((), ALIGNED), (1, (16, 32, 16, 32)), (16, (1, 33, 8, 1)), (33, (130, 17, 64, 5)), (70, (8, 40, 72, 24))],
+)
 @each("form", FORMS.values())
 def test_sizes_around_every_edge(form, rows, features, dtype, triton_route):
-    """One row, less and more than a tile; features at and around a tile; a reduction of one number and of many."""
+    """A vector, one row, less and more than a tile; features at and around a tile; a reduction of one number and of many."""
     accurate(form, GELU, "preact", tensors(form, dtype, seed=33, rows=rows, features=features))
 
 

@@ -24,7 +24,9 @@ from fastbp.backends.triton.configs import Tile
 from fastbp.backends.triton.launch import describable
 
 ROUTES = ("eager", "library", "fused")
-SMALL = 1 << 18  # numbers of a hidden layer below which a call is the host's work; by arithmetic, not yet measured
+# Numbers of the widest hidden layer below which PyTorch serves: a step of a layer then takes a GPU less than about 0.1
+# ms, and the host, to which a launch of Triton's costs more than one of PyTorch's, sets the pace. Not yet measured.
+SMALL = 1 << 22
 
 # (family, product) of the fused kernels that were run and found right on that architecture: docs/gpu-status.md.
 # An unmeasured call takes no others.

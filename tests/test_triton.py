@@ -68,7 +68,7 @@ def test_every_route(form, activation, save, dtype, triton_route):
 )
 @each("form", FORMS.values())
 def test_sizes_around_every_edge(form, rows, features, dtype, triton_route):
-    """A vector, one row, less and more than a tile; features at and around a tile; a reduction of one number and of many."""
+    """A vector, one row, less and more than a tile; features at and around one; sums of one number and of many."""
     accurate(form, GELU, "preact", tensors(form, dtype, seed=33, rows=rows, features=features))
 
 

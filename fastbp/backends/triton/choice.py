@@ -25,8 +25,8 @@ from fastbp.backends.triton.launch import describable
 
 ROUTES = ("eager", "library", "fused")
 # Numbers of the widest hidden layer below which PyTorch serves: a step of a layer then takes a GPU less than about 0.1
-# ms, and the host, to which a launch of Triton's costs more than one of PyTorch's, sets the pace. By arithmetic, not yet
-# measured; what was measured of single products changes nothing below it.
+# ms, and the host sets the pace, to which a launch of Triton's costs more than one of PyTorch's. By arithmetic, and not
+# yet measured; what was measured of single products changes nothing below it.
 SMALL = 1 << 22
 
 # (family, product) of the fused kernels that were run and found right on that architecture: docs/gpu-status.md.

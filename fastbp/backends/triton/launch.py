@@ -63,9 +63,15 @@ class Launch:
 
 
 def describable(*matrices: Tensor | None) -> bool:
-    """Whether TMA descriptors can say where these lie: 16-byte rows, adjacent columns."""
+    """Whether TMA descriptors can say where these lie: adjacent columns, rows apart and beginning at 16 bytes."""
     return all(
-        t is None or (t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0)
+        t is None
+        or (
+            t.stride(1) == 1
+            and t.stride(0) >= t.shape[1]  # not one row for all, as of a gradient that was expanded
+            and t.stride(0) * t.itemsize % 16 == 0
+            and t.data_ptr() % 16 == 0
+        )
         for t in matrices
     )
 
@@ -76,7 +82,7 @@ def _fused(
 ) -> Launch:  # fmt: skip
     """A launch of one of the products. ``tensors`` come with the block that a descriptor of theirs has, if any."""
     m, n, k = sizes
-    tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
+    tiles = tile.count(m, n)
     if tile.tma:
         described = {
             name: t if t is None or block is None else TensorDescriptor.from_tensor(t, list(block))

@@ -22,6 +22,7 @@ from fastbp.backends import native
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
+NOT_MEASURED = ": not measured, the time is up"  # printed after a case's name; benchmarks.gpu counts them
 # What nvidia-smi knows of a GPU that torch does not say.
 QUERIES = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 T = TypeVar("T")
@@ -73,7 +74,12 @@ def gpu(device: torch.device) -> dict[str, object]:
         from triton import __version__ as triton
     except ImportError:
         triton = "none"
-    query = ["nvidia-smi", f"--id=GPU-{found.uuid}", f"--query-gpu={','.join(QUERIES)}", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        f"--id=GPU-{str(found.uuid).removeprefix('GPU-')}",
+        f"--query-gpu={','.join(QUERIES)}",
+        "--format=csv,noheader",
+    ]
     answers = [answer.strip() for answer in _said(*query).split(",")]
     return {
         "gpu": found.name,

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cuda_clock
-from benchmarks.environment import RESULTS, folder_of, keep_freed_memory, write
+from benchmarks.environment import NOT_MEASURED, RESULTS, folder_of, keep_freed_memory, write
 from benchmarks.measure import burst, bursts, on_cuda, prepare, summarise
 from benchmarks.rivals import RIVALS
 from benchmarks.suites import SUITES, Case, suites_of
@@ -37,8 +37,9 @@ def measure(case: Case, names: list[str], seconds: float, device: torch.device) 
         name: summarise(t, times["eager"]) | figures.get(name, {}) | prepared.accuracy.get(name, {})
         for name, t in times.items()
     }
-    remarks = {"left_out": prepared.left_out, "no_graph": ungraphed}
-    return {"case": case.name, "rivals": rows} | {remark: found for remark, found in remarks.items() if found}
+    remarks = {"left_out": prepared.left_out, "broken": prepared.broken, "no_graph": ungraphed}
+    copies = {"copies": prepared.copies} if cuda else {}
+    return {"case": case.name, **copies, "rivals": rows} | {key: found for key, found in remarks.items() if found}
 
 
 def print_row(row: dict[str, object]) -> None:
@@ -57,7 +58,7 @@ def print_row(row: dict[str, object]) -> None:
             note += f"   {r['graph_over_eager']:6.2f} × eager"
         note += "" if r.get("accurate", True) else "  less accurate than eager allows"
         print(f"  {name:{wide}}{r['ms']:10.3f} ms   {r['over_eager']:6.2f} × eager {spread}{note}", flush=True)
-    for remark, words in (("left_out", "left out"), ("no_graph", "has no CUDA graph")):
+    for remark, words in (("left_out", "left out"), ("broken", "is broken"), ("no_graph", "has no CUDA graph")):
         found: dict[str, str] = row.get(remark, {})  # type: ignore[assignment]
         for name, reason in found.items():
             print(f"  {name:{wide}}{words}: {reason}", flush=True)
@@ -68,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
-        "--suite", choices=list(SUITES), action="append", help="may be given more than once; all if not"
+        "--suite", choices=list(SUITES), action="append", help="may be given more than once; all for the device if not"
     )
     parser.add_argument(
         "--rival", choices=list(RIVALS), action="append", help="beside eager; those for every run if not"
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.case not in case.name:
                 continue
             if time.monotonic() - start > arguments.limit:
-                print(f"{case.name}: not measured, {arguments.limit:.0f} s are over", flush=True)
+                print(f"{case.name}{NOT_MEASURED}", flush=True)
                 continue
             torch._dynamo.reset()
             try:
@@ -120,6 +121,11 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  {error}", file=sys.stderr)
                 failed = True
                 continue
+            except Exception as error:  # the other cases are still worth it
+                print(f"  {case.name}: {type(error).__name__}: {error}", file=sys.stderr)
+                failed = True
+                continue
+            failed = failed or "broken" in rows[-1]
             print_row(rows[-1])
             if output is not None:  # now, should this process be ended before the last case
                 write(output / f"{suite}.json", rows, command, device, quiet=True)

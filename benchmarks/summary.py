@@ -1,0 +1,106 @@
+"""What a run on a GPU found, in one page: its stages, and of every ratio the worst first."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+SHOWN = 10  # rows of a table
+FACTS = (
+    "gpu", "capability", "multiprocessors", "memory_gib", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit",
+    "cpu", "cuda", "torch", "triton", "python", "fastbp", "native", "commit", "date", "command",
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+def summary(output: Path, facts: dict[str, Any], stages: dict[str, dict[str, Any]], dry: bool) -> str:
+    """The page, of the result files in a folder; ``facts`` as in them, of the run that writes it."""
+    title = "A dry run without a GPU: no figure here means anything" if dry else f"GPU run: {facts.get('gpu')}"
+    parts = [f"# {title}\n", "".join(f"- {key}: {facts[key]}\n" for key in FACTS if facts.get(key) not in (None, ""))]
+    rows = [
+        [name, s["outcome"] + ("" if s["required"] else " (not required)"), f"{s['seconds']:.0f}", s["note"], s["date"]]
+        for name, s in stages.items()
+    ]
+    parts.append("## Stages\n\n" + table(["stage", "outcome", "seconds", "", "date"], rows))
+    for path in sorted(output.glob("*.json")):
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or "rows" not in content or not content["rows"]:
+            continue
+        found = content["environment"]
+        of = f"commit {found['commit']}, {found['date']}"
+        parts += _kernels(content["rows"], of) if path.stem == "kernels" else [_suite(path.stem, content["rows"], of)]
+    return "\n".join(parts)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown; the worst rows of many."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n" for cells in lines)
+
+
+def worst(head: list[str], rows: list[tuple[float, list[str]]]) -> str:
+    """A table of the lowest figures, and the line that says of how many."""
+    rows = sorted(rows, key=lambda row: row[0])
+    figures = [figure for figure, _ in rows]
+    line = (
+        f"{len(rows)} in all: worst, median, best {figures[0]:.2f}, {statistics.median(figures):.2f}, {figures[-1]:.2f}"
+    )
+    return table(head, [cells for _, cells in rows[:SHOWN]]) + f"\n{line}\n"
+
+
+def _suite(suite: str, rows: list[Row], of: str) -> str:
+    """fastbp over eager, by events; beside it by the replayed graph, what is noise, and the rivals."""
+    beside = ("eager again", "torch.compile", "torch.compile max-autotune", "fastbp library", "fastbp fused")
+    found = []
+    for row in rows:
+        rivals = row["rivals"]
+        mine = rivals.get("fastbp")
+        if mine is None:
+            continue
+        figures = [mine["over_eager"], mine.get("graph_over_eager")]
+        figures += [rivals.get(name, {}).get("over_eager") for name in beside]
+        cells = ["" if figure is None else f"{figure:.2f}" for figure in figures]
+        found.append((mine["over_eager"], [row["case"], f"{mine['ms']:.3f}", *cells]))
+    head = ["case", "fastbp, ms", "× eager", "× eager in a graph", *beside]
+    heading = f"## {suite}: eager's time over fastbp's ({of})\n\n"
+    remarks = {
+        f"- {name} {words}: {reason} ({row['case']})\n"
+        for row in rows
+        for key, words in (("broken", "is BROKEN"), ("left_out", "was left out"), ("no_graph", "has no graph"))
+        for name, reason in row.get(key, {}).items()
+    }
+    return (
+        heading
+        + (worst(head, found) if found else "")
+        + "".join(sorted(remarks, key=lambda r: "BROKEN" not in r)[:SHOWN])
+    )
+
+
+def _kernels(rows: list[Row], of: str) -> list[str]:
+    """Products of ours over PyTorch's, and elementwise kernels over a copy."""
+    parts = []
+    products = [row for row in rows if "over_library" in row]
+    if products:
+        keys = ("over_library", "over_library_again", "over_eager", "over_gemm")
+        found = [
+            (row["over_library"], [row["case"], row["best_tile"], *(f"{row[key]:.2f}" for key in keys)])
+            for row in products
+        ]
+        head = ["product", "best tile", "× library", "× library again", "× eager", "× the product alone"]
+        parts.append(f"## The time of others over the best fused tile's ({of})\n\n{worst(head, found)}")
+    refused = [
+        f"- {row['case']}: {name}: {reason}\n" for row in rows for name, reason in row.get("refused", {}).items()
+    ]
+    if refused:
+        parts.append(f"## Candidates that were refused ({of})\n\n{''.join(refused)}")
+    passes = [
+        (row["of_copy"], [row["case"], f"{row['ms']:.4f}", f"{row['gb_per_s']:.0f}", f"{row['of_copy']:.2f}"])
+        for row in rows
+        if "of_copy" in row
+    ]
+    if passes:
+        head = ["elementwise kernel", "ms", "GB/s", "of a copy"]
+        parts.append(f"## Elementwise kernels, of the bandwidth of a copy ({of})\n\n{worst(head, passes)}")
+    return parts

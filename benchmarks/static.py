@@ -67,18 +67,20 @@ class Found:
     spills: int
     shared: int  # KiB
     matrix: int  # instructions of the tensor cores
+    form: str  # their shape
     waits: str  # how many products may be under way at each wait, of sm_90
     epilogue: float | None  # instructions an element after the last product
     faults: tuple[str, ...]
 
     def __str__(self) -> str:
         epilogue = "     " if self.epilogue is None else f"{self.epilogue:5.1f}"
-        numbers = f"{self.registers:4} {self.spills:6} {self.shared:5} KiB {self.matrix:4} {self.waits:>5} {epilogue}"
-        return numbers + "".join(f"  FAULT: {fault}" for fault in self.faults)
+        numbers = f"{self.registers:4} {self.spills:6} {self.shared:5} KiB"
+        products = f"{self.matrix:4} {self.form:10} {self.waits:>5}"
+        return f"{numbers} {products} {epilogue}" + "".join(f"  FAULT: {fault}" for fault in self.faults)
 
 
 HEAD = f"{'family':7} {'kernel':17} {'tile':38} {'activation':12} {'dtype':5} {'policy':6}"
-HEAD += " regs spills    shared  mma waits ops/el"
+HEAD += " regs spills    shared  mma form       waits ops/el"
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -161,6 +163,7 @@ def examine(case: Case, count_epilogue: bool = False, n: int = N) -> Found:
     registers, stack, code = disassemble(compiled)
     spills = sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code)
     matrix = [i for i, line in enumerate(code) if re.search(rf"\b{MATRIX[case.family]}\b", line)]
+    forms = sorted({found[1] for i in matrix if (found := re.search(r"MMA\.(\d[\dx]*)", code[i]))})
     ptx = compiled.asm["ptx"]
     waits = ",".join(sorted(set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx))))
     shared = -(-compiled.metadata.shared // 1024)
@@ -178,7 +181,7 @@ def examine(case: Case, count_epilogue: bool = False, n: int = N) -> Found:
     epilogue = None
     if case.tile and count_epilogue:
         epilogue = _epilogue(case, case.tile, code, matrix)
-    return Found(registers, spills, shared, len(matrix), waits, epilogue, tuple(faults))
+    return Found(registers, spills, shared, len(matrix), ",".join(forms), waits, epilogue, tuple(faults))
 
 
 def _epilogue(case: Case, tile: Tile, code: list[str], matrix: list[int]) -> float:

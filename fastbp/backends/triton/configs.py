@@ -17,8 +17,8 @@ class Tile:
     """The block of a product that one program computes, and how.
 
     ``parts``: the epilogue runs on so many parts of the columns, one after the other, for registers.
-    ``persistent``: as many programs as the GPU holds, ``blocks_per_sm`` on each multiprocessor, which take one tile
-    after another.
+    ``persistent``: as many programs as the GPU holds, which take one tile after another. ``blocks_per_sm``: so many
+    programs on a multiprocessor have room in its registers.
     ``pingpong``: the kernel of ``pingpong.py``, which has no other tile than its own.
     """
 
@@ -38,11 +38,12 @@ class Tile:
     def options(self) -> dict[str, Any]:
         """How it is compiled.
 
-        FP fusion is said aloud, because its default changes with Triton 3.10. So are all registers that a thread may
+        FP fusion is said aloud, because its default changes with Triton 3.10. So are the registers that a thread may
         have: told nothing, ptxas spills a few where it reckons that more blocks would then fit.
         """
         options = dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
-        return options if self.pingpong else options | dict(maxnreg=255)
+        registers = 65536 // (32 * self.warps * self.blocks_per_sm) // 8 * 8
+        return options if self.pingpong else options | dict(maxnreg=min(255, registers))
 
     @property
     def name(self) -> str:
@@ -80,10 +81,18 @@ class Strip:
 # For each family of architectures and each product: the tile for large results first, then smaller ones.
 # Ampere, Ada, consumer Blackwell (48 to 72 of at least 99 KB of shared memory); and whatever TMA cannot describe.
 _POINTERS: dict[str, tuple[Tile, ...]] = {
-    "forward": (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4), Tile(64, 64, 32, 4, 4)),
-    "gated_forward": (Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 4)),
-    "dgrad": (Tile(128, 128, 32, 8, 4, parts=2), Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 4, parts=2)),
-    "gated_dgrad": (Tile(128, 64, 32, 8, 4, parts=2), Tile(64, 64, 32, 4, 4, parts=4)),
+    "forward": (
+        Tile(128, 128, 32, 4, 4, parts=4, blocks_per_sm=2),
+        Tile(128, 64, 32, 4, 4, blocks_per_sm=2),
+        Tile(64, 64, 32, 4, 4, blocks_per_sm=4),
+    ),
+    "gated_forward": (Tile(128, 64, 32, 4, 4, parts=2, blocks_per_sm=2), Tile(64, 64, 32, 4, 4, blocks_per_sm=3)),
+    "dgrad": (
+        Tile(128, 128, 32, 8, 4, parts=2),
+        Tile(128, 64, 32, 8, 4),
+        Tile(64, 64, 32, 4, 4, parts=2, blocks_per_sm=2),
+    ),
+    "gated_dgrad": (Tile(128, 64, 32, 8, 4, parts=2), Tile(64, 64, 32, 4, 4, parts=4, blocks_per_sm=2)),
 }
 # Hopper. 128x256 has the most arithmetic for each byte of shared memory; two blocks of a smaller tile on a
 # multiprocessor hide one's epilogue behind the other's product, which counts where K is short.

@@ -56,7 +56,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         tile = self.tile.name if self.tile else ""
         policy = "output" if self.from_output else ""
-        return f"{self.family:7} {self.kernel:17} {tile:38} {self.activation:12} {TYPES[self.dtype]:5} {policy:6}"
+        return f"{self.family:7} {self.kernel:17} {tile:41} {self.activation:12} {TYPES[self.dtype]:5} {policy:6}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Found:
         return f"{numbers} {products} {epilogue}" + "".join(f"  FAULT: {fault}" for fault in self.faults)
 
 
-HEAD = f"{'family':7} {'kernel':17} {'tile':38} {'activation':12} {'dtype':5} {'policy':6}"
+HEAD = f"{'family':7} {'kernel':17} {'tile':41} {'activation':12} {'dtype':5} {'policy':6}"
 HEAD += " regs spills    shared  mma form       waits ops/el"
 
 

@@ -17,9 +17,14 @@ from typing import Any
 
 
 def folder() -> Path:
-    """Where the files are."""
+    """Where the files are. OSError for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastbp"
+    if base:
+        return Path(base) / "fastbp"
+    try:
+        return Path.home() / ".cache" / "fastbp"
+    except RuntimeError:
+        raise OSError("this user has no home; set XDG_CACHE_HOME to a folder of your own") from None
 
 
 def refusal(path: Path) -> str | None:
@@ -45,8 +50,9 @@ def _warn_once(text: str) -> None:
 
 def read(name: str) -> dict[str, Any]:
     """What the file of this name holds; {} where there is none or, with a warning, where it cannot be used."""
-    path = folder() / name
+    path = Path(name)
     try:
+        path = folder() / name
         if not path.is_file():
             return {}
         reason = refusal(path.parent)
@@ -55,7 +61,7 @@ def read(name: str) -> dict[str, Any]:
             if isinstance(content, dict):
                 return content
             reason = f"{path} does not hold a JSON object; delete it"
-    except ValueError:  # JSON or UTF-8
+    except (ValueError, RecursionError):  # JSON, UTF-8, or lists in lists without end
         reason = f"{path} is not JSON; delete it"
     except OSError as error:
         reason = str(error)
@@ -65,8 +71,8 @@ def read(name: str) -> dict[str, Any]:
 
 def write(name: str, content: dict[str, Any]) -> bool:
     """Put a file of this name in place of what there was; False, with a warning, where that is not possible."""
-    path = folder() / name
     try:
+        path = folder() / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         reason = refusal(path.parent)
         if reason is None:

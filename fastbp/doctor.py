@@ -81,16 +81,13 @@ def _gpu(device: torch.device) -> str:
     reason = triton.refusal(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
     if reason:
         return f"GPU {device.index}: {reason}"
-    from fastbp import cache  # not before there is a GPU: what follows imports triton
-    from fastbp.backends.triton import choice, tuning
+    from fastbp.backends.triton import choice, tuning  # not before there is a GPU, for this imports triton
 
     family, processors = choice.device_of(device)
     proven = ", ".join(sorted(kind for at, kind in choice.PROVEN if at == family)) or "none yet"
-    name = tuning.file_name(tuning.environment(device))
-    measured = len(cache.read(name).get("fastest", {}))
     return (
         f"GPU {device.index}: {processors} multiprocessors, tiles of {family}; products of ours taken unmeasured: "
-        f"{proven}; measured: {measured}, in {cache.folder() / name}"
+        f"{proven}; measured: {tuning.inventory(device)}"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -31,7 +32,7 @@ def find_unavailable(version: str | None) -> str | None:
     needed = ".".join(map(str, OLDEST_TRITON))
     if version is None:
         return f"Triton is not installed, and {needed} or newer is needed; `{INSTALL}`"
-    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < OLDEST_TRITON:
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TRITON:
         return f"Triton {version} is too old, {needed} or newer is needed; `{INSTALL}`"
     return None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbp.activations import bind
-from fastbp.backends.triton import choice, configs, interpreting, layers, tuning
+from fastbp.backends.triton import choice, configs, interpreting, launch, layers, tuning
 from fastbp.backends.triton.configs import Tile
 from fastbp.problem import Config, configure
 
@@ -62,7 +62,11 @@ def tune(
     steps: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
+    described = launch.describable(*(t for t in product.operands if t.dim() == 2)) and sizes[1] % 8 == 0
     for name, tile in candidates(kind, device, pingpong).items():
+        if tile is not None and tile.tma and not described:
+            refused[name] = "TMA cannot describe matrices of these sizes: rows do not begin at 16 bytes"
+            continue
         step = _under(tile, product.run)
         try:
             found = [t for t in step() if t is not None]

@@ -73,14 +73,16 @@ def rounded(x, dtype: tl.constexpr):
     """x, of float32 or float64, rounded to the nearest of ``dtype``.
 
     To 16 bits by the instruction that rounds two: the compiler takes the one for one, 16 a cycle and multiprocessor,
-    where the result is read again. The interpreter's own cast to bfloat16 cuts off, so there nothing is left to cut.
+    where the result is read again. The interpreter's own cast to bfloat16 cuts off and gets subnormal numbers wrong, so
+    there the bits are made by hand.
     """
     if INTERPRETED:
         if dtype == tl.bfloat16:
             bits = x.to(tl.int32, bitcast=True)
-            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-            x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
-        y = x.to(dtype)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            y = tl.where(x == x, nearest, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        else:
+            y = x.to(dtype)
     elif dtype == tl.bfloat16:
         y = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, True, 2)
     elif dtype == tl.float16:

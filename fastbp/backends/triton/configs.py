@@ -49,7 +49,8 @@ class Tile:
     def name(self) -> str:
         """Short and unique, for tables and for the cache."""
         traits = ("tma", "persistent", "pingpong")
-        words = [f"{self.block_m}x{self.block_n}x{self.block_k}", f"{self.warps}w", f"{self.stages}s", f"{self.parts}p"]
+        numbers = f"{self.warps}w", f"{self.stages}s", f"{self.parts}p", f"{self.blocks_per_sm}b"
+        words = [f"{self.block_m}x{self.block_n}x{self.block_k}", *numbers]
         return " ".join([*words, *(trait for trait in traits if getattr(self, trait))])
 
     def count(self, m: int, n: int) -> int:

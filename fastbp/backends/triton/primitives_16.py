@@ -21,6 +21,7 @@ from fastbp.backends.triton.primitives import (  # noqa: F401 (most are passed o
     select,
     sqrt,
 )
+from fastbp.backends.triton.primitives import tanh as precise_tanh
 
 
 @triton.jit
@@ -93,9 +94,7 @@ def sigmoid(x):
 def tanh(x):
     """``tanh.approx``: off by 2⁻¹¹ of itself, near 0 too."""
     if INTERPRETED:
-        t = tl.exp2(tl.abs(x) * -2.8853900817779268)
-        y = (1.0 - t) / (1.0 + t)
-        y = tl.where(x < 0.0, -y, y)
+        y = precise_tanh(x)
     else:
         y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return y

@@ -63,9 +63,24 @@ def recall(
         return _recalled[at]
     except KeyError:
         if device not in _files:
-            _files[device] = cache.read(file_name(environment(device))).get("fastest", {})
+            _files[device] = _fastest(cache.read(file_name(environment(device))))
         found = _recalled[at] = _choice(kind, _files[device].get(key(kind, activation, dtype, sizes)))
         return found
+
+
+def inventory(device: torch.device) -> str:
+    """How many products were measured on this device, and where that is written."""
+    name = file_name(environment(device))
+    try:
+        return f"{len(_fastest(cache.read(name)))}, in {cache.folder() / name}"
+    except OSError as error:
+        return f"none: {error}"
+
+
+def _fastest(content: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of each product; {} where it is of another form."""
+    found = content.get("fastest")
+    return found if isinstance(found, dict) else {}
 
 
 def _choice(kind: str, entry: Any) -> Choice | None:
@@ -79,9 +94,9 @@ def _choice(kind: str, entry: Any) -> Choice | None:
 def remember(device: torch.device, at: str, times: dict[str, float]) -> None:
     """Write down the times (milliseconds) of a product's candidates, by the tile's name or ``library``."""
     found = environment(device)
-    content = cache.read(file_name(found)) or {"environment": found, "fastest": {}}
-    content.setdefault("fastest", {})[at] = {"fastest": min(times, key=times.__getitem__), "milliseconds": times}
-    cache.write(file_name(found), content)
+    fastest = _fastest(cache.read(file_name(found)))
+    fastest[at] = {"fastest": min(times, key=times.__getitem__), "milliseconds": times}
+    cache.write(file_name(found), {"environment": found, "fastest": fastest})
     forget()
 
 

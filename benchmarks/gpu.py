@@ -128,7 +128,7 @@ def run(name: str, output: Path, limit: float, dry: bool) -> dict[str, Any]:
     log = output / "logs" / f"{name}.log"
     start = time.monotonic()
     with log.open("w") as file:
-        # A session of its own, so that what it starts itself ends with it.
+        # A process group of its own, so that what it starts itself ends with it.
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment_of(name, dry), stdout=file, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL, start_new_session=True,

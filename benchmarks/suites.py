@@ -1,6 +1,6 @@
 """What is measured: one table of cases for each suite. A suite named gpu_... is for a GPU, and runs nowhere else.
 
-Of those the cases that say most come first, because a machine with a GPU may be lent for minutes.
+Of those the cases that say most come first, because time on a GPU may be short.
 """
 
 from __future__ import annotations

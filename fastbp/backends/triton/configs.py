@@ -89,7 +89,7 @@ _POINTERS: dict[str, tuple[Tile, ...]] = {
     ),
     "gated_forward": (Tile(128, 64, 32, 4, 4, parts=2, blocks_per_sm=2), Tile(64, 64, 32, 4, 4, blocks_per_sm=3)),
     "dgrad": (
-        Tile(128, 128, 32, 8, 4, parts=2),
+        Tile(128, 128, 32, 8, 4, parts=4),
         Tile(128, 64, 32, 8, 4),
         Tile(64, 64, 32, 4, 4, parts=2, blocks_per_sm=2),
     ),

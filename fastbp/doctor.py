@@ -87,7 +87,8 @@ def _gpu(device: torch.device) -> str:
     proven = ", ".join(sorted(kind for at, kind in choice.PROVEN if at == family)) or "none yet"
     return (
         f"GPU {device.index}: {processors} multiprocessors, tiles of {family}; products of ours taken unmeasured: "
-        f"{proven}; measured: {tuning.inventory(device)}"
+        f"{proven}; measured: {tuning.inventory(device)}; PyTorch alone serves calls with fewer than {choice.SMALL:,} "
+        "numbers in the widest layer"
     )
 
 

@@ -122,7 +122,7 @@ def backward(
     if given is not None and given.dim() != 2:
         return _backward_of_rows(config, dy, saved, needs, dresiduals, differentiable, given.shape[:-1])
     if config.save == "recompute":
-        saved = saved._replace(residuals=_replay(config, saved, needs))
+        saved = saved._replace(residuals=replay(config, saved, needs))
     elif config.save == "output" and not config.form.projected:
         saved = saved._replace(residuals=(saved.y,))
     if config.form.gated:
@@ -224,7 +224,7 @@ def _add(a: Maybe, b: Maybe) -> Maybe:
     return b if a is None else a if b is None else a + b
 
 
-def _replay(config: Config, saved: Saved, needs: tuple[bool, ...]) -> list[Maybe]:
+def replay(config: Config, saved: Saved, needs: tuple[bool, ...]) -> list[Maybe]:
     """The pre-activations again, as deep as backward looks at them."""
     x, _, weights, biases, _ = saved
     wanted = kept(config.form, "preact", True, needs)[2 + 2 * len(weights) :]

@@ -78,7 +78,8 @@ def backward(
             return reference.backward(config, dy, parts, needs)
         x, y, weights, biases, residuals = parts
         if config.save == "recompute":
-            residuals, overwrite = _replay(config, parts, needs), True
+            replay = reference.replay if config.form.gated else _replay
+            residuals, overwrite = replay(config, parts, needs), True
         elif config.save == "output" and not config.form.projected:
             residuals = (y,)
         flat = [None if r is None else layers.rows_of(r).contiguous() for r in residuals]
@@ -156,11 +157,9 @@ def _gated_backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool,
 
 
 def _replay(config: Config, saved: Saved, needs: tuple[bool, ...]) -> list[Maybe]:
-    """The pre-activations again, as deep as backward looks at them, with the layers' outputs on the way."""
+    """``reference.replay`` of a chain, with the layers' outputs on the way by the kernels that made them before."""
     x, _, weights, biases, _ = saved
     wanted = kept(config.form, "preact", True, needs)[2 + 2 * len(weights) :]
-    if config.form.gated:
-        return [F.linear(x, weights[i], biases[i]) if wanted[i] else None for i in range(2)]  # type: ignore[arg-type]
     zs: list[Maybe] = []
     h = x
     for i in range(len(wanted)):

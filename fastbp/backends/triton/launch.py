@@ -62,16 +62,13 @@ class Launch:
         self.kernel[self.grid](**self.arguments, **self.options)
 
 
-def describable(*matrices: Tensor | None) -> bool:
+def describable(*matrices: Tensor) -> bool:
     """Whether TMA descriptors can say where these lie: adjacent columns, rows apart and beginning at 16 bytes."""
     return all(
-        t is None
-        or (
-            t.stride(1) == 1
-            and t.stride(0) >= t.shape[1]  # not one row for all, as of a gradient that was expanded
-            and t.stride(0) * t.itemsize % 16 == 0
-            and t.data_ptr() % 16 == 0
-        )
+        t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]  # not one row for all, as of a gradient that was expanded
+        and t.stride(0) * t.itemsize % 16 == 0
+        and t.data_ptr() % 16 == 0
         for t in matrices
     )
 

@@ -22,7 +22,7 @@ from support import (
 )
 
 import fastbp
-from fastbp.activations import TABLE, bind
+from fastbp.activations import ROWS, TABLE, bind
 from fastbp.problem import configure
 from fastbp.saving import legal_policies
 
@@ -171,3 +171,12 @@ def test_limits_are_rounded_as_clamp_rounds_them(dtype):
 @each("activation", ACTIVATIONS)
 def test_copies_are_the_same_activation(activation):
     assert copy.deepcopy(activation) == activation == pickle.loads(pickle.dumps(activation))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_no_gradient_at_zero_from_no_gradient(name):
+    """The Triton kernels add up whole tiles, and read zeros beyond the last row."""
+    row, nothing = ROWS[name], torch.zeros(1)
+    params = tuple(default for _, default in row.params)
+    gradients = [row.grad, row.grad_from_output] if row.grad_from_output else [row.grad]
+    assert all(torch.equal(gradient(nothing, nothing, *params), nothing) for gradient in gradients)

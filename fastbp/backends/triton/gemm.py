@@ -164,14 +164,11 @@ def narrowed(dh, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_sums(sums, dz, row, m, n, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
+def store_sums(sums, dz, row, n, N, COLS: tl.constexpr):
     """The sums of a tile's columns into row ``row`` of sums (tiles_m, N), if they are wanted."""
     if sums is not None:
-        # Rows beyond M have dh = 0 and r = 0, where some slopes are NaN.
-        inside = (m + tl.arange(0, ROWS) < M)[:, None]
-        cols = n + tl.arange(0, COLS)
-        total = tl.sum(tl.where(inside, dz, 0.0), 0)
-        tl.store(sums + row.to(tl.int64) * N + cols, total, mask=cols < N)
+        cols = n + tl.arange(0, COLS)  # rows beyond M add nothing: dz(0, 0) is 0 for every activation
+        tl.store(sums + row.to(tl.int64) * N + cols, tl.sum(dz, 0), mask=cols < N)
 
 
 @triton.jit
@@ -198,7 +195,7 @@ def finish_dgrad(
             value = rounded(VALUE(r, *params), DTYPE)
             store_tile(h, stride_d, value, m, n, M, N, ROWS, COLS, TMA)
         grad = GRAD(narrowed(acc, DTYPE), r, *params)
-        store_sums(sums, grad, row, m, n, M, N, ROWS, COLS)
+        store_sums(sums, grad, row, n, N, COLS)
         store_tile(dz, stride_d, rounded(grad, DTYPE), m, n, M, N, ROWS, COLS, TMA)
 
 
@@ -280,8 +277,8 @@ def finish_gated_dgrad(
         if h is not None:
             store_tile(h, stride_d, rounded(value * u, DTYPE), m, n, M, N, ROWS, COLS, TMA)
         du = dh * value
-        store_sums(up_sums, du, row, m, n, M, N, ROWS, COLS)
+        store_sums(up_sums, du, row, n, N, COLS)
         store_tile(dup, stride_d, rounded(du, DTYPE), m, n, M, N, ROWS, COLS, TMA)
         dg = GRAD(narrowed(dh * u, DTYPE), g, *params)
-        store_sums(gate_sums, dg, row, m, n, M, N, ROWS, COLS)
+        store_sums(gate_sums, dg, row, n, N, COLS)
         store_tile(dgate, stride_d, rounded(dg, DTYPE), m, n, M, N, ROWS, COLS, TMA)

@@ -185,7 +185,7 @@ def flat_block(itemsize: int) -> int:
 
 def strip(m: int, n: int, itemsize: int, processors: int) -> Strip:
     """The strips of an m by n matrix: 16 bytes for each of 32 threads in a row, four programs for each processor."""
-    block_n, block_m = 512 // itemsize if itemsize > 2 else 256, 16
+    block_n, block_m = 512 // itemsize if itemsize > 2 else 256, 8
     wanted = max(1, 4 * processors // -(-n // block_n))
     rows = -(-max(m, 1) // wanted)
     return Strip(block_m, block_n, -(-rows // block_m) * block_m)

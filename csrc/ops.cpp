@@ -1,6 +1,7 @@
 // The ops of the library and nothing else: schemas, and which function serves them.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/checks.h"
 #include "cpu/native.h"
 
 STABLE_TORCH_LIBRARY(fastbp_native, m) {

@@ -27,7 +27,16 @@ Dtype dtype_of(const Tensor& tensor) {
   STD_TORCH_CHECK(false, "fastbp: tensors must be float64, float32, bfloat16 or float16");
 }
 
-Tensor empty(const int64_t* leading, int64_t count, int64_t last, Dtype dtype) {
+Device device_of(const Tensor& tensor) {
+  Device device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  if (device.type != aoti_torch_device_type_cpu()) {  // a CPU tensor's number is 0 or -1
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  }
+  return device;
+}
+
+Tensor empty(const int64_t* leading, int64_t count, int64_t last, Dtype dtype, Device device) {
   constexpr int64_t kUsual = 8;  // dimensions for which no memory is asked
   const int64_t dims = count + 1;
   int64_t room[2 * kUsual];
@@ -39,9 +48,9 @@ Tensor empty(const int64_t* leading, int64_t count, int64_t last, Dtype dtype) {
   for (int64_t i = dims; i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) strides[i] = step;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype_numbers()[static_cast<int>(dtype)],
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+                                                         device.type, device.index, &handle));
   Tensor made(handle);
-  if (poison) memset(made.mutable_data_ptr(), 0xff, made.numel() * kItemSize[static_cast<int>(dtype)]);
+  if (poison && made.is_cpu()) memset(made.mutable_data_ptr(), 0xff, made.numel() * kItemSize[static_cast<int>(dtype)]);
   return made;
 }
 

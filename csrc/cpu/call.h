@@ -136,10 +136,18 @@ struct Settings {
   bool overwrites = false;  // whether z is nobody else's, so that backward may write dz over it
 };
 
+// Where tensors are: PyTorch's numbers of the device's type and of the device.
+struct Device {
+  int32_t type = 0, index = 0;
+  bool operator==(const Device&) const = default;
+};
+Device device_of(const Tensor& tensor);
+
 // A call: rows of x, the linears, and what is known of the hidden layers.
 struct Call {
   Settings settings;
   Dtype dtype;
+  Device device;
   int64_t rows;
   std::vector<int64_t> leading;  // the sizes of x but the last
   Rows x;
@@ -239,8 +247,8 @@ struct Call {
 };
 
 Dtype dtype_of(const Tensor& tensor);
-// A contiguous tensor (*leading, last) to be filled in; and the two usual cases.
-Tensor empty(const int64_t* leading, int64_t count, int64_t last, Dtype dtype);
+// A contiguous tensor (*leading, last) to be filled in, on the CPU if nothing else is said; and the two usual cases.
+Tensor empty(const int64_t* leading, int64_t count, int64_t last, Dtype dtype, Device device = {});
 inline Tensor empty_row(int64_t size, Dtype dtype) { return empty(nullptr, 0, size, dtype); }
 inline Tensor empty_matrix(int64_t rows, int64_t columns, Dtype dtype) { return empty(&rows, 1, columns, dtype); }
 // A bias as a row of S, or null; the memory lasts as long as the scratch.

@@ -1,35 +1,11 @@
 #include "library.h"
 
-#include <torch/csrc/stable/ops.h>
-
+#include "../aten.h"
 #include "slopes.h"
 
 namespace fastbp::cpu {
 
 namespace {
-
-Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
-  StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                          torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor mm(const Tensor& a, const Tensor& b) {
-  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor add(const Tensor& a, const Tensor& b) {
-  return torch::stable::subtract(a, b, -1.0);  // the stable ABI has no add
-}
-
-// The leading sizes made one; a view where the strides allow it.
-Tensor matrix(const Tensor& tensor, int64_t rows) {
-  const int64_t sizes[] = {rows, tensor.sizes().back()};
-  return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {sizes, 2});
-}
 
 // f(z), or f(g) · u, in one pass; over z itself where that is not wanted any more.
 template <class S>

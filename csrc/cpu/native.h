@@ -14,7 +14,6 @@ std::string build_info();
 std::string capability_name();
 void set_debug(bool poison, std::string route);
 std::string routes();
-Tensor absent();
 
 std::vector<Tensor> forward(const Tensor& x, std::vector<Tensor> tensors, int64_t settings, std::vector<double> params);
 

@@ -1,0 +1,217 @@
+#include "checks.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <string_view>
+
+#include "../activations.h"
+#include "needs.h"
+
+namespace fastbp::cpu {
+
+namespace {
+
+#define FASTBP_COUNT(A) +1
+constexpr int kActivations = FASTBP_FOR_EACH_ACTIVATION(FASTBP_COUNT);
+static_assert(kActivations <= kMostActivations);
+constexpr int64_t kOverwrites = 16 * kMostActivations;  // in a call's settings, see ops.cpp
+static_assert(kOverwrites == 1024);                     // as ops.cpp and the Python side have it
+#define FASTBP_NAME(A) " " #A
+static_assert(
+    std::string_view(FASTBP_FOR_EACH_ACTIVATION(FASTBP_NAME)).starts_with(" identity "));  // see check_complete
+
+// Every tensor that reaches a pointer passes here: the Python side has said it better, but an op can be called alone.
+void check(const Tensor& tensor, const Call& call, const char* name) {
+  STD_TORCH_CHECK(device_of(tensor) == call.device, "fastbp_native: ", name, " must be on the device of the others");
+  STD_TORCH_CHECK(tensor.dim() > 0, "fastbp_native: ", name, " must have a dimension");
+  STD_TORCH_CHECK(dtype_of(tensor) == call.dtype, "fastbp_native: ", name, " must have the dtype of the other tensors");
+}
+
+// The tensor that stands for none: its memory is nobody else's.
+const Tensor& nothing() {
+  static const Tensor tensor = empty_row(1, Dtype::float32);
+  return tensor;
+}
+
+Maybe if_any(const Tensor& tensor) {
+  static const void* const mark = nothing().const_data_ptr();
+  return tensor.dim() == 1 && tensor.is_cpu() && tensor.const_data_ptr() == mark ? Maybe() : Maybe(tensor);
+}
+
+Weight weight_of(const Tensor& tensor, const Call& call) {
+  check(tensor, call, "weight");
+  STD_TORCH_CHECK(tensor.dim() == 2, "fastbp_native: weight must be a matrix");
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  return {true, tensor.const_data_ptr(), call.dtype, sizes[0], sizes[1], strides[0], strides[1]};
+}
+
+Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std::vector<double>& params) {
+  const int64_t save = settings >> 2 & 3, activation = (settings & (kOverwrites - 1)) >> 4;
+  STD_TORCH_CHECK(linears > 0 && settings >= 0 && activation < kActivations && params.size() <= 2 && save < 3,
+                  "fastbp_native: no such call");
+  const bool overwrites = settings >= kOverwrites;
+  STD_TORCH_CHECK(settings < 2 * kOverwrites && !(overwrites && save != 0),
+                  "fastbp_native: only z may be written over");
+  Call call;
+  call.settings = {(settings & 1) != 0,     (settings & 2) != 0, static_cast<int>(activation), {0, 0},
+                   static_cast<Save>(save), overwrites};
+  for (size_t i = 0; i < params.size(); ++i) call.settings.params[i] = params[i];
+  STD_TORCH_CHECK(
+      call.settings.gated ? linears == 2 + call.settings.projected : call.settings.projected || linears == 1,
+      "fastbp_native: this form does not have ", linears, " linears");
+  call.dtype = dtype_of(data);
+  call.device = device_of(data);
+  check(data, call, "x or dy");
+  const auto sizes = data.sizes();
+  call.leading.assign(sizes.begin(), sizes.end() - 1);
+  call.rows = 1;
+  for (int64_t size : call.leading) call.rows *= size;
+  call.weights.resize(linears);
+  return call;
+}
+
+void check_bias(const Maybe& bias, const Weight& weight, const Call& call) {
+  if (!bias) return;
+  check(*bias, call, "bias");
+  STD_TORCH_CHECK(bias->dim() == 1 && (!weight.any || bias->size(0) == weight.out),
+                  "fastbp_native: bias must have as many numbers as its weight has rows");
+}
+
+// Rows of a saved tensor, of which there must be as many as the call has.
+Rows rows_of(const Tensor& tensor, const Call& call, const char* name) {
+  check(tensor, call, name);
+  Rows rows(tensor);
+  STD_TORCH_CHECK(rows.count == call.rows, "fastbp_native: ", name, " has ", rows.count, " rows and not ", call.rows);
+  return rows;
+}
+
+// A weight that backward does not read is not there, and its sizes follow from what lies around it.
+void infer_sizes(Call& call, int64_t last) {
+  for (int64_t layer = call.layers() - 1; layer >= 0; --layer) {  // above each layer lies one whose input is known
+    const int64_t first = call.first(layer), above = first + call.parts(layer);
+    int64_t out = layer == call.layers() - 1 ? last : call.weights[above].any ? call.weights[above].in : 0;
+    for (int64_t i = first; i < above; ++i) {
+      if (call.biases[i]) out = call.biases[i]->size(0);
+      if (layer < call.hidden() && !call.residuals.empty() && call.residuals[i].any()) out = call.residuals[i].size;
+      if (call.weights[i].any) out = call.weights[i].out;
+    }
+    for (int64_t i = first; i < above; ++i) call.weights[i].out = out;
+  }
+  for (int64_t layer = 0; layer < call.layers(); ++layer) {
+    const int64_t first = call.first(layer);
+    int64_t in = layer == 0 ? call.x.size : call.weights[call.first(layer - 1)].out;
+    for (int64_t i = first; i < first + call.parts(layer); ++i) {
+      if (call.weights[i].any) in = call.weights[i].in;
+    }
+    for (int64_t i = first; i < first + call.parts(layer); ++i) call.weights[i].in = in;
+  }
+}
+
+// Whether the slopes of a hidden layer look at what one of its linears kept.
+bool looks_at(const Call& call, const Needs& needs, int64_t linear) {
+  if (call.settings.activation == 0 && call.settings.save == Save::output) return false;  // identity's do not
+  if (!call.settings.gated) return needs.slope(linear);
+  return needs.slope(0) || (linear == 0 && needs.slope(1));  // dg looks at g and u, du at g
+}
+
+// What backward is going to read must be there and fit together; which of it that is, follows from the needs.
+void check_complete(const Call& call, const std::vector<bool>& wanted, int64_t last) {
+  const Needs needs(call, wanted);
+  const auto expect = [](bool fine, const char* what) { STD_TORCH_CHECK(fine, "fastbp_native: ", what); };
+  const bool replay = call.settings.save == Save::recompute;
+  expect(!call.x.any() || call.x.size == call.weights[0].in, "x does not fit the first weight");
+  expect(call.weights.back().out == last, "dy does not fit the last weight");
+  for (int64_t layer = 0; layer < call.layers(); ++layer) {
+    const int64_t first = call.first(layer);
+    bool reads_input = false;
+    for (int64_t i = first; i < first + call.parts(layer); ++i) {
+      const Weight& w = call.weights[i];
+      const int64_t into = layer == 0 ? w.in : call.weights[call.first(layer - 1)].out;
+      expect(w.in == into && w.in == call.weights[first].in && w.out == call.weights[first].out,
+             "the weights do not fit together");
+      expect(w.any || !needs.below(layer), "a weight that backward reads is absent");
+      reads_input = reads_input || needs.weight(i);
+      if (replay || layer == call.hidden()) continue;
+      expect(!call.residuals[i].any() || call.residuals[i].size == w.out, "a residual does not fit its weight");
+      expect(call.residuals[i].any() || !looks_at(call, needs, i), "a residual that backward reads is absent");
+    }
+    if (!reads_input) continue;
+    expect(layer > 0 || call.x.any(), "x, which backward reads, is absent");
+    for (int64_t i = layer > 0 ? call.first(layer - 1) : first; i < first && !replay; ++i) {
+      expect(call.residuals[i].any(), "a residual that backward reads is absent");
+    }
+  }
+  for (int64_t i = 0; i < call.hidden() * call.width() && replay; ++i) {
+    const int64_t above = call.first(call.layer_of(i) + 1);
+    const bool reads = looks_at(call, needs, i) || (above < call.linears() && needs.weight(above));
+    expect(call.replays(i) || !reads, "x or a weight that backward reads is absent");
+  }
+}
+
+}  // namespace
+
+Tensor absent() { return nothing(); }
+
+Call forward_call(const Tensor& x, const std::vector<Tensor>& tensors, int64_t settings,
+                  const std::vector<double>& params) {
+  STD_TORCH_CHECK(tensors.size() % 2 == 0, "fastbp_native: a bias or none for each weight");
+  const int64_t linears = static_cast<int64_t>(tensors.size()) / 2;
+  Call call = make_call(x, linears, settings, params);
+  call.x = Rows(x);
+  int64_t features = call.x.size;
+  for (int64_t i = 0; i < linears; ++i) {
+    Weight& weight = call.weights[i] = weight_of(tensors[i], call);
+    STD_TORCH_CHECK(weight.in == features, "fastbp_native: weight ", i, " has ", weight.in, " columns and not ",
+                    features);
+    call.biases.push_back(if_any(tensors[linears + i]));
+    check_bias(call.biases[i], weight, call);
+    if (call.settings.gated && i == 1) {
+      STD_TORCH_CHECK(weight.out == call.weights[0].out, "fastbp_native: gate and up differ");
+    }
+    if (!call.settings.gated || i == 1) features = weight.out;
+  }
+  return call;
+}
+
+Call backward_call(const Tensor& dy, const std::vector<Tensor>& saved, int64_t settings,
+                   const std::vector<double>& params, const std::vector<bool>& needs, Maybe& x,
+                   std::vector<Maybe>& weights) {
+  const int64_t linears = static_cast<int64_t>(needs.size()) / 2;
+  STD_TORCH_CHECK(needs.size() % 2 == 1 && static_cast<int64_t>(saved.size()) >= 2 + 2 * linears,
+                  "fastbp_native: two needs, a weight or none and a bias or none for each linear");
+  Call call = make_call(dy, linears, settings, params);
+  x = if_any(saved[0]);
+  if (x) call.x = rows_of(*x, call, "x");
+  weights.reserve(linears);
+  call.biases.reserve(linears);
+  for (int64_t i = 0; i < linears; ++i) {
+    weights.push_back(if_any(saved[2 + i]));
+    call.biases.push_back(if_any(saved[2 + linears + i]));
+    if (weights[i]) call.weights[i] = weight_of(*weights[i], call);
+  }
+  if (call.settings.save != Save::recompute) {
+    const bool from_y = call.settings.save == Save::output && !call.settings.projected;
+    for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
+      const size_t place = from_y ? 1 : 2 + 2 * linears + i;
+      Maybe residual = place < saved.size() ? if_any(saved[place]) : Maybe();
+      call.residuals.push_back(residual ? rows_of(*residual, call, "residual") : Rows());
+      call.kept.push_back(std::move(residual));
+    }
+  }
+  infer_sizes(call, dy.sizes().back());
+  for (int64_t i = 0; i < linears; ++i) check_bias(call.biases[i], call.weights[i], call);
+  check_complete(call, needs, dy.sizes().back());
+  return call;
+}
+
+std::vector<Tensor> only_needed(const std::vector<Maybe>& grads, const std::vector<bool>& needs) {
+  std::vector<Tensor> found;
+  for (size_t i = 0; i < needs.size(); ++i) {
+    if (!needs[i]) continue;
+    STD_TORCH_CHECK(grads[i].has_value(), "fastbp_native: a gradient that is needed was not found");
+    found.push_back(*grads[i]);
+  }
+  return found;
+}
+
+}  // namespace fastbp::cpu

@@ -1,0 +1,24 @@
+// The tensors of a call, checked: what fits together becomes a Call, and all else is refused before a pointer is
+// followed.
+#pragma once
+
+#include "call.h"
+
+namespace fastbp::cpu {
+
+// What stands for a tensor that is absent.
+Tensor absent();
+
+// `tensors` are the weights and then the biases; `settings` as in ops.cpp.
+Call forward_call(const Tensor& x, const std::vector<Tensor>& tensors, int64_t settings,
+                  const std::vector<double>& params);
+
+// `saved` is x, y, the weights, the biases, the residuals, of which x and the weights come back as they are.
+Call backward_call(const Tensor& dy, const std::vector<Tensor>& saved, int64_t settings,
+                   const std::vector<double>& params, const std::vector<bool>& needs, Maybe& x,
+                   std::vector<Maybe>& weights);
+
+// The gradients that are needed, in their order.
+std::vector<Tensor> only_needed(const std::vector<Maybe>& grads, const std::vector<bool>& needs);
+
+}  // namespace fastbp::cpu

@@ -80,7 +80,7 @@ class _Eager(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         config = ctx.config = inputs[0]
         needs = ctx.needs = ctx.needs_input_grad[1:]
-        ctx.save_for_backward(*_pick(config, needs)((*inputs, *output, None)))
+        ctx.save_for_backward(*pick(config, needs)((*inputs, *output, None)))
         if forward_ad._current_level >= 0 or functorch_active():
             ctx.save_for_forward(inputs[1], output[0], *inputs[2:], *output[1:])
 
@@ -93,7 +93,7 @@ class _Eager(torch.autograd.Function):
         elif dy is None or not _ONLY_NONE.issuperset(dresiduals):
             differentiable = False  # the end of a double backward, whose gradients reach the residuals themselves
         else:
-            alone = dy.numel() >= _WORTH_ASKING and _owns_residuals(ctx, dy, saved)
+            alone = dy.numel() >= _WORTH_ASKING and owns_residuals(ctx, dy, saved)
             return (None, *BACKENDS[config.backend].backward(config, dy, saved, needs, alone))  # type: ignore[union-attr]
         parts = unflatten(saved, len(needs) // 2)
         return (None, *reference.backward(config, dy, parts, needs, dresiduals, differentiable))
@@ -131,7 +131,7 @@ class _AtOnce(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.config = config
         needs = ctx.needs = ctx.needs_input_grad[1:]
-        ctx.save_for_backward(*_pick(config, needs)((config, x, *tensors, *output, None)))
+        ctx.save_for_backward(*pick(config, needs)((config, x, *tensors, *output, None)))
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(x, output[0], *tensors, *output[1:])
         return output
@@ -140,7 +140,7 @@ class _AtOnce(torch.autograd.Function):
     jvp = _Eager.jvp
 
 
-def _owns_residuals(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> bool:
+def owns_residuals(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> bool:
     """Whether z is nobody's but this backward's, which may then write dz over it and needs no memory for it.
 
     So it is where the graph is not kept, and autograd has let go what it saved, unless somebody holds the storage: by
@@ -162,7 +162,7 @@ if not hasattr(torch._C._FunctionBase, "maybe_clear_saved_tensors"):
 
 
 @lru_cache(maxsize=1024)
-def _pick(config: Config, needs: tuple[bool, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+def pick(config: Config, needs: tuple[bool, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """From (config, x, weights, biases, y, residuals, None) to x, y, weights, biases, residuals, in one step.
 
     None, the last of them, stands for all that is not kept.

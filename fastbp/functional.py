@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled as any_autocast
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastbp import activations, backends, recognition, saving
+from fastbp import activations, backends, main_grad, recognition, saving
 from fastbp.activations import Bound
 from fastbp.autograd import run, run_traced
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
@@ -67,6 +67,7 @@ def linear_act(
     activation: Any = "gelu",
     save: str = "auto",
     backend: str | None = None,
+    gradient_accumulation_fusion: bool = False,
 ) -> Tensor:
     """``y = f(x Wᵀ + b)``, a linear layer and its activation as one step.
 
@@ -78,10 +79,18 @@ def linear_act(
 
     Gradients: ``dz = dz(dy, z)``, ``dx = dz W``, ``dW = dzᵀ x``, ``db = Σ dz``; of any order.
 
+    With ``gradient_accumulation_fusion`` backward adds the gradient of each weight that takes one to
+    ``weight.main_grad``, a float32 tensor of its shape that the caller attaches, or without one to ``weight.grad`` if
+    that is float32 or may be (``weight.grad_dtype``), in float32 throughout and on the stream of the forward call. The
+    weight itself gets None from autograd, or, if it has the attribute ``grad_added_to_main_grad`` beside a main_grad,
+    that set to True and a dummy for its hooks (zeros where ``zero_out_wgrad`` is true). Biases are left to autograd;
+    ``torch.autograd.grad`` returns gradients as ever and adds nothing. One backward, eagerly: a second derivative,
+    transforms, captured graphs, tensor subclasses and a DistributedDataParallel that reduces are refused.
+
     Raises ValueError for shapes, devices, names and policies that do not fit, TypeError for dtypes and for what is no
     tensor.
     """
-    return call(LINEAR_ACT, x, (weight,), (bias,), activation, save, backend)
+    return call(LINEAR_ACT, x, (weight,), (bias,), activation, save, backend, gradient_accumulation_fusion)
 
 
 def gated_linear_act(
@@ -94,6 +103,7 @@ def gated_linear_act(
     activation: Any = "silu",
     save: str = "auto",
     backend: str | None = None,
+    gradient_accumulation_fusion: bool = False,
 ) -> Tensor:
     """``y = f(x Wgᵀ + bg) · (x Wuᵀ + bu)``: SwiGLU with silu, GEGLU with gelu, ReGLU with relu, GLU with sigmoid.
 
@@ -103,7 +113,7 @@ def gated_linear_act(
     Gradients: ``dg = dy · u · f'(g)``, ``du = dy · f(g)``, then as for two linears of one input.
     """
     weights, biases = (gate_weight, up_weight), (gate_bias, up_bias)
-    return call(GATED_LINEAR_ACT, x, weights, biases, activation, save, backend)
+    return call(GATED_LINEAR_ACT, x, weights, biases, activation, save, backend, gradient_accumulation_fusion)
 
 
 def mlp(
@@ -114,6 +124,7 @@ def mlp(
     activation: Any = "gelu",
     save: str = "auto",
     backend: str | None = None,
+    gradient_accumulation_fusion: bool = False,
 ) -> Tensor:
     """``W_L f(... f(W_1 x + b_1) ...) + b_L``: linears with the activation between them, none after the last.
 
@@ -125,7 +136,7 @@ def mlp(
     """
     matrices = weights if type(weights) is tuple else _tensors("weights", weights)
     vectors = biases if type(biases) is tuple else _tensors("biases", biases, len(matrices))
-    return call(MLP, x, matrices, vectors, activation, save, backend)
+    return call(MLP, x, matrices, vectors, activation, save, backend, gradient_accumulation_fusion)
 
 
 def _tensors(name: str, given: Any, nones: int | None = None) -> tuple[Any, ...]:
@@ -148,6 +159,7 @@ def gated_mlp(
     activation: Any = "silu",
     save: str = "auto",
     backend: str | None = None,
+    gradient_accumulation_fusion: bool = False,
 ) -> Tensor:
     """``(f(x Wgᵀ + bg) · (x Wuᵀ + bu)) Wdᵀ + bd``: the feed-forward block of Llama and its kin.
 
@@ -156,7 +168,7 @@ def gated_mlp(
     of what eager PyTorch keeps.
     """
     weights, biases = (gate_weight, up_weight, down_weight), (gate_bias, up_bias, down_bias)
-    return call(GATED_MLP, x, weights, biases, activation, save, backend)
+    return call(GATED_MLP, x, weights, biases, activation, save, backend, gradient_accumulation_fusion)
 
 
 def call(
@@ -167,22 +179,30 @@ def call(
     activation: Any,
     save: str,
     backend: str | None,
+    accumulates: bool = False,
+    owners: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """A call of this form, as the functions above and the modules make it; the arguments are those of ``mlp``.
 
     Hands over to ``__torch_function__``, casts as autocast asks, checks the tensors, settles the settings, and runs.
+    ``owners`` are the weights before they were cast.
     """
     tensors = (*weights, *biases)
     if has_torch_function((x, *tensors)):
-        return _overridden(form, x, weights, biases, activation=activation, save=save, backend=backend)
+        options = dict(activation=activation, save=save, backend=backend, gradient_accumulation_fusion=accumulates)
+        return _overridden(form, x, weights, biases, **options)
     if any_autocast():
         device = x.device.type if isinstance(x, Tensor) else "cpu"
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x, *cast = [_cast(t, dtype) for t in (x, *tensors)]
-            weights, biases = tuple(cast[: len(weights)]), tuple(cast[len(weights) :])
+            owners, biases = weights, tuple(cast[len(weights) :])
             with torch.autocast(device, enabled=False):
-                return call(form, x, weights, biases, activation, save, backend)
+                weights = tuple(cast[: len(owners)])
+                return call(form, x, weights, biases, activation, save, backend, accumulates, owners)
+    if accumulates is not False and torch.is_grad_enabled():
+        run_it = _outside_graphs if is_compiling() and not is_exporting() else _accumulated
+        return run_it(form, x, weights, biases, activation, save, backend, accumulates, owners or weights)
     if type(activation) is not str and type(activation) is not Bound:  # a module's parameters may change between calls
         check(form, x, weights, biases)  # before the activation is probed, so that the tensors' faults come first
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
@@ -196,6 +216,34 @@ def call(
         check(form, x, weights, biases)
         config = _settled[settings] = configure(*_settle(*settings))
     return run(config, x, weights, biases, tensors)
+
+
+def _accumulated(
+    form: Form,
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    activation: Any,
+    save: str,
+    backend: str | None,
+    accumulates: bool,
+    owners: tuple[Tensor, ...],
+) -> Tensor:
+    """``call`` with gradient_accumulation_fusion, where gradients are wanted at all."""
+    main_grad.check_flag(accumulates, f"fastbp.{form.name}")
+    check(form, x, weights, biases)
+    tensors = (*weights, *biases)
+    trained = main_grad.find_owners(form, x, owners, tensors)
+    if trained is None:
+        return call(form, x, weights, biases, activation, save, backend)
+    config = configure(*_settle(form, activation, save, backend, _defaults.save, _defaults.backend))
+    return main_grad.run(config, trained, x, tensors)
+
+
+def _outside_graphs(*arguments: Any) -> Tensor:
+    """``_accumulated`` for code that is compiled: Dynamo breaks the graph here and runs it eagerly."""
+    reason = "fastbp: gradient_accumulation_fusion adds to tensors outside the graph"
+    return torch.compiler.disable(_accumulated, reason=reason)(*arguments)  # type: ignore[no-any-return]
 
 
 def _overridden(form: Form, x: Any, weights: tuple[Any, ...], biases: tuple[Any, ...], **options: Any) -> Tensor:

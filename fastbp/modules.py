@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastbp import backends, functional, recognition, saving
+from fastbp import backends, functional, main_grad, recognition, saving
 from fastbp.activations import Bound
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, Form
 from fastbp.forms import MLP as MLP_FORM
@@ -59,7 +59,14 @@ def plain_parts(linears: Sequence[nn.Module]) -> tuple[tuple[Tensor, ...], tuple
 
 
 def run_chain(
-    linears: Sequence[nn.Module], activation: Bound, save: str, backend: str | None, input: Tensor, *, projected: bool
+    linears: Sequence[nn.Module],
+    activation: Bound,
+    save: str,
+    backend: str | None,
+    input: Tensor,
+    accumulates: bool = False,
+    *,
+    projected: bool,
 ) -> Tensor:
     """Linears with the activation between them, and after the last too unless ``projected``.
 
@@ -69,7 +76,8 @@ def run_chain(
         parts = plain_parts(linears)
         if parts is not None:
             form = MLP_FORM if projected else LINEAR_ACT
-            return functional.call(form, input, *parts, activation, save, backend)
+            return functional.call(form, input, *parts, activation, save, backend, accumulates)
+    main_grad.refuse_apart(accumulates, MLP_FORM if projected else LINEAR_ACT, linears)
     h = input
     for linear in linears[: -1 if projected else None]:
         h = (
@@ -80,15 +88,23 @@ def run_chain(
     return linears[-1](h) if projected else h
 
 
-def run_gated(linears: Sequence[nn.Module], activation: Bound, save: str, backend: str | None, input: Tensor) -> Tensor:
+def run_gated(
+    linears: Sequence[nn.Module],
+    activation: Bound,
+    save: str,
+    backend: str | None,
+    input: Tensor,
+    accumulates: bool = False,
+) -> Tensor:
     """Gate and up, and down if there is a third linear; fused as far as they are plain."""
     parts = plain_parts(linears)
     if parts is not None and len(linears) == 3:
-        return functional.call(GATED_MLP, input, *parts, activation, save, backend)
+        return functional.call(GATED_MLP, input, *parts, activation, save, backend, accumulates)
     if parts is None:
+        main_grad.refuse_apart(accumulates, GATED_MLP if len(linears) == 3 else GATED_LINEAR_ACT, linears)
         parts = plain_parts(linears[:2])
     if parts is not None:
-        h = functional.call(GATED_LINEAR_ACT, input, *parts, activation, save, backend)
+        h = functional.call(GATED_LINEAR_ACT, input, *parts, activation, save, backend, accumulates)
     else:
         h = activation(linears[0](input)) * linears[1](input)
     return linears[2](h) if len(linears) == 3 else h
@@ -99,7 +115,7 @@ class _Settings(nn.Module):
 
     form: Form
 
-    def __init__(self, activation: Any, save: str, backend: str | None) -> None:
+    def __init__(self, activation: Any, save: str, backend: str | None, accumulates: bool) -> None:
         super().__init__()
         where = f"fastbp.{type(self).__name__}"
         self.activation = recognition.resolve(activation, where)
@@ -107,21 +123,24 @@ class _Settings(nn.Module):
         backends.check_name(backend, where)
         self.save = save
         self.backend = backend
+        self.gradient_accumulation_fusion = main_grad.check_flag(accumulates, where)
 
     def _settings_repr(self) -> str:
         text = f"activation={self.activation!r}"
         if self.save != "auto":
             text += f", save={self.save!r}"
-        return text if self.backend is None else text + f", backend={self.backend!r}"
+        if self.backend is not None:
+            text += f", backend={self.backend!r}"
+        return text + ", gradient_accumulation_fusion=True" if self.gradient_accumulation_fusion else text
 
 
 class LinearAct(_Settings):
     """``y = f(x Wᵀ + b)``: nn.Linear and its activation as one layer.
 
     ``weight`` (out_features, in_features) and ``bias`` (out_features,) are made and initialised as nn.Linear's, so a
-    state_dict moves both ways. ``activation``, ``save`` and ``backend`` as in ``fastbp.linear_act``; unknown or illegal
-    ones raise ValueError here. Not a subclass of nn.Linear on purpose: tools that look for nn.Linear (LoRA,
-    quantisers) compute ``W x`` themselves and would drop the activation.
+    state_dict moves both ways. ``activation``, ``save``, ``backend`` and ``gradient_accumulation_fusion`` as in
+    ``fastbp.linear_act``; unknown or illegal ones raise ValueError here. Not a subclass of nn.Linear on purpose: tools
+    that look for nn.Linear (LoRA, quantisers) compute ``W x`` themselves and would drop the activation.
     """
 
     form = LINEAR_ACT
@@ -137,8 +156,9 @@ class LinearAct(_Settings):
         activation: Any = "gelu",
         save: str = "auto",
         backend: str | None = None,
+        gradient_accumulation_fusion: bool = False,
     ) -> None:
-        super().__init__(activation, save, backend)
+        super().__init__(activation, save, backend, gradient_accumulation_fusion)
         self.in_features = in_features
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty((out_features, in_features), device=device, dtype=dtype))
@@ -158,7 +178,8 @@ class LinearAct(_Settings):
         own = self._parameters  # looking there first spares nn.Module's __getattr__, as in plain_parts
         lent = "weight" not in own or "bias" not in own
         weight, bias = (self.weight, self.bias) if lent else (own["weight"], own["bias"])
-        return functional.call(LINEAR_ACT, input, (weight,), (bias,), self.activation, self.save, self.backend)  # type: ignore[arg-type]
+        settings = (self.activation, self.save, self.backend, self.gradient_accumulation_fusion)
+        return functional.call(LINEAR_ACT, input, (weight,), (bias,), *settings)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return (
@@ -199,14 +220,16 @@ class GatedLinear(_Block):
         activation: Any = "silu",
         save: str = "auto",
         backend: str | None = None,
+        gradient_accumulation_fusion: bool = False,
     ) -> None:
-        super().__init__(activation, save, backend)
+        super().__init__(activation, save, backend, gradient_accumulation_fusion)
         size = (in_features, out_features)
         self._add_linears({"gate_proj": size, "up_proj": size}, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) to y (..., out_features)."""
-        return run_gated(self._children(), self.activation, self.save, self.backend, input)
+        flag = self.gradient_accumulation_fusion
+        return run_gated(self._children(), self.activation, self.save, self.backend, input, flag)
 
 
 class MLP(_Block):
@@ -229,15 +252,17 @@ class MLP(_Block):
         activation: Any = "gelu",
         save: str = "auto",
         backend: str | None = None,
+        gradient_accumulation_fusion: bool = False,
     ) -> None:
-        super().__init__(activation, save, backend)
+        super().__init__(activation, save, backend, gradient_accumulation_fusion)
         widths = (in_features, *_hidden_sizes(hidden_features), in_features if out_features is None else out_features)
         sizes = {f"fc{i}": pair for i, pair in enumerate(pairwise(widths), start=1)}
         self._add_linears(sizes, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) to y (..., out_features)."""
-        return run_chain(self._children(), self.activation, self.save, self.backend, input, projected=True)
+        flag = self.gradient_accumulation_fusion
+        return run_chain(self._children(), self.activation, self.save, self.backend, input, flag, projected=True)
 
 
 def _hidden_sizes(given: Any) -> tuple[int, ...]:
@@ -270,12 +295,14 @@ class GatedMLP(_Block):
         activation: Any = "silu",
         save: str = "auto",
         backend: str | None = None,
+        gradient_accumulation_fusion: bool = False,
     ) -> None:
-        super().__init__(activation, save, backend)
+        super().__init__(activation, save, backend, gradient_accumulation_fusion)
         into = (in_features, hidden_features)
         out = (hidden_features, in_features if out_features is None else out_features)
         self._add_linears({"gate_proj": into, "up_proj": into, "down_proj": out}, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) to y (..., out_features)."""
-        return run_gated(self._children(), self.activation, self.save, self.backend, input)
+        flag = self.gradient_accumulation_fusion
+        return run_gated(self._children(), self.activation, self.save, self.backend, input, flag)

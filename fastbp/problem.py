@@ -57,6 +57,7 @@ class Problem(NamedTuple):
     config: Config
     device: torch.device
     dtype: torch.dtype
+    accumulates: bool = False  # weight gradients are added to tensors of the caller's
 
 
 def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

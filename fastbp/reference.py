@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbp.accumulation import add_product
 from fastbp.activations import Bound, rounded, wide
 from fastbp.forms import Form
 from fastbp.problem import Config
@@ -112,21 +113,22 @@ def backward(
     needs: tuple[bool, ...],
     dresiduals: Sequence[Maybe] = (),
     differentiable: bool = False,
+    into: Sequence[Maybe] | None = None,
 ) -> list[Maybe]:
     """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask.
 
     ``dy`` may be None, and ``dresiduals`` are gradients that reach the residuals themselves: both in a double backward
-    only.
+    only. Where ``into`` has a tensor for a weight, its gradient is added there instead (``accumulation.add_product``).
     """
     given = dy if dy is not None else next((d for d in dresiduals if d is not None), None)
     if given is not None and given.dim() != 2:
-        return _backward_of_rows(config, dy, saved, needs, dresiduals, differentiable, given.shape[:-1])
+        return _backward_of_rows(config, dy, saved, needs, dresiduals, differentiable, into, given.shape[:-1])
     if config.save == "recompute":
         saved = saved._replace(residuals=replay(config, saved, needs))
     elif config.save == "output" and not config.form.projected:
         saved = saved._replace(residuals=(saved.y,))
     if config.form.gated:
-        return _gated_backward(config, dy, saved, needs, dresiduals, differentiable)
+        return _gated_backward(config, dy, saved, needs, dresiduals, differentiable, into)
 
     # linear_act and mlp: the delta rule, dz_{l-1} = (dz_l W_l) · f'(z_{l-1})
     x, _, weights, _, residuals = saved
@@ -150,7 +152,7 @@ def backward(
             continue
         if needs[1 + i]:
             h: Any = x if i == 0 else residuals[i - 1] if from_output else config.value(residuals[i - 1])
-            grads[1 + i] = d.mT.mm(h)
+            grads[1 + i] = d.mT.mm(h) if into is None else add_product(into[i], d, h)
         if needs[1 + count + i]:
             grads[1 + count + i] = d.sum(0)
         if not below[i]:
@@ -168,6 +170,7 @@ def _backward_of_rows(
     needs: tuple[bool, ...],
     dresiduals: Sequence[Maybe],
     differentiable: bool,
+    into: Sequence[Maybe] | None,
     leading: torch.Size,
 ) -> list[Maybe]:
     """``backward`` with the leading sizes of x made one, so that it sees matrices only."""
@@ -178,7 +181,7 @@ def _backward_of_rows(
 
     x, y, weights, biases, residuals = saved
     flat = Saved(rows(x), rows(y), weights, biases, [rows(r) for r in residuals])
-    dx, *grads = backward(config, rows(dy), flat, needs, [rows(d) for d in dresiduals], differentiable)
+    dx, *grads = backward(config, rows(dy), flat, needs, [rows(d) for d in dresiduals], differentiable, into)
     return [None if dx is None else dx.view(*leading, dx.shape[-1]), *grads]
 
 
@@ -189,6 +192,7 @@ def _gated_backward(
     needs: tuple[bool, ...],
     dresiduals: Sequence[Maybe],
     differentiable: bool,
+    into: Sequence[Maybe] | None,
 ) -> list[Maybe]:
     """``gated_linear_act`` and ``gated_mlp``: dg = dh · u · f'(g), du = dh · f(g)."""
     x, _, weights, _, (g, u) = saved
@@ -198,7 +202,8 @@ def _gated_backward(
     dh: Any = dy
     if config.form.projected and dy is not None:
         if need_weights[2]:
-            grads[3] = dy.mT.mm(config.value(g) * u)
+            h = config.value(g) * u
+            grads[3] = dy.mT.mm(h) if into is None else add_product(into[2], dy, h)
         if need_biases[2]:
             grads[6] = dy.sum(0)
         dh = dy.mm(weights[2]) if needed_below(config.form, needs)[1] else None
@@ -211,7 +216,7 @@ def _gated_backward(
         if dz is None:
             continue
         if need_weights[i]:
-            grads[1 + i] = dz.mT.mm(x)  # type: ignore[arg-type]
+            grads[1 + i] = dz.mT.mm(x) if into is None else add_product(into[i], dz, x)  # type: ignore[arg-type]
         if need_biases[i]:
             grads[1 + count + i] = dz.sum(0)
         if need_x:

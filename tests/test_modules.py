@@ -89,7 +89,7 @@ SIGNATURES = {
 def test_signatures(cls):
     """The contract: nn.Linear's arguments by position, then the settings by keyword."""
     parameters = [p.replace(annotation=p.empty) for p in inspect.signature(cls).parameters.values()]
-    settings = ", save='auto', backend=None" if "*" in SIGNATURES[cls] else ""
+    settings = ", save='auto', backend=None, gradient_accumulation_fusion=False" if "*" in SIGNATURES[cls] else ""
     assert str(inspect.Signature(parameters)) == f"({SIGNATURES[cls]}{settings})"
     assert list(inspect.signature(cls.forward).parameters) == ["self", "input"]
 

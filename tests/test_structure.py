@@ -22,7 +22,7 @@ GENERATED = ("_activations.py", "activations.h")
 
 # From the ground up: a room imports rooms of the floors beneath it, and itself. Rooms of one floor are strangers.
 FLOORS = (
-    ("formulas", "version", "cache"),
+    ("formulas", "version", "cache", "accumulation"),
     ("activations",),
     ("recognition", "forms"),
     ("saving",),
@@ -32,6 +32,7 @@ FLOORS = (
     ("backends",),
     ("ops",),
     ("autograd",),
+    ("main_grad",),
     ("functional",),
     ("modules",),
     ("fusion",),

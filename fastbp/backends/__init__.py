@@ -8,6 +8,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastbp.activations import nearest
@@ -24,6 +25,8 @@ REFERENCE = "reference"
 #                                        the gradients; saved is x, y, weights, biases, residuals, None where not kept;
 #                                        overwrite says that z is nobody else's and dz may be written over it
 #   CHECKS_TENSORS                       whether forward refuses every tensor that a call must refuse
+#   ACCUMULATES                          whether backward takes one argument more, into: for each weight the float32
+#                                        tensor to add its gradient to, or None; a backend without it does not
 # One that is not there stands here as the reason.
 BACKENDS: dict[str, ModuleType | str] = {
     "native": native.unavailable or native,
@@ -82,6 +85,13 @@ _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _chosen: dict[Problem | tuple[Any, ...], Config] = {}  # grows with the settings a program uses, not with its calls
 
 
+@lru_cache(maxsize=4096)
+def choose_accumulating(config: Config, device: torch.device, dtype: torch.dtype) -> Config:
+    """``choose`` for plain tensors, among the backends that add weight gradients to tensors of the caller's."""
+    problem = Problem(config, device, dtype, accumulates=True)
+    return with_backend(config, _named(problem) or _first_that_supports(problem))
+
+
 def _choose_for_subclass(config: Config, tensor: Tensor | None) -> Config:
     if config.backend not in (AUTO, REFERENCE):
         raise ValueError(
@@ -96,10 +106,17 @@ def _named(problem: Problem) -> str | None:
     config = problem.config
     if config.backend == AUTO:
         return None
-    reason = module_of(config).supports(problem)
+    reason = _reason(module_of(config), problem)
     if reason:
         raise ValueError(f"fastbp.{config.form.name}: backend {config.backend!r} cannot take this call: {reason}")
     return config.backend
+
+
+def _reason(module: ModuleType, problem: Problem) -> str | None:
+    """Why a backend that is there cannot serve the problem, or None."""
+    if problem.accumulates and not getattr(module, "ACCUMULATES", False):
+        return "it does not add weight gradients to main_grad; leave out the backend or gradient_accumulation_fusion"
+    return module.supports(problem)  # type: ignore[no-any-return]
 
 
 def module_of(config: Config) -> ModuleType:
@@ -124,7 +141,7 @@ _warned: set[str] = set()
 def _first_that_supports(problem: Problem) -> str:
     reasons: list[str] = []
     for name, entry in BACKENDS.items():
-        reason = entry if isinstance(entry, str) else entry.supports(problem)
+        reason = entry if isinstance(entry, str) else _reason(entry, problem)
         if reason is None:
             if name == REFERENCE and problem.device.type == "cuda":
                 _warn_once("; ".join(reasons))

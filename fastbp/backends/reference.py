@@ -10,6 +10,7 @@ from torch._C import _AutoDispatchBelowADInplaceOrView
 from fastbp import reference
 from fastbp.problem import Config, Problem
 
+ACCUMULATES = True
 CHECKS_TENSORS = False  # PyTorch's operations broadcast and promote what a call must refuse
 
 
@@ -30,12 +31,18 @@ def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list
 
 
 def backward(
-    config: Config, dy: Tensor, saved: Sequence[Tensor | None], needs: tuple[bool, ...], overwrite: bool = False
+    config: Config,
+    dy: Tensor,
+    saved: Sequence[Tensor | None],
+    needs: tuple[bool, ...],
+    overwrite: bool = False,
+    into: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:
     """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask.
 
-    ``overwrite`` allows what PyTorch's operations do not do: writing over the residuals.
+    ``overwrite`` allows what PyTorch's operations do not do: writing over the residuals. ``into`` as in
+    ``reference.backward``.
     """
     # Nothing here is to be differentiated, and 15 operations without a stop at autograd's kernels count.
     with _AutoDispatchBelowADInplaceOrView():
-        return reference.backward(config, dy, reference.unflatten(saved, len(needs) // 2), needs)
+        return reference.backward(config, dy, reference.unflatten(saved, len(needs) // 2), needs, into=into)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastbp.problem import Config, Problem
 
+ACCUMULATES = True
 CHECKS_TENSORS = False  # the products are PyTorch's, which broadcast and promote what a call must refuse
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)
@@ -103,10 +104,15 @@ def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list
 
 
 def backward(
-    config: Config, dy: Tensor, saved: Sequence[Tensor | None], needs: tuple[bool, ...], overwrite: bool = False
+    config: Config,
+    dy: Tensor,
+    saved: Sequence[Tensor | None],
+    needs: tuple[bool, ...],
+    overwrite: bool = False,
+    into: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:
     """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask.
 
-    With ``overwrite`` the residuals of policy preact are used up.
+    With ``overwrite`` the residuals of policy preact are used up. ``into`` as in ``reference.backward``.
     """
-    return _calls().backward(config, dy, saved, needs, overwrite)  # type: ignore[no-any-return]
+    return _calls().backward(config, dy, saved, needs, overwrite, into)  # type: ignore[no-any-return]

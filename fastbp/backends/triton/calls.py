@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C import _AutoDispatchBelowADInplaceOrView
 
 from fastbp import reference
+from fastbp.accumulation import add_product
 from fastbp.backends.triton import layers
 from fastbp.backends.triton.choice import stays_eager
 from fastbp.problem import Config
@@ -68,14 +69,22 @@ def _gated_forward(
 
 
 def backward(
-    config: Config, dy: Tensor, saved: Sequence[Maybe], needs: tuple[bool, ...], overwrite: bool
+    config: Config,
+    dy: Tensor,
+    saved: Sequence[Maybe],
+    needs: tuple[bool, ...],
+    overwrite: bool,
+    into: Sequence[Maybe] | None,
 ) -> list[Maybe]:
-    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask."""
+    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask.
+
+    Where ``into`` has a tensor for a weight, its gradient is added there instead.
+    """
     parts = unflatten(saved, len(needs) // 2)
     # Nothing here is to be differentiated, and 15 operations without a stop at autograd's kernels count.
     with _AutoDispatchBelowADInplaceOrView(), layers.on(dy.device):
         if _left_to_pytorch(config, dy, parts.weights):
-            return reference.backward(config, dy, parts, needs)
+            return reference.backward(config, dy, parts, needs, into=into)
         x, y, weights, biases, residuals = parts
         if config.save == "recompute":
             replay = reference.replay if config.form.gated else _replay
@@ -85,11 +94,13 @@ def backward(
         flat = [None if r is None else layers.rows_of(r).contiguous() for r in residuals]
         given = Saved(None if x is None else layers.rows_of(x), None, weights, biases, flat)
         run = _gated_backward if config.form.gated else _backward
-        dx, *grads = run(config, layers.rows_of(dy), given, needs, overwrite)
+        dx, *grads = run(config, layers.rows_of(dy), given, needs, overwrite, into)
         return [None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), *grads]
 
 
-def _backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...], overwrite: bool) -> list[Maybe]:
+def _backward(
+    config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...], overwrite: bool, into: Sequence[Maybe] | None
+) -> list[Maybe]:
     """linear_act and mlp: dz_{l-1} = (dz_l W_l) · f'(z_{l-1}), from the last linear to the first."""
     x, _, weights, _, residuals = saved
     count, from_output = len(weights), config.save == "output"
@@ -112,7 +123,7 @@ def _backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...],
         elif rebuild:
             h = layers.value(config, residuals[i - 1])
         if needs[1 + i]:
-            grads[1 + i] = d.mT.mm(h)  # type: ignore[arg-type]
+            grads[1 + i] = d.mT.mm(h) if into is None else add_product(into[i], d, h)  # type: ignore[arg-type]
         if i == 0 and needs[0]:
             grads[0] = d.mm(weights[0])
         if following is None:
@@ -121,7 +132,9 @@ def _backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...],
     return grads
 
 
-def _gated_backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...], overwrite: bool) -> list[Maybe]:
+def _gated_backward(
+    config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...], overwrite: bool, into: Sequence[Maybe] | None
+) -> list[Maybe]:
     """gated_linear_act and gated_mlp: dg = dh · u · f'(g), du = dh · f(g)."""
     x, _, weights, _, (gate, up) = saved
     count = len(weights)
@@ -136,7 +149,7 @@ def _gated_backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool,
         elif rebuild:
             h = layers.value(config, gate, up)
         if rebuild:
-            grads[3] = dy.mT.mm(h)  # type: ignore[arg-type]
+            grads[3] = dy.mT.mm(h) if into is None else add_product(into[2], dy, h)  # type: ignore[arg-type]
         if needs[6]:
             grads[6] = dy.sum(0)
         if not any(wanted):
@@ -148,7 +161,7 @@ def _gated_backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool,
         if dz is None:
             continue
         if needs[1 + i]:
-            grads[1 + i] = dz.mT.mm(x)  # type: ignore[arg-type]
+            grads[1 + i] = dz.mT.mm(x) if into is None else add_product(into[i], dz, x)  # type: ignore[arg-type]
         grads[1 + count + i] = db
         if needs[0]:  # the second product adds to the first in float32, and rounds once
             dx = grads[0]

@@ -37,7 +37,7 @@ def destination(where: str, name: str, weight: Tensor, make: bool = False) -> Te
     raise ValueError(
         f"{where}: {name} must have a main_grad in float32 for gradient_accumulation_fusion, got none, and {found} "
         f"with grad_dtype {allowed}; try {name}.main_grad = torch.zeros_like({name}, dtype=torch.float32), or "
-        f"{name}.grad_dtype = torch.float32"
+        f"{name}.grad_dtype = torch.float32; under fully_shard, whose parameters are its own, leave the flag out"
     )
 
 

@@ -231,6 +231,7 @@ def _accumulated(
 ) -> Tensor:
     """``call`` with gradient_accumulation_fusion, where gradients are wanted at all."""
     main_grad.check_flag(accumulates, f"fastbp.{form.name}")
+    main_grad.check_surroundings(form, owners)
     check(form, x, weights, biases)
     tensors = (*weights, *biases)
     trained = main_grad.find_owners(form, x, owners, tensors)

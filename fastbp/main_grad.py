@@ -38,15 +38,12 @@ def check_flag(given: object, where: str) -> bool:
 def find_owners(form: Form, x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Maybe]) -> tuple[Maybe, ...] | None:
     """The weights that take a gradient, None for the others; None if none does, and the flag has no effect.
 
-    ``weights`` are the caller's, before any cast. ValueError for what the flag cannot serve.
+    ``weights`` are the caller's, before any cast. ValueError for tensors that the flag cannot serve.
     """
     owners = tuple(w if w.requires_grad else None for w in weights)
     if not any(w is not None for w in owners):
         return None
     where = f"fastbp.{form.name}"
-    reason = _refusal()
-    if reason:
-        raise ValueError(f"{where}: {FLAG} cannot serve a call {reason}")
     for t in (x, *weights, *tensors):
         if t is not None and type(t) not in PLAIN:
             raise ValueError(f"{where}: {FLAG} takes plain tensors only, got a {type(t).__name__}; leave it out")
@@ -54,6 +51,14 @@ def find_owners(form: Form, x: Tensor, weights: Sequence[Tensor], tensors: Seque
         if weight is not None:
             _check_owner(where, form.argument("weight", i), weight)
     return owners
+
+
+def check_surroundings(form: Form, weights: Sequence[Tensor]) -> None:
+    """ValueError where no call that trains one of the weights can be served as things stand."""
+    if any(isinstance(w, Tensor) and w.requires_grad for w in weights):
+        reason = _refusal()
+        if reason:
+            raise ValueError(f"fastbp.{form.name}: {FLAG} cannot serve a call {reason}")
 
 
 def _refusal() -> str | None:

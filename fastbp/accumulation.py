@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 ADDED_TO = (torch.float32, torch.bfloat16, torch.float16)  # float64 would lose digits
-PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _CHUNK = 1 << 22  # numbers widened at a time, 16 MiB
 _lock = threading.RLock()  # threads that train one weight; autograd has one for .grad
 
@@ -30,8 +30,9 @@ def destination(where: str, name: str, weight: Tensor, make: bool = False) -> Te
     if weight.grad is not None and weight.grad.dtype is torch.float32:
         return _checked(where, f"{name}.grad", weight.grad, weight)
     if weight.grad is None and allowed is torch.float32:
-        if make:
-            weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+        with _lock:
+            if make and weight.grad is None:
+                weight.grad = torch.zeros_like(weight, dtype=torch.float32)
         return weight.grad
     found = "no .grad" if weight.grad is None else f"a .grad of {weight.grad.dtype}"
     raise ValueError(

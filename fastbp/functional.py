@@ -79,13 +79,13 @@ def linear_act(
 
     Gradients: ``dz = dz(dy, z)``, ``dx = dz W``, ``dW = dzᵀ x``, ``db = Σ dz``; of any order.
 
-    With ``gradient_accumulation_fusion`` backward adds the gradient of each weight that takes one to
-    ``weight.main_grad``, a float32 tensor of its shape that the caller attaches, or without one to ``weight.grad`` if
-    that is float32 or may be (``weight.grad_dtype``), in float32 throughout and on the stream of the forward call. The
-    weight itself gets None from autograd, or, if it has the attribute ``grad_added_to_main_grad`` beside a main_grad,
-    that set to True and a dummy for its hooks (zeros where ``zero_out_wgrad`` is true). Biases are left to autograd;
-    ``torch.autograd.grad`` returns gradients as ever and adds nothing. One backward, eagerly: a second derivative,
-    transforms, captured graphs, tensor subclasses and a DistributedDataParallel that reduces are refused.
+    With ``gradient_accumulation_fusion`` backward adds each weight's gradient to ``weight.main_grad``, a float32 tensor
+    of its shape that the caller attaches, or without one to ``weight.grad`` if that is float32 or may be
+    (``weight.grad_dtype``): in float32 throughout, on the stream of the forward call. Autograd gets None for the
+    weight. Where that has Megatron's attribute ``grad_added_to_main_grad`` and a main_grad, it is set to True and hooks
+    run on a dummy (zeros if ``zero_out_wgrad`` is true). Biases are left to autograd; ``torch.autograd.grad`` returns
+    gradients as ever and adds nothing. Second derivatives, transforms, captured graphs, tensor subclasses, weights that
+    are no leaves and a DistributedDataParallel that reduces are refused; compiled code runs the call eagerly.
 
     Raises ValueError for shapes, devices, names and policies that do not fit, TypeError for dtypes and for what is no
     tensor.

@@ -38,13 +38,13 @@ def check_flag(given: object, where: str) -> bool:
 def find_owners(form: Form, x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Maybe]) -> tuple[Maybe, ...] | None:
     """The weights that take a gradient, None for the others; None if none does, and the flag has no effect.
 
-    ``weights`` are the caller's, before any cast. ValueError for tensors that the flag cannot serve.
+    ``weights`` are the caller's, ``tensors`` they and the biases as cast. ValueError for what the flag cannot serve.
     """
     owners = tuple(w if w.requires_grad else None for w in weights)
     if not any(w is not None for w in owners):
         return None
     where = f"fastbp.{form.name}"
-    for t in (x, *weights, *tensors):
+    for t in (x, *tensors):
         if t is not None and type(t) not in PLAIN:
             raise ValueError(f"{where}: {FLAG} takes plain tensors only, got a {type(t).__name__}; leave it out")
     for i, weight in enumerate(owners):

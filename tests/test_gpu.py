@@ -227,3 +227,19 @@ def test_pingpong_in_a_process_of_its_own():
     """Its warps wait for each other: should one wait for ever, the process is ended, and this test fails."""
     done = subprocess.run([sys.executable, "-c", PINGPONG], cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@each("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@each("out", [256, 1])
+def test_main_grad(dtype, out):
+    """Added in float32: nearer to the float64 sum than one product rounded to 16 bits is."""
+    x, (weight,), _ = tensors(LINEAR_ACT, dtype, seed=71, rows=4096, features=(512, out), bias=False)
+    weight.main_grad = torch.ones(weight.shape, device="cuda")
+    exact = weight.main_grad.double()
+    for step in range(4):
+        y = fastbp.linear_act(x, weight, activation="identity", gradient_accumulation_fusion=True)
+        dy = like(y, step)
+        y.backward(dy)
+        exact += dy.double().mT @ x.detach().double()
+    assert (weight.main_grad - exact).abs().max() < 1e-3 * exact.abs().max() / (1 if dtype == torch.float32 else 10)
+    assert weight.grad is None

@@ -160,15 +160,16 @@ def test_activation_parameters_come_with_the_module():
 
 @each_pair
 def test_settings_reach_the_call(name, monkeypatch):
-    """Every module passes its activation, policy and backend on."""
+    """Every module passes its activation, policy, backend and flag on."""
     if name == "Linear":
         pytest.skip("a Linear has neither activation, policy nor backend")
     seen = []
     forms = {"LinearAct": "linear_act", "GatedLinear": "gated_linear_act", "MLP": "mlp", "GatedMLP": "gated_mlp"}
-    monkeypatch.setattr(fastbp.functional, "call", lambda form, *arguments: seen.append((form.name, *arguments[-3:])))
-    module = PAIRS[name][0](activation="tanh", save="recompute", backend="reference")
+    monkeypatch.setattr(fastbp.functional, "call", lambda form, *arguments: seen.append((form.name, *arguments[-4:])))
+    settings = dict(activation="tanh", save="recompute", backend="reference", gradient_accumulation_fusion=True)
+    module = PAIRS[name][0](**settings)
     module(draw(4, K, dtype=torch.float32))
-    assert seen == [(forms[name], bind("tanh"), "recompute", "reference")]
+    assert seen == [(forms[name], bind("tanh"), "recompute", "reference", True)]
 
 
 def test_repr_shows_what_is_not_default():

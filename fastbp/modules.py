@@ -178,8 +178,8 @@ class LinearAct(_Settings):
         own = self._parameters  # looking there first spares nn.Module's __getattr__, as in plain_parts
         lent = "weight" not in own or "bias" not in own
         weight, bias = (self.weight, self.bias) if lent else (own["weight"], own["bias"])
-        settings = (self.activation, self.save, self.backend, self.gradient_accumulation_fusion)
-        return functional.call(LINEAR_ACT, input, (weight,), (bias,), *settings)  # type: ignore[arg-type]
+        flag = self.gradient_accumulation_fusion
+        return functional.call(LINEAR_ACT, input, (weight,), (bias,), self.activation, self.save, self.backend, flag)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return (

@@ -142,7 +142,7 @@ def test_backward_goes_where_forward_went(form, activation, save, spies):
         y = on_flat(call, form, activation=activation, save=save, backend="triton")(*inputs)
         grads(y, inputs, like(y, 65))
     assert done == [("triton", "forward"), ("triton", "backward")] * len(leaves)
-    assert all(problem == problems[0] for problem in problems)  # whatever backward was left of it
+    assert len(problems) == 1  # asked once, whatever backward was left of it
 
 
 @each(("form", "activation", "save"), cases([bind("gelu")]))

@@ -76,13 +76,14 @@ def choose(config: Config, data: Tensor, tensors: Sequence[Tensor | None] = ()) 
         return _chosen[config, data.device, data.dtype]
     except KeyError:
         problem = Problem(config, data.device, data.dtype)
-        choice = _chosen[problem] = with_backend(config, _named(problem) or _first_that_supports(problem))
+        choice = with_backend(config, _named(problem) or _first_that_supports(problem))
+        _chosen[config, data.device, data.dtype] = choice
         return choice
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
-_chosen: dict[Problem | tuple[Any, ...], Config] = {}  # grows with the settings a program uses, not with its calls
+_chosen: dict[tuple[Any, ...], Config] = {}  # grows with the settings a program uses, not with its calls
 
 
 @lru_cache(maxsize=4096)

@@ -52,8 +52,8 @@ def block(form=MLP, dtype=torch.float32, rows=400):
 def owned(monkeypatch):
     """What every backward of a test decided."""
     decided = []
-    original = autograd._owns_residuals
-    monkeypatch.setattr(autograd, "_owns_residuals", lambda *a: decided.append(original(*a)) or decided[-1])
+    original = autograd.owns_residuals
+    monkeypatch.setattr(autograd, "owns_residuals", lambda *a: decided.append(original(*a)) or decided[-1])
     return decided
 
 

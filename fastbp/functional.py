@@ -191,6 +191,8 @@ def call(
     if has_torch_function((x, *tensors)):
         options = dict(activation=activation, save=save, backend=backend, gradient_accumulation_fusion=accumulates)
         return _overridden(form, x, weights, biases, **options)
+    if accumulates is not False and torch.is_grad_enabled() and is_compiling() and not is_exporting():
+        return _outside_graphs(form, x, weights, biases, activation, save, backend, accumulates)
     if any_autocast():
         device = x.device.type if isinstance(x, Tensor) else "cpu"
         if device != "meta" and torch.is_autocast_enabled(device):
@@ -201,8 +203,7 @@ def call(
                 weights = tuple(cast[: len(owners)])
                 return call(form, x, weights, biases, activation, save, backend, accumulates, owners)
     if accumulates is not False and torch.is_grad_enabled():
-        run_it = _outside_graphs if is_compiling() and not is_exporting() else _accumulated
-        return run_it(form, x, weights, biases, activation, save, backend, accumulates, owners or weights)
+        return _accumulated(form, x, weights, biases, activation, save, backend, accumulates, owners or weights)
     if type(activation) is not str and type(activation) is not Bound:  # a module's parameters may change between calls
         check(form, x, weights, biases)  # before the activation is probed, so that the tensors' faults come first
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
@@ -242,9 +243,9 @@ def _accumulated(
 
 
 def _outside_graphs(*arguments: Any) -> Tensor:
-    """``_accumulated`` for code that is compiled: Dynamo breaks the graph here and runs it eagerly."""
+    """``call`` for code that is compiled: Dynamo breaks the graph here and runs it eagerly, casts and all."""
     reason = "fastbp: gradient_accumulation_fusion adds to tensors outside the graph"
-    return torch.compiler.disable(_accumulated, reason=reason)(*arguments)  # type: ignore[no-any-return]
+    return torch.compiler.disable(call, reason=reason)(*arguments)  # type: ignore[no-any-return]
 
 
 def _overridden(form: Form, x: Any, weights: tuple[Any, ...], biases: tuple[Any, ...], **options: Any) -> Tensor:

@@ -27,14 +27,21 @@ def weights_of(module):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_compiled_code_breaks_the_graph_around_it():
+@each("autocast", [False, True])
+def test_compiled_code_breaks_the_graph_around_it(autocast):
     module = make_module("MLP")
     x = like(torch.empty(3, 6), 94)
-    torch.compile(lambda x: module(x.sin()).cos(), backend="aot_eager")(x).sum().backward()
+
+    def run(x):
+        with torch.autocast("cpu", enabled=autocast):
+            return module(x.sin()).float().cos()
+
+    torch.compile(run, backend="aot_eager")(x).sum().backward()
+    assert all(w.grad is None for w in weights_of(module))
     mine = [w.main_grad.clone() for w in weights_of(module)]
     for weight in weights_of(module):
         weight.main_grad.zero_()
-    module(x.sin()).cos().sum().backward()
+    run(x).sum().backward()
     assert_close(mine, [w.main_grad for w in weights_of(module)], rtol=1e-5, atol=1e-6)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
         torch.compile(lambda x: module(x).sin(), backend="aot_eager", fullgraph=True)(x)

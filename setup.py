@@ -2,15 +2,17 @@
 
 ``auto`` (the default) builds what this machine can and never fails: what it leaves out it says in a line, and
 ``python -m fastbp doctor`` says it again. ``none`` builds nothing. ``cpu`` builds the CPU kernels or fails with the
-reason. ``cuda`` promises CUDA kernels, which this version does not have.
+reason. ``cuda`` builds CUDA kernels too, for which nvcc must be there and a GPU or a CUDA build of torch need not;
+``auto`` does so where torch is a CUDA build.
 
 The kernels are one shared library on LibTorch's stable ABI: built once, it loads into every Python from 3.10 and every
-torch from 2.11 on. MAX_JOBS bounds the compilers that run at a time, CXX names the compiler, FASTBP_CXXFLAGS adds flags
-(``make sanitize`` uses it).
+torch from 2.11 on. MAX_JOBS bounds the compilers that run at a time, CXX and NVCC name the compilers, FASTBP_CXXFLAGS
+adds flags (``make sanitize`` uses it), FASTBP_CUDA_ARCHITECTURES says for which GPUs (``80 90a 100``).
 """
 
 import os
 import platform
+import re
 import runpy
 import shlex
 import shutil
@@ -51,6 +53,10 @@ FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+# CUDA: the architectures, and the version of nvcc that knows them; sources for one of them alone.
+ARCHITECTURES = {"80": (11, 0), "90a": (12, 0), "100": (12, 8)}
+HOPPER = "90a"
+NVCC_FLAGS = ["-c", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Registers in signatures are fine: they never leave a translation unit.
 QUIET = ["-Wno-attributes", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
 QUIET += ["-Wno-ignored-optimization-argument"]  # Clang schedules without being told
@@ -69,6 +75,45 @@ def compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     raise Unable("no C++ compiler was found (g++ or clang++ with C++20); `apt-get install g++` brings one")
+
+
+def nvcc() -> tuple[list[str], list[str]]:
+    """The compiler of CUDA, and the architectures it compiles for."""
+    named = os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if shutil.which(named) is None:
+        raise Unable("no CUDA compiler was found; the CUDA toolkit (12.0 or newer) brings nvcc, NVCC=/path names it")
+    found = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([named, "--version"], capture_output=True, text=True).stdout
+    )
+    if found is None:
+        raise Unable(f"{named} --version does not say which release it is")
+    known = [name for name, since in ARCHITECTURES.items() if (int(found[1]), int(found[2])) >= since]
+    wanted = re.split(r"[\s;,]+", os.environ.get("FASTBP_CUDA_ARCHITECTURES", " ".join(known)).strip())
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise Unable(
+            f"FASTBP_CUDA_ARCHITECTURES names {', '.join(unknown)}; nvcc {found[1]}.{found[2]} and fastbp know "
+            f"{', '.join(known)}"
+        )
+    if HOPPER not in wanted:
+        raise Unable(f"FASTBP_CUDA_ARCHITECTURES must have {HOPPER}: the fused products are compiled for nothing else")
+    return [named], wanted
+
+
+def toolkit_folders(command: list[str]) -> tuple[str, str]:
+    """Where CUDA's headers and libraries lie, as nvcc says itself: what is on the path may be a script."""
+    said = subprocess.run([*command, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    include, libraries = re.search(r'INCLUDES="-I([^"]+)"', said), re.findall(r'"-L([^"]+)"', said)
+    library = next((folder for folder in libraries if Path(folder, "libcudart_static.a").is_file()), None)
+    if include is None or library is None:
+        raise Unable(f"{command[0]} does not say where CUDA's headers and libcudart_static.a lie")
+    return include[1], library
+
+
+def torch_is_cuda_build() -> bool:
+    import torch
+
+    return torch.version.cuda is not None
 
 
 def torch_folders() -> tuple[list[Path], Path]:
@@ -114,33 +159,60 @@ class Build(build_ext):
         torch_flags = [f"-DTORCH_TARGET_VERSION={ABI}", "-DTORCH_STABLE_ONLY"]
         torch_flags += [flag for folder in includes for flag in ("-isystem", str(folder))]
 
-        jobs = []
+        compilers = cuda_compiler()
+        cuda_flags: list[str] = []
+        link = ["-shared", "-Wl,--no-as-needed", f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        jobs: list[list[str]] = []
+        made: list[str] = []
+
+        def add(compiler: list[str], source: Path, flags: list[str], suffix: str = "") -> None:
+            made.append(str(objects / f"{'_'.join(source.relative_to(SOURCES).parts)}{suffix}.o"))
+            jobs.append([*compiler, *flags, str(source), "-o", made[-1]])
+
+        if compilers:
+            command, architectures = compilers
+            include, library = toolkit_folders(command)
+            names = " ".join(f"sm_{name}" for name in architectures)
+            cuda_flags = [f'-DFASTBP_CUDA_ARCHITECTURES="{names}"', "-isystem", include]
+            link += [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+            for source in sorted(SOURCES.rglob("*.cu")):  # the longest jobs, so they come first
+                only = [HOPPER] if source.stem.startswith("hopper") else architectures
+                code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in only]
+                add(command, source, [*NVCC_FLAGS, "-ccbin", cxx[0], *code])
         for source in sorted(SOURCES.rglob("*.cpp")):
+            common = [*FLAGS, *QUIET, *extra]
             if source in KERNELS:
                 for name, flags in CAPABILITIES.items():
                     own = ["-O3", *KERNELS[source], *flags.split(), f"-DFASTBP_CAPABILITY={name}"]
-                    jobs.append((objects / f"{source.stem}_{name}.o", source, own))
-            else:
-                own = ["-O2", *torch_flags, f'-DFASTBP_IDENTITY="{identity}"']
-                jobs.append((objects / f"{source.stem}.o", source, own))
+                    add(cxx, source, [*common, *own], f"_{name}")
+            elif compilers or source.parent.name != "cuda":
+                add(cxx, source, [*common, "-O2", *torch_flags, *cuda_flags, f'-DFASTBP_IDENTITY="{identity}"'])
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            commands = ([*cxx, *FLAGS, *QUIET, *own, *extra, str(source), "-o", str(to)] for to, source, own in jobs)
-            list(pool.map(run, commands))
+            list(pool.map(run, jobs))
 
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        link = ["-shared", "-Wl,--no-as-needed", f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
-        run([*cxx, *extra, *(str(to) for to, *_ in jobs), *link, "-o", str(target)])
+        run([*cxx, *extra, *made, *link, "-o", str(target)])
 
 
 MODE = os.environ.get("FASTBP_BUILD", "auto").lower()
 
 
+def cuda_compiler() -> tuple[list[str], list[str]] | None:
+    """nvcc and the architectures if CUDA kernels are to be built, else None; with ``auto`` it says why not."""
+    if MODE == "cuda":
+        return nvcc()
+    if MODE == "auto" and torch_is_cuda_build():
+        try:
+            return nvcc()
+        except Unable as reason:
+            print(f"fastbp: no CUDA kernels, Triton serves the GPU instead: {reason}", file=sys.stderr)
+    return None
+
+
 def main() -> None:
     if MODE not in MODES:
         sys.exit(f"fastbp: FASTBP_BUILD must be one of {', '.join(MODES)}, got {MODE!r}")
-    if MODE == "cuda":
-        sys.exit("fastbp: FASTBP_BUILD=cuda, but this version has no CUDA kernels; use FASTBP_BUILD=auto, cpu or none")
     library = [Extension("fastbp._native", [], py_limited_api=True)] if MODE != "none" else []
     setup(
         ext_modules=library,

@@ -3,6 +3,11 @@
 
 #include "cpu/checks.h"
 #include "cpu/native.h"
+#ifdef FASTBP_CUDA_ARCHITECTURES
+#include "cuda/calls.h"
+#include "cuda/device.h"
+#include "cuda/route.h"
+#endif
 
 STABLE_TORCH_LIBRARY(fastbp_native, m) {
   // What the library was built from, for the Python side to compare with itself; what the CPU offers.
@@ -21,6 +26,14 @@ STABLE_TORCH_LIBRARY(fastbp_native, m) {
   // `saved` is x, y, the weights, the biases, the residuals. Returns a gradient for each true entry of needs, which is
   // about x, the weights, the biases. With 1024 added to `settings` the residuals (policy preact) may be written over.
   m.def("backward(Tensor dy, Tensor[] saved, int settings, float[] params, bool[] needs) -> Tensor[]");
+#ifdef FASTBP_CUDA_ARCHITECTURES
+  // In a library with CUDA kernels: what they are compiled for; whether PyTorch exports what they need; why they cannot
+  // serve a device, or nothing; and for tests the way of computing.
+  m.def("cuda_architectures() -> str");
+  m.def("cuda_shims() -> bool");
+  m.def("cuda_refusal(int device) -> str");
+  m.def("set_cuda_route(str route) -> ()");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbp_native, CompositeExplicitAutograd, m) {
@@ -29,9 +42,22 @@ STABLE_TORCH_LIBRARY_IMPL(fastbp_native, CompositeExplicitAutograd, m) {
   m.impl("absent", TORCH_BOX(&fastbp::cpu::absent));
   m.impl("set_debug", TORCH_BOX(&fastbp::cpu::set_debug));
   m.impl("routes", TORCH_BOX(&fastbp::cpu::routes));
+#ifdef FASTBP_CUDA_ARCHITECTURES
+  m.impl("cuda_architectures", TORCH_BOX(&fastbp::cuda::architectures));
+  m.impl("cuda_shims", TORCH_BOX(&fastbp::cuda::shims_resolved));
+  m.impl("cuda_refusal", TORCH_BOX(&fastbp::cuda::refusal));
+  m.impl("set_cuda_route", TORCH_BOX(&fastbp::cuda::force_route));
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbp_native, CPU, m) {
   m.impl("forward", TORCH_BOX(&fastbp::cpu::forward));
   m.impl("backward", TORCH_BOX(&fastbp::cpu::backward));
 }
+
+#ifdef FASTBP_CUDA_ARCHITECTURES
+STABLE_TORCH_LIBRARY_IMPL(fastbp_native, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&fastbp::cuda::forward));
+  m.impl("backward", TORCH_BOX(&fastbp::cuda::backward));
+}
+#endif

@@ -64,8 +64,17 @@ def _native() -> list[str]:
             lines.append("no C++ compiler is on the path; `apt-get install g++` brings one")
     else:
         lines = [f"CPU kernels for {native.capability()}; FASTBP_CPU_CAPABILITY names another capability of this CPU"]
-        lines.append("CUDA kernels: this version has none")
+        lines += _cuda()
     return [*lines, f"compilers on the path: {', '.join(tools) or 'none'}"]
+
+
+def _cuda() -> list[str]:
+    architectures = native.cuda_architectures()
+    if not architectures:
+        return [f"CUDA kernels: not built; `{native.rebuild_command('cuda')}` builds them, with nvcc"]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [f"GPU {i}: {native.cuda_refusal(i) or 'served by the CUDA kernels'}" for i in range(count)]
+    return [f"CUDA kernels for {architectures}", *gpus]
 
 
 def _triton() -> list[str]:

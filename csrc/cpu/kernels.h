@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "../dtype.h"
+
 // Best first. setup.py has the compiler's flags for each.
 #if defined(__x86_64__)
 #define FASTBP_FOR_EACH_CAPABILITY(F) F(avx512_bf16) F(avx512) F(avx2) F(generic)
@@ -19,11 +21,6 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
-
-// The order is that of the tables below.
-enum class Dtype : int { float64, float32, bfloat16, float16 };
-constexpr int kDtypes = 4, kMostActivations = 64;
-constexpr int64_t kItemSize[kDtypes] = {8, 4, 2, 2};
 
 // C (rows × columns) = A B, plus C where it accumulates, plus a bias for each column. A product of pairs goes to
 // `words` instead, as bfloat16, where there are any.

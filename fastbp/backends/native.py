@@ -1,4 +1,4 @@
-"""The C++ kernels: one shared library, loaded here, one op call forward and one backward.
+"""The C++ and CUDA kernels: one shared library, loaded here, one op call forward and one backward.
 
 ``unavailable`` is None, or why there is no library to call: not built, not loadable, or built from other sources.
 """
@@ -21,15 +21,16 @@ from fastbp.version import __version__, fingerprint
 # FASTBP_NATIVE_LIBRARY names another build of the same sources: `make sanitize` uses it.
 LIBRARY = Path(os.environ.get("FASTBP_NATIVE_LIBRARY") or Path(__file__).parents[1] / "_native.abi3.so")
 SOURCES = Path(__file__).parents[2] / "csrc"  # there in a checkout, not in an installed package
-REBUILD = "FASTBP_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps"
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps"
 CHECKS_TENSORS = True  # in C++, so that a good call need not be checked in Python
 _OVERWRITE = 1024  # in a call's settings, csrc/ops.cpp
 _SAVES = ("preact", "output", "recompute")  # the order of csrc/cpu/call.h
 
 
-def rebuild_command() -> str:
+def rebuild_command(kernels: str = "cpu") -> str:
     """What to type to get the library that belongs to this package."""
-    return f"{REBUILD} -e {SOURCES.parent}" if SOURCES.is_dir() else f"{REBUILD} fastbp"
+    command = f"FASTBP_BUILD={kernels} {REBUILD}"
+    return f"{command} -e {SOURCES.parent}" if SOURCES.is_dir() else f"{command} fastbp"
 
 
 def load(library: Path = LIBRARY, sources: Path = SOURCES) -> str | None:
@@ -65,9 +66,27 @@ def _ops() -> Any:
 
 def supports(problem: Problem) -> str | None:
     """Why this backend cannot serve the problem, or None."""
-    if problem.device.type != "cpu":
-        return f"the C++ kernels run on the CPU, and x is on {problem.device}"
-    return None
+    device = problem.device
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return (
+            f"the C++ kernels run on CPUs and NVIDIA GPUs, and x is on {'an AMD GPU' if torch.version.hip else device}"
+        )
+    return cuda_refusal(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def cuda_architectures() -> str:
+    """What the CUDA kernels are compiled for; empty where the library has none."""
+    return _ops().cuda_architectures() if hasattr(_ops(), "cuda_architectures") else ""  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=64)
+def cuda_refusal(index: int) -> str | None:
+    """Why the CUDA kernels cannot serve a GPU, and what to do about it; None if they can. Launches nothing."""
+    if not cuda_architectures():
+        return f"{LIBRARY.name} was built without CUDA kernels; `{rebuild_command('cuda')}` builds them, with nvcc"
+    return _ops().cuda_refusal(index) or None
 
 
 def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:

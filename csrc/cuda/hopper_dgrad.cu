@@ -1,0 +1,7 @@
+#include "hopper_launch.cuh"
+
+namespace fastbp::cuda {
+
+FASTBP_PRODUCT(, dgrad)
+
+}  // namespace fastbp::cuda

@@ -1,0 +1,7 @@
+#include "hopper_launch.cuh"
+
+namespace fastbp::cuda {
+
+FASTBP_PRODUCT(, forward)
+
+}  // namespace fastbp::cuda

@@ -1,0 +1,195 @@
+#include "layers.h"
+
+#include <cuda_runtime.h>
+
+#include "../aten.h"
+#include "../cpu/scratch.h"
+#include "route.h"
+
+namespace fastbp::cuda {
+
+namespace {
+
+void* data(const Maybe& tensor) { return tensor ? const_cast<void*>(tensor->const_data_ptr()) : nullptr; }
+
+// A matrix as the fused products read it; what they cannot read is refused by product_refusal.
+Operand operand(const Tensor& matrix) {
+  const auto sizes = matrix.sizes(), strides = matrix.strides();
+  const bool dense = sizes[1] == 1 || strides[1] == 1;
+  return {matrix.const_data_ptr(), sizes[0], sizes[1], dense ? strides[0] : 0};
+}
+
+Maybe packed(const Maybe& tensor) { return tensor ? Maybe(torch::stable::contiguous(*tensor)) : tensor; }
+
+// What was kept, with adjacent columns.
+Maybe rows_of(const Maybe& kept, int64_t rows) {
+  if (!kept) return kept;
+  const Tensor flat = matrix(*kept, rows);
+  return flat.size(1) == 1 || flat.stride(1) == 1 ? flat : torch::stable::contiguous(flat);
+}
+
+}  // namespace
+
+Tensor column_sum(const Tensor& matrix) {
+  const int64_t rows = 0;
+  return torch::stable::sum(matrix, torch::headeronly::IntHeaderOnlyArrayRef(&rows, 1));
+}
+
+Layers::Layers(const Call& call)
+    : call_(call),
+      properties_(properties_of(call.device.index)),
+      stream_(current_stream(call.device.index)),
+      activation_{call.dtype, call.settings.activation, {call.settings.params[0], call.settings.params[1]}} {}
+
+Tensor Layers::make(std::vector<int64_t> sizes, Dtype dtype) const {
+  const Tensor made =
+      cpu::empty(sizes.data(), static_cast<int64_t>(sizes.size()) - 1, sizes.back(), dtype, call_.device);
+  if (cpu::poison) {
+    const size_t bytes = made.numel() * kItemSize[static_cast<int>(dtype)];
+    check_cuda(cudaMemsetAsync(made.mutable_data_ptr(), 0xff, bytes, stream_));
+  }
+  return made;
+}
+
+Tensor Layers::like(const Tensor& tensor) const {
+  const auto sizes = tensor.sizes();
+  return make({sizes.begin(), sizes.end()}, call_.dtype);
+}
+
+bool Layers::fuses(const Product& product) const {
+  return route() == Route::fused && !product_refusal(product, call_.dtype, properties_.capability);
+}
+
+// The second stage of a bias gradient.
+Maybe Layers::total(const Maybe& sums) const {
+  if (!sums) return std::nullopt;
+  const Tensor out = make({sums->size(1)}, call_.dtype);
+  launch_column_sum(call_.dtype, sums->const_data_ptr(), out.mutable_data_ptr(), sums->size(0), sums->size(1), stream_);
+  return out;
+}
+
+Layers::Forward Layers::forward(const Tensor& x, const Tensor* weights, const Maybe* biases, bool keep) const {
+  const int parts = call_.width();
+  const Tensor flat = matrix(x, call_.rows);
+  const int64_t m = call_.rows, n = weights[0].size(0), k = weights[0].size(1);
+  Product product{};
+  product.kind = parts == 2 ? Product::gated_forward : Product::forward;
+  product.a = operand(flat);
+  product.b = operand(weights[0]);
+  product.b2 = operand(weights[parts - 1]);
+  product.m = m, product.n = n, product.k = k;
+  std::vector<int64_t> sizes(call_.leading);
+  sizes.push_back(n);
+  Forward found;
+  if (fuses(product)) {
+    found.y = make(sizes, call_.dtype);
+    const Maybe bias[2] = {packed(biases[0]), parts == 2 ? packed(biases[1]) : std::nullopt};
+    for (int part = 0; part < parts && keep; ++part) found.z[part] = make(sizes, call_.dtype);
+    product.bias = data(bias[0]), product.bias2 = data(bias[1]);
+    product.first = data(found.z[0]), product.second = data(found.z[1]);
+    product.y = data(found.y);
+    launch_product(activation_, product, properties_.processors, stream_);
+    return found;
+  }
+  // Where PyTorch uses cuBLASLt the bias is added in its epilogue, and the pass need not read and write z for it.
+  const Tensor z = torch::stable::contiguous(linear(x, weights[0], biases[0]));
+  const Maybe up = parts == 2 ? Maybe(torch::stable::contiguous(linear(x, weights[1], biases[1]))) : std::nullopt;
+  found.y = keep ? like(z) : z;
+  if (keep || parts == 2 || !is_identity()) {
+    launch(activation_, Value{z.const_data_ptr(), data(up), found.y.mutable_data_ptr(), z.numel()}, stream_);
+  }
+  if (keep) found.z[0] = z, found.z[1] = up;
+  return found;
+}
+
+Tensor Layers::value(const Tensor& gate, const Maybe& up) const {
+  const Tensor z = torch::stable::contiguous(gate);
+  const Maybe u = packed(up);
+  const Tensor y = like(z);
+  launch(activation_, Value{z.const_data_ptr(), data(u), y.mutable_data_ptr(), z.numel()}, stream_);
+  return y;
+}
+
+Slope Layers::chain_rule(const Tensor& dh, const Maybe* kept, const Wanted& wanted, bool over_dh) const {
+  const int64_t m = dh.size(0), n = dh.size(1);
+  const bool gated = call_.settings.gated, overwrites = call_.settings.overwrites;
+  Slope slope;
+  if (!gated && is_identity()) {
+    slope.dz[0] = dh;
+    if (wanted.h) slope.h = matrix(*kept[0], m);
+    if (wanted.db[0]) slope.db[0] = column_sum(dh);
+    return slope;
+  }
+  const Maybe gate = rows_of(kept[0], m), up = gated && kept[1] ? packed(rows_of(kept[1], m)) : std::nullopt;
+  const Strips strips = strips_of(m, n, call_.dtype, properties_.processors);
+  const Dtype wide = call_.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+  const auto contiguous = [](const Tensor& t) { return Rows(t).contiguous(); };
+  // dz goes over dh where dh is ours, else over z where that is, else into memory of its own.
+  const Maybe own[2] = {overwrites && gate && contiguous(*gate) ? gate
+                        : over_dh && !gated                     ? Maybe(dh)
+                                                                : std::nullopt,
+                        gated && over_dh                      ? Maybe(dh)
+                        : overwrites && up && contiguous(*up) ? up
+                                                              : std::nullopt};
+  Maybe sums[2];
+  for (int part = 0; part < call_.width(); ++part) {
+    if (wanted.dz[part]) slope.dz[part] = own[part] ? *own[part] : make({m, n}, call_.dtype);
+    if (wanted.db[part]) sums[part] = make({strips.strips, n}, wide);
+  }
+  if (wanted.h) slope.h = make({m, n}, call_.dtype);
+  const auto strides = dh.strides();
+  if (gated) {
+    const Tensor g = torch::stable::contiguous(*gate);
+    const bool reads_up = wanted.dz[0] || wanted.h;
+    GatedChainRule rule{};
+    rule.dh = dh.const_data_ptr(), rule.gate = g.const_data_ptr(), rule.up = reads_up ? data(up) : nullptr;
+    rule.dgate = data(slope.dz[0]), rule.dup = data(slope.dz[1]), rule.h = data(slope.h);
+    rule.gate_sums = data(sums[0]), rule.up_sums = data(sums[1]);
+    rule.m = m, rule.n = n, rule.dh_stride = strides[0], rule.dh_column_stride = strides[1], rule.stride = n;
+    rule.strips = strips;
+    launch(activation_, rule, stream_);
+  } else {
+    ChainRule rule{};
+    rule.dh = dh.const_data_ptr(), rule.kept = data(gate), rule.dz = data(slope.dz[0]), rule.h = data(slope.h);
+    rule.sums = data(sums[0]);
+    rule.m = m, rule.n = n, rule.dh_stride = strides[0], rule.dh_column_stride = strides[1];
+    rule.stride = gate->stride(0), rule.from_output = call_.settings.save == Save::output, rule.strips = strips;
+    launch(activation_, rule, stream_);
+  }
+  for (int part = 0; part < call_.width(); ++part) slope.db[part] = total(sums[part]);
+  return slope;
+}
+
+Slope Layers::dgrad(const Tensor& d, const Tensor& weight, const Maybe* kept, const Wanted& wanted) const {
+  const int64_t m = d.size(0), k = d.size(1), n = weight.size(1);
+  const bool gated = call_.settings.gated;
+  const Maybe gate = packed(kept[0]), up = gated ? packed(kept[1]) : std::nullopt;
+  Product product{};
+  product.kind = gated ? Product::gated_dgrad : Product::dgrad;
+  product.a = operand(d);
+  product.b = operand(weight);
+  product.m = m, product.n = n, product.k = k;
+  const bool both = !gated || (up && wanted.dz[0] && wanted.dz[1]);
+  const bool readable = gate && reinterpret_cast<uintptr_t>(gate->const_data_ptr()) % 16 == 0 &&
+                        (!up || reinterpret_cast<uintptr_t>(up->const_data_ptr()) % 16 == 0);
+  if (!both || !readable || (!gated && is_identity()) || !fuses(product)) {
+    return chain_rule(mm(d, weight), kept, wanted, true);
+  }
+  Slope slope;
+  Maybe sums[2];
+  for (int part = 0; part < call_.width(); ++part) {
+    const Maybe& residual = part == 0 ? gate : up;
+    slope.dz[part] = call_.settings.overwrites ? matrix(*residual, m) : make({m, n}, call_.dtype);
+    if (wanted.db[part]) sums[part] = make({(m + kTileRows - 1) / kTileRows, n}, Dtype::float32);
+  }
+  if (wanted.h) slope.h = make({m, n}, call_.dtype);
+  product.gate = data(gate), product.up = data(up);
+  product.first = data(slope.dz[0]), product.second = data(slope.dz[1]), product.y = data(slope.h);
+  product.sums = static_cast<float*>(data(sums[0])), product.sums2 = static_cast<float*>(data(sums[1]));
+  product.from_output = call_.settings.save == Save::output;
+  launch_product(activation_, product, properties_.processors, stream_);
+  for (int part = 0; part < call_.width(); ++part) slope.db[part] = total(sums[part]);
+  return slope;
+}
+
+}  // namespace fastbp::cuda

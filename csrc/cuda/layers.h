@@ -1,0 +1,62 @@
+// One hidden layer each way, by the route that serves: allocation, launches, and what PyTorch does itself.
+#pragma once
+
+#include "../cpu/call.h"
+#include "../cpu/needs.h"
+#include "device.h"
+#include "hopper.h"
+
+namespace fastbp::cuda {
+
+using cpu::Call;
+using cpu::Maybe;
+using cpu::Needs;
+using cpu::Rows;
+using cpu::Save;
+using torch::stable::Tensor;
+
+// dz of a layer's linears, the layer's output again, and the bias gradients; absent where nobody asked.
+struct Slope {
+  Maybe dz[2], h, db[2];
+};
+
+class Layers {
+ public:
+  explicit Layers(const Call& call);
+
+  // y = f(x Wᵀ + b), or f(g) · u; x (..., K), y (..., N). With `keep` z, or g and u.
+  struct Forward {
+    Tensor y;
+    Maybe z[2];
+  };
+  Forward forward(const Tensor& x, const Tensor* weights, const Maybe* biases, bool keep) const;
+
+  // f(z), or f(g) · u, of what was kept.
+  Tensor value(const Tensor& gate, const Maybe& up) const;
+
+  // What backward makes of a layer, of rows of dh. Which of it is wanted:
+  struct Wanted {
+    bool dz[2], db[2], h;
+    bool any() const { return dz[0] || dz[1]; }
+  };
+  Slope chain_rule(const Tensor& dh, const Maybe* kept, const Wanted& wanted, bool over_dh) const;
+  // The same of dh = d W, W the linear above.
+  Slope dgrad(const Tensor& d, const Tensor& weight, const Maybe* kept, const Wanted& wanted) const;
+
+ private:
+  Tensor make(std::vector<int64_t> sizes, Dtype dtype) const;
+  Tensor like(const Tensor& tensor) const;
+  Maybe total(const Maybe& sums) const;
+  bool fuses(const Product& product) const;
+  bool is_identity() const { return call_.settings.activation == 0; }
+
+  const Call& call_;
+  const Properties& properties_;
+  cudaStream_t stream_;
+  Activation activation_;
+};
+
+// Σ over the rows, by PyTorch.
+Tensor column_sum(const Tensor& matrix);
+
+}  // namespace fastbp::cuda

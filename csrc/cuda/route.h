@@ -1,0 +1,17 @@
+// How a call on a GPU is computed.
+#pragma once
+
+#include <string>
+
+namespace fastbp::cuda {
+
+// library: PyTorch's products and one elementwise kernel each way. fused: products with the elementwise work in the
+// epilogue, one by one where they serve. A call takes the library's unless something else is asked for: nothing has
+// been measured yet (docs/gpu-status.md).
+enum class Route { library, fused };
+
+Route route();
+// For tests and measurements, by its name above; an empty name ends it. FASTBP_CUDA_ROUTE says it for a whole process.
+void force_route(std::string name);
+
+}  // namespace fastbp::cuda

@@ -1,0 +1,262 @@
+// A GPU's part in a call, played by the host: the launches of csrc/cuda as plain loops over the same device functions,
+// on tensors of the CPU. What is under test is everything around them, csrc/cuda/calls.cpp and layers.cpp.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/call.h"
+#include "cpu/checks.h"
+#include "cuda/calls.h"
+#include "cuda/device.h"
+#include "cuda/hopper.h"
+#include "cuda/pack.h"
+#include "cuda/route.h"
+
+using torch::stable::Tensor;
+
+extern "C" cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+extern "C" AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle a,
+                                                    AtenTensorHandle b, double, double) {
+  const auto borrowed = [](AtenTensorHandle handle) {
+    AtenTensorHandle copy;
+    aoti_torch_new_tensor_handle(handle, &copy);
+    return Tensor(copy);
+  };
+  Tensor to = borrowed(out);
+  const Tensor sum = torch::stable::subtract(borrowed(self), torch::stable::matmul(borrowed(a), borrowed(b)), -1.0);
+  torch::stable::copy_(to, sum);
+  return 0;
+}
+
+namespace fastbp::cpu {
+const Capability& capability() { throw std::runtime_error("no kernels of the CPU are here"); }
+}  // namespace fastbp::cpu
+
+namespace fastbp::cuda {
+
+void check(bool fine, const char* what) {
+  if (!fine) throw std::runtime_error(what);
+}
+void check_cuda(cudaError_t) {}
+void check_launches() {}
+OnDevice::OnDevice(int32_t) {}
+const Properties& properties_of(int32_t) {
+  static const Properties properties{90, 4};
+  return properties;
+}
+cudaStream_t current_stream(int32_t) { return nullptr; }
+
+namespace {
+
+int64_t fused = 0;  // products so far
+
+// A number as a pack that holds it in its first place.
+template <Dtype D>
+Pack<D> one(const void* data, int64_t at) {
+  Pack<D> pack{};
+  if (data) pack.at[0] = static_cast<const Memory<D>*>(data)[at];
+  return pack;
+}
+
+template <Dtype D>
+void put(void* data, int64_t at, const Pack<D>& pack) {
+  if (data) static_cast<Memory<D>*>(data)[at] = pack.at[0];
+}
+
+template <Dtype D>
+void add_to(void* sums, int64_t at, Sum<D> number) {
+  if (sums) static_cast<Sum<D>*>(sums)[at] += number;
+}
+
+template <class A, Dtype D>
+void launch_as(const Activation& activation, const Value& v) {
+  const Bound<A, Compute<D>> f(activation.params[0], activation.params[1]);
+  for (int64_t i = 0; i < v.size; ++i) {
+    put(v.y, i, v.up ? gated_value(f, one<D>(v.gate, i), one<D>(v.up, i)) : value(f, one<D>(v.gate, i)));
+  }
+}
+
+template <class A, Dtype D>
+void launch_as(const Activation& activation, const ChainRule& rule) {
+  const Bound<A, Compute<D>> f(activation.params[0], activation.params[1]);
+  if (rule.sums) memset(rule.sums, 0, sizeof(Sum<D>) * rule.strips.strips * rule.n);
+  for (int64_t i = 0; i < rule.m; ++i) {
+    for (int64_t j = 0; j < rule.n; ++j) {
+      const auto d = one<D>(rule.dh, i * rule.dh_stride + j * rule.dh_column_stride);
+      const auto r = one<D>(rule.kept, i * rule.stride + j);
+      Sum<D> sums[Pack<D>::size] = {};
+      Pack<D> dz;
+      if constexpr (A::has_grad_from_output) {
+        dz = rule.from_output ? grad<true>(f, d, r, sums) : grad<false>(f, d, r, sums);
+      } else {
+        dz = grad<false>(f, d, r, sums);
+      }
+      if (rule.h) put(rule.h, i * rule.n + j, value(f, r));
+      put(rule.dz, i * rule.n + j, dz);
+      add_to<D>(rule.sums, i / rule.strips.rows * rule.n + j, sums[0]);
+    }
+  }
+}
+
+template <class A, Dtype D>
+void launch_as(const Activation& activation, const GatedChainRule& rule) {
+  const Bound<A, Compute<D>> f(activation.params[0], activation.params[1]);
+  for (void* sums : {rule.gate_sums, rule.up_sums}) {
+    if (sums) memset(sums, 0, sizeof(Sum<D>) * rule.strips.strips * rule.n);
+  }
+  for (int64_t i = 0; i < rule.m; ++i) {
+    for (int64_t j = 0; j < rule.n; ++j) {
+      const auto d = one<D>(rule.dh, i * rule.dh_stride + j * rule.dh_column_stride);
+      const int64_t at = i * rule.stride + j, to = i * rule.n + j, sum = i / rule.strips.rows * rule.n + j;
+      const auto g = one<D>(rule.gate, at), u = one<D>(rule.up, at);
+      Sum<D> gate_sums[Pack<D>::size] = {}, up_sums[Pack<D>::size] = {};
+      if (rule.h) put(rule.h, to, gated_value(f, g, u));
+      const auto both = gated_grad(f, d, g, u, gate_sums, up_sums);
+      put(rule.dgate, to, both.gate);
+      put(rule.dup, to, both.up);
+      add_to<D>(rule.gate_sums, sum, gate_sums[0]);
+      add_to<D>(rule.up_sums, sum, up_sums[0]);
+    }
+  }
+}
+
+// One number of A B, A by rows; B by rows of the reduction's steps, or by steps.
+template <Dtype D>
+Pack<D> product_at(const Product& p, const Operand& b, bool by_steps, int64_t i, int64_t j, const void* bias) {
+  float sum = 0;
+  for (int64_t k = 0; k < p.k; ++k) {
+    sum += plain(wide(one<D>(p.a.data, i * p.a.stride + k).at[0])) *
+           plain(wide(one<D>(b.data, by_steps ? k * b.stride + j : j * b.stride + k).at[0]));
+  }
+  if (bias) sum += plain(wide(one<D>(bias, j).at[0]));
+  Pack<D> pack{};
+  pack.at[0] = rounded<D>(Compute<D>(sum));
+  return pack;
+}
+
+template <class A, Dtype D>
+void launch_as(const Activation& activation, const Product& p) {
+  if constexpr (sizeof(Memory<D>) == 2) {
+    const Bound<A, Compute<D>> f(activation.params[0], activation.params[1]);
+    for (float* sums : {p.sums, p.sums2}) {
+      if (sums) memset(sums, 0, sizeof(float) * ((p.m + kTileRows - 1) / kTileRows) * p.n);
+    }
+    for (int64_t i = 0; i < p.m; ++i) {
+      for (int64_t j = 0; j < p.n; ++j) {
+        const int64_t at = i * p.n + j, sum = i / kTileRows * p.n + j;
+        const bool backward = p.kind == Product::dgrad || p.kind == Product::gated_dgrad;
+        const auto z = product_at<D>(p, p.b, backward, i, j, p.bias);
+        float sums[8] = {}, sums2[8] = {};
+        if (p.kind == Product::forward) {
+          put(p.first, at, z);
+          put(p.y, at, value(f, z));
+        } else if (p.kind == Product::gated_forward) {
+          const auto u = product_at<D>(p, p.b2, false, i, j, p.bias2);
+          put(p.first, at, z);
+          put(p.second, at, u);
+          put(p.y, at, gated_value(f, z, u));
+        } else if (p.kind == Product::dgrad) {
+          const auto r = one<D>(p.gate, at);
+          if (p.y) put(p.y, at, value(f, r));
+          if constexpr (A::has_grad_from_output) {
+            put(p.first, at, p.from_output ? grad<true>(f, z, r, sums) : grad<false>(f, z, r, sums));
+          } else {
+            put(p.first, at, grad<false>(f, z, r, sums));
+          }
+        } else {
+          const auto g = one<D>(p.gate, at), u = one<D>(p.up, at);
+          if (p.y) put(p.y, at, gated_value(f, g, u));
+          const auto both = gated_grad(f, z, g, u, sums, sums2);
+          put(p.first, at, both.gate);
+          put(p.second, at, both.up);
+        }
+        add_to<D>(p.sums, sum, sums[0]);
+        add_to<D>(p.sums2, sum, sums2[0]);
+      }
+    }
+    ++fused;
+  }
+}
+
+template <class Pass, Dtype D>
+void launch_of(const Activation& activation, const Pass& pass) {
+  using Launcher = void (*)(const Activation&, const Pass&);
+#define FASTBP_LAUNCHER(A) launch_as<act::A, D>,
+  static constexpr Launcher launchers[] = {FASTBP_FOR_EACH_ACTIVATION(FASTBP_LAUNCHER)};
+  launchers[activation.number](activation, pass);
+}
+
+template <class Pass>
+void launch_for(const Activation& activation, const Pass& pass) {
+  constexpr void (*of[])(const Activation&, const Pass&) = {
+      launch_of<Pass, Dtype::float64>, launch_of<Pass, Dtype::float32>, launch_of<Pass, Dtype::bfloat16>,
+      launch_of<Pass, Dtype::float16>};
+  of[static_cast<int>(activation.dtype)](activation, pass);
+}
+
+template <Dtype D>
+void column_sum_of(const void* sums, void* out, int64_t strips, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    Sum<D> total = 0;
+    for (int64_t i = 0; i < strips; ++i) total += static_cast<const Sum<D>*>(sums)[i * n + j];
+    static_cast<Memory<D>*>(out)[j] = rounded<D>(static_cast<Compute<D>>(total));
+  }
+}
+
+}  // namespace
+
+void launch(const Activation& activation, const Value& value, cudaStream_t) { launch_for(activation, value); }
+void launch(const Activation& activation, const ChainRule& rule, cudaStream_t) { launch_for(activation, rule); }
+void launch(const Activation& activation, const GatedChainRule& rule, cudaStream_t) { launch_for(activation, rule); }
+void launch_product(const Activation& activation, const Product& product, int, cudaStream_t) {
+  launch_for(activation, product);
+}
+void launch_column_sum(Dtype dtype, const void* sums, void* out, int64_t strips, int64_t n, cudaStream_t) {
+  constexpr void (*of[])(const void*, void*, int64_t, int64_t) = {
+      column_sum_of<Dtype::float64>, column_sum_of<Dtype::float32>, column_sum_of<Dtype::bfloat16>,
+      column_sum_of<Dtype::float16>};
+  of[static_cast<int>(dtype)](sums, out, strips, n);
+}
+
+Strips strips_of(int64_t m, int64_t, Dtype, int) { return {3, std::max<int64_t>(1, (m + 2) / 3)}; }
+
+// Any sizes but no strange strides.
+const char* product_refusal(const Product& product, Dtype dtype, int) {
+  const bool sixteen = dtype == Dtype::bfloat16 || dtype == Dtype::float16;
+  const bool dense = product.a.stride > 0 && product.b.stride > 0 && (!product.b2.data || product.b2.stride > 0);
+  return sixteen && dense && product.m * product.n * product.k > 0 ? nullptr : "not in the stand-in";
+}
+
+int64_t fused_products() { return fused; }
+
+}  // namespace fastbp::cuda
+
+STABLE_TORCH_LIBRARY(fastbp_standin, m) {
+  m.def("absent() -> Tensor");
+  m.def("set_debug(bool poison) -> ()");
+  m.def("set_cuda_route(str route) -> ()");
+  m.def("fused_products() -> int");
+  m.def("forward(Tensor x, Tensor[] tensors, int settings, float[] params) -> Tensor[]");
+  m.def("backward(Tensor dy, Tensor[] saved, int settings, float[] params, bool[] needs) -> Tensor[]");
+}
+
+void set_debug(bool poison) { fastbp::cpu::poison = poison; }
+
+STABLE_TORCH_LIBRARY_IMPL(fastbp_standin, CompositeExplicitAutograd, m) {
+  m.impl("absent", TORCH_BOX(&fastbp::cpu::absent));
+  m.impl("set_debug", TORCH_BOX(&set_debug));
+  m.impl("set_cuda_route", TORCH_BOX(&fastbp::cuda::force_route));
+  m.impl("fused_products", TORCH_BOX(&fastbp::cuda::fused_products));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastbp_standin, CPU, m) {
+  m.impl("forward", TORCH_BOX(&fastbp::cuda::forward));
+  m.impl("backward", TORCH_BOX(&fastbp::cuda::backward));
+}

@@ -1,0 +1,187 @@
+"""Calls of the CUDA kernels, csrc/cuda/calls.cpp and layers.cpp, with the host in the GPU's place (cuda_standin.cpp).
+
+What is launched, on which tensors, and what PyTorch computes itself: all but the kernels.
+"""
+
+import functools
+import itertools
+import os
+import runpy
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from support import FEW, assert_accurate, call, cases, each, eager, flatten, grads, like, stock, tensors
+
+from fastbp.activations import bind
+from fastbp.backends import native
+from fastbp.forms import FORMS, LINEAR_ACT, MLP
+from fastbp.problem import DTYPES
+
+ROOT = Path(__file__).parents[1]
+SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="tables")
+SOURCES = [
+    "csrc/cuda/calls.cpp",
+    "csrc/cuda/layers.cpp",
+    "csrc/cuda/route.cpp",
+    "csrc/cpu/call.cpp",
+    "csrc/cpu/checks.cpp",
+]
+pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
+SIXTEEN = [dtype for dtype in DTYPES if dtype.itemsize == 2]
+GELU = bind("gelu")
+each_way = each(("dtype", "route"), [*((d, "library") for d in DTYPES), *((d, "fused") for d in SIXTEEN)])
+accurate = functools.partial(assert_accurate, backend="native")
+
+
+@pytest.fixture(scope="module")
+def standin(tmp_path_factory):
+    try:
+        cxx, (nvcc, _) = SETUP["compiler"](), SETUP["nvcc"]()
+        include, _ = SETUP["toolkit_folders"](nvcc)
+        folders, libraries = SETUP["torch_folders"]()
+    except SETUP["Unable"] as reason:
+        pytest.skip(str(reason))
+    folder = tmp_path_factory.mktemp("cuda")
+    flags = ["-c", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'csrc'}", "-isystem", include]
+    flags += [f"-DTORCH_TARGET_VERSION={SETUP['ABI']}", "-DTORCH_STABLE_ONLY", *SETUP["QUIET"]]
+    flags += [flag for path in folders for flag in ("-isystem", str(path))]
+
+    def compile_one(source):
+        to = folder / f"{source.replace('/', '_')}.o"
+        subprocess.run([*cxx, *flags, str(ROOT / source), "-o", str(to)], check=True)
+        return str(to)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compile_one, ["tests/cuda_standin.cpp", *SOURCES]))
+    to, link = folder / "standin.so", [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*cxx, "-shared", "-Wl,--no-as-needed", *objects, *link, "-o", str(to)], check=True)
+    torch.ops.load_library(to)
+    beneath = torch.library.Library("fastbp_standin", "IMPL", "Autograd")
+    for op in ("forward", "backward"):
+        beneath.impl(op, torch.library.fallthrough_kernel)
+    yield torch.ops.fastbp_standin
+    beneath._destroy()
+
+
+@pytest.fixture
+def on_gpu(standin, monkeypatch):
+    """Calls of backend native go to the stand-in, by a route; fresh memory holds NaN."""
+    monkeypatch.setattr(native, "_forward", standin.forward.default._op)
+    monkeypatch.setattr(native, "_backward", standin.backward.default._op)
+    monkeypatch.setattr(native, "_ABSENT", standin.absent())
+    standin.set_debug(True)
+    yield standin.set_cuda_route
+    standin.set_cuda_route("")
+    standin.set_debug(False)
+
+
+@each_way
+@each("bias", [True, False])
+@each(("form", "activation", "save"), cases(FEW))
+def test_values_and_gradients(on_gpu, form, activation, save, bias, dtype, route):
+    on_gpu(route)
+    accurate(form, activation, save, tensors(form, dtype, seed=91, bias=bias))
+
+
+def test_the_fused_route_fuses(on_gpu, standin):
+    """Forward and backward of each layer below the last product, and nothing on the other route."""
+    inputs = flatten(*tensors(MLP, torch.bfloat16, seed=92))
+    counts = []
+    for route in ("library", "fused"):
+        on_gpu(route)
+        before = standin.fused_products()
+        y = call(MLP, inputs[0], inputs[1:4], inputs[4:], activation=GELU, backend="native")
+        grads(y, inputs, like(y, 93))
+        counts.append(standin.fused_products() - before)
+    assert counts == [0, 4]
+
+
+@each(("dtype", "route"), [(torch.float32, "library"), (torch.float16, "library"), (torch.float16, "fused")])
+@each("save", ["preact", "output", "recompute"])
+@each("form", FORMS.values())
+def test_every_choice_of_what_is_needed(on_gpu, form, save, dtype, route):
+    """Every set of inputs that take a gradient: each gradient as if all were asked for, and no other."""
+    on_gpu(route)
+    activation = bind("tanh") if save == "output" else GELU
+    if (form, activation, save) not in cases([activation]):
+        pytest.skip(f"{save} does not serve {form.name}")
+    inputs = flatten(*tensors(form, dtype, seed=94))
+    half = 1 + len(inputs) // 2
+
+    def step(needs):
+        given = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
+        y = call(form, given[0], given[1:half], given[half:], activation=activation, save=save, backend="native")
+        return grads(y, [t for t, need in zip(given, needs, strict=True) if need], like(y, 95))
+
+    complete = step([True] * len(inputs))
+    for needs in itertools.product([False, True], repeat=len(inputs)):
+        if any(needs):
+            expected = [g for g, need in zip(complete, needs, strict=True) if need]
+            for got, want in zip(step(needs), expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+VIEWS = {
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "outer gap": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+}
+
+
+@each(("dtype", "route"), [(torch.float64, "library"), (torch.bfloat16, "library"), (torch.bfloat16, "fused")])
+@each("view", VIEWS)
+@each("form", FORMS.values())
+def test_strides(on_gpu, form, view, dtype, route):
+    def viewed(tensor):
+        return VIEWS[view](tensor.detach()).requires_grad_()
+
+    on_gpu(route)
+    x, weights, biases = tensors(form, dtype, seed=96)
+    strided = viewed(x), [viewed(w) for w in weights], [viewed(b) for b in biases]
+    accurate(form, GELU, "preact", strided, view=lambda dy: viewed(dy).detach())
+
+
+@each_way
+@each("form", FORMS.values())
+def test_two_backward_calls_and_the_last_one(on_gpu, form, dtype, route):
+    """With the graph kept nothing saved is written over; the last call may, and finds the same."""
+    on_gpu(route)
+    inputs = flatten(*tensors(form, dtype, seed=97, rows=(64, 16)))
+    half = 1 + len(inputs) // 2
+    y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, save="preact", backend="native")
+    dy = like(y, 98)
+    first, second, last = (torch.autograd.grad(y, inputs, dy, retain_graph=keep) for keep in (True, True, False))
+    for a, b, c in zip(first, second, last, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@each_way
+@each("empty", ["rows", "in", "hidden", "out"])
+@each("form", FORMS.values())
+def test_sizes_of_zero(on_gpu, form, empty, dtype, route):
+    on_gpu(route)
+    features = [0 if empty == name else 5 for name in ("in", "hidden", "hidden", "out")]
+    given = tensors(form, dtype, seed=99, rows=0 if empty == "rows" else 3, features=tuple(features))
+    inputs = flatten(*given)
+    half = 1 + len(inputs) // 2
+    y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, backend="native")
+    expected = eager(form, *given, stock(GELU))
+    torch.testing.assert_close(y, expected)
+    for got, want in zip(
+        grads(y, inputs, torch.ones_like(y)), grads(expected, inputs, torch.ones_like(y)), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_route_that_is_not_there(on_gpu):
+    with pytest.raises(RuntimeError, match="routes on a GPU are library and fused"):
+        on_gpu("quick")
+
+
+def test_wrong_tensors_are_refused(on_gpu):
+    x, weights, biases = tensors(LINEAR_ACT, torch.float32, seed=90)
+    with pytest.raises(ValueError, match=r"did you mean weight\.T"):
+        call(LINEAR_ACT, x, [weights[0].detach().T], biases, activation=GELU, backend="native")

@@ -56,7 +56,7 @@ STAGES: dict[str, Stage] = {
     "build": Stage(
         ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."),
         (),
-        environment={"FASTBP_BUILD": "cpu"},
+        environment={"FASTBP_BUILD": "cuda"},
         required=False,
     ),
     "static": Stage(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastbp
 from benchmarks.suites import Case
 from fastbp.activations import bind
-from fastbp.backends import triton
+from fastbp.backends import native, triton
 from fastbp.forms import FORMS
 from fastbp.saving import legal_policies
 
@@ -75,6 +75,10 @@ def compiled(mode: str | None = None) -> Callable[..., Callable[[Tensor], Tensor
     return make
 
 
+def _has_cuda_kernels(weight: Tensor) -> bool:
+    return native.unavailable is None and weight.is_cuda and native.cuda_refusal(weight.get_device()) is None
+
+
 def fused(backend: str | None = None, save: str = "auto") -> Callable[..., Callable[[Tensor], Tensor] | None]:
     """fastbp by its modules, so that what users call is what is timed."""
 
@@ -82,6 +86,8 @@ def fused(backend: str | None = None, save: str = "auto") -> Callable[..., Calla
         if save != "auto" and save not in legal_policies(bind(case.activation), FORMS[_FORMS[case.kind]]):
             return None
         if backend == "triton" and (triton.unavailable or not (linears[0].weight.is_cuda or triton.interpreting())):
+            return None
+        if backend == "native" and not _has_cuda_kernels(linears[0].weight):
             return None
         options = {"activation": case.activation, "save": save, "backend": backend, "dtype": case.dtype}
         first, last = case.features[0], case.features[-1]
@@ -113,12 +119,15 @@ class Rival:
     make: Callable[..., Callable[[Tensor], Tensor] | None]
     same_function: bool = True
     always: tuple[str, ...] = BOTH
-    route: str | None = None  # of the Triton backend: ``choice.ROUTES``
+    route: str | None = None  # of a backend on a GPU
+    backend: str = "triton"
 
     def on_its_route(self) -> AbstractContextManager[None]:
         """Where its calls, forward and backward, take the route that it is named for."""
         if self.route is None:
             return nullcontext()
+        if self.backend == "native":
+            return native.forced(self.route)
         from fastbp.backends.triton import choice  # imports Triton
 
         return choice.forced(self.route)
@@ -133,6 +142,8 @@ RIVALS: dict[str, Rival] = {
     "fastbp": Rival(fused()),
     "fastbp library": Rival(fused("triton"), always=GPU, route="library"),
     "fastbp fused": Rival(fused("triton"), always=GPU, route="fused"),
+    "fastbp native library": Rival(fused("native"), always=GPU, route="library", backend="native"),
+    "fastbp native fused": Rival(fused("native"), always=(), route="fused", backend="native"),  # never run yet
     "fastbp reference": Rival(fused("reference"), always=()),
     "fastbp recompute": Rival(fused(save="recompute"), always=()),
     "fastbp output": Rival(fused(save="output"), always=()),

@@ -1,10 +1,10 @@
-"""What the Triton kernels become on GPUs that are not here: ``python -m benchmarks.static``.
+"""What the kernels become on GPUs that are not here: ``python -m benchmarks.static``, Triton's and then CUDA's.
 
-Compiles every shipped kernel, configuration and dtype for sm_80, sm_90 and sm_100, reads the machine code, and prints
-registers, spills, shared memory, matrix instructions and the instructions an element costs in the epilogue. Exits 1 on
-a spill, on more shared memory than the architecture has, and on sm_90 and sm_100 on a product that does not run on the
-asynchronous tensor cores with both operands in shared memory. ``--quick`` takes the activations that need most
-registers; without it every activation is compiled, which takes some minutes.
+Compiles every shipped Triton kernel, configuration and dtype for sm_80, sm_90 and sm_100, reads the machine code, and
+prints registers, spills, shared memory, matrix instructions and the instructions an element costs in the epilogue.
+Exits 1 on a spill, on more shared memory than the architecture has, and on sm_90 and sm_100 on a product that does not
+run on the asynchronous tensor cores with both operands in shared memory. ``--quick`` takes the activations that need
+most registers; without it every activation is compiled, which takes some minutes. static_cuda.py does CUDA.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
+from benchmarks import static_cuda
 from benchmarks.environment import progress
 from fastbp.activations import ROWS
 from fastbp.backends.triton import configs, interpreting, launch
@@ -41,6 +42,7 @@ SHARED_LIMIT = {"sm_80": 99, "sm_90": 227, "sm_100": 227}  # KiB a block may hav
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}  # instructions of the tensor cores
 QUICK = ("gelu", "softplus", "mish")  # a table look-up would not do: these need the most registers
 M, N, K = 8192, 4096, 1024
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 
 class Case(NamedTuple):
@@ -142,12 +144,11 @@ def compile_for(family: str, made: Launch) -> Any:
 
 def disassemble(compiled: Any) -> tuple[int, int, list[str]]:
     """Registers, bytes of stack, and the machine code, an instruction a line."""
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
@@ -224,7 +225,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--family", choices=list(configs.FAMILIES), action="append", help="only this architecture")
     parser.add_argument("--activation", choices=list(ROWS), action="append", help="only this activation")
     parser.add_argument("--verbose", action="store_true", help="print every case, not only faults and one per tile")
+    parser.add_argument("--only", choices=["triton", "cuda"], help="only the kernels of one kind")
     options = parser.parse_args(argv)
+    if options.only == "cuda":
+        return int(static_cuda.report(CUOBJDUMP, options.quick, options.verbose, progress) > 0)
     if interpreting():
         parser.error("TRITON_INTERPRET is set, so nothing is compiled; unset it")
     activations = options.activation or [*(QUICK if options.quick else ROWS)]
@@ -244,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{case} {found}", flush=True)
             shown.add(key)
     print(f"{len(todo) - failed} of {len(todo)} without a fault")
+    if options.only is None:
+        failed += static_cuda.report(CUOBJDUMP, options.quick, options.verbose, progress)
     return int(failed > 0)
 
 

@@ -53,6 +53,7 @@ def worst(head: list[str], rows: list[tuple[float, list[str]]]) -> str:
 def _suite(suite: str, rows: list[Row], of: str) -> str:
     """fastbp over eager, by events; beside it by the replayed graph, what is noise, and the rivals."""
     beside = ("eager again", "torch.compile", "torch.compile max-autotune", "fastbp library", "fastbp fused")
+    beside += ("fastbp native library", "fastbp native fused")
     found = []
     for row in rows:
         rivals = row["rivals"]

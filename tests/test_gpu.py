@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DTYPES, assert_accurate, call, each, flatten, grads, like
+from support import DTYPES, FEW, assert_accurate, call, cases, each, flatten, grads, like
 from support import tensors as draw
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastbp
 from fastbp.activations import bind
-from fastbp.backends import triton
+from fastbp.backends import native, triton
 from fastbp.forms import FORMS, GATED_MLP, LINEAR_ACT, MLP
 
 CUDA = torch.cuda.is_available()
@@ -24,23 +24,66 @@ pytestmark = [
 ]
 GELU = bind("gelu")
 tensors = functools.partial(draw, device="cuda")
-accurate = functools.partial(assert_accurate, backend="triton")
 ROOT = Path(fastbp.__file__).parents[1]
 
 
-@pytest.fixture(params=["library", "fused"])
-def forced(request):
-    from fastbp.backends.triton import choice
+NATIVE_FUSED = """
+import torch
+import fastbp
+torch.ops.fastbp_native.set_cuda_route("fused")
+for m, n, k in ((128, 128, 64), (1, 8, 8), (1000, 328, 200), (8192, 3072, 768), (16384, 4096, 1024)):
+    for dtype in (torch.bfloat16, torch.float16):
+        x, w, v = (torch.randn(*s, device="cuda", dtype=dtype) / s[1] ** 0.5 for s in ((m, k), (n, k), (k, n)))
+        given = [t.requires_grad_() for t in (x, w, v)]
+        for f in (fastbp.mlp, lambda x, ws, **k: fastbp.gated_mlp(x, ws[0], ws[0], ws[1], **k)):
+            found = []
+            for backend in ("native", "reference"):
+                y = f(x, [w, v], activation="gelu", backend=backend)
+                found.append([y, *torch.autograd.grad(y, given, torch.ones_like(y))])
+            for ours, other in zip(*found):
+                scale = other.abs().max().item()
+                torch.testing.assert_close(ours, other, rtol=0.05, atol=0.02 * scale)
+torch.cuda.synchronize()
+"""
 
-    with choice.forced(request.param):
-        yield request.param
+
+@pytest.fixture(scope="session")
+def native_fused():
+    """Warps of these kernels wait for each other: should one wait for ever, a process of its own is ended."""
+    done = subprocess.run([sys.executable, "-c", NATIVE_FUSED], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(params=["triton library", "triton fused", "native library", "native fused"])
+def forced(request):
+    """A backend by one of its routes; its name."""
+    backend, route = request.param.split()
+    if backend == "triton":
+        from fastbp.backends.triton import choice
+
+        with choice.forced(route):
+            yield backend
+        return
+    reason = native.unavailable or native.cuda_refusal(0)
+    if reason:
+        pytest.skip(f"native: {reason}")
+    if route == "fused":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("the fused products of the native library are for Hopper")
+        request.getfixturevalue("native_fused")
+    torch.ops.fastbp_native.set_debug(True, "")
+    with native.forced(route):
+        yield backend
+    torch.ops.fastbp_native.set_debug(False, "")
 
 
 @each("dtype", DTYPES)
 @each("features", [(768, 3072, 3072, 768), (1000, 1001, 77, 130)])
 @each("form", FORMS.values())
 def test_model_shapes(form, features, dtype, forced):
-    accurate(form, GELU, "preact", tensors(form, dtype, seed=51, rows=(3, 347), features=features))
+    assert_accurate(
+        form, GELU, "preact", tensors(form, dtype, seed=51, rows=(3, 347), features=features), backend=forced
+    )
 
 
 def shipped():
@@ -64,7 +107,7 @@ def test_every_tile_of_this_architecture(kind, tile, dtype, sizes):
         assert tile.name in found.milliseconds, found.refused.get(tile.name)
 
 
-def step(form, inputs, backend="triton", activation=GELU):
+def step(form, inputs, backend, activation=GELU):
     half = 1 + len(inputs) // 2
     y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, backend=backend)
     return [y, *grads(y, inputs, like(y, 52))]
@@ -81,12 +124,12 @@ BLOCKS = [LINEAR_ACT, MLP, GATED_MLP]
 @each("form", BLOCKS)
 def test_cuda_graph(form, forced):
     inputs = flatten(*tensors(form, torch.bfloat16, seed=53, rows=256, features=(128, 512, 512, 128)))
-    expected = step(form, inputs)
+    expected = step(form, inputs, forced)
     half = 1 + len(inputs) // 2
     dy = like(expected[0], 52)
 
     def run():
-        y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, backend="triton")
+        y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, backend=forced)
         return [y, *grads(y, inputs, dy)]
 
     side = torch.cuda.Stream()
@@ -110,10 +153,10 @@ def test_cuda_graph(form, forced):
 def test_nothing_waits_for_the_gpu(form, forced):
     inputs = flatten(*tensors(form, torch.bfloat16, seed=54, rows=256, features=(128, 512, 512, 128)))
     half = 1 + len(inputs) // 2
-    dy = like(step(form, inputs)[0], 52)
+    dy = like(step(form, inputs, forced)[0], 52)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, backend="triton")
+        y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, backend=forced)
         grads(y, inputs, dy)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -123,7 +166,7 @@ def test_nothing_waits_for_the_gpu(form, forced):
 def test_side_stream(form, forced):
     """A call waits for what its own stream has still to do, and for no other's."""
     inputs = flatten(*tensors(form, torch.bfloat16, seed=55, rows=512, features=(128, 512, 512, 128)))
-    expected = step(form, inputs)
+    expected = step(form, inputs, forced)
     source = inputs[0].detach().clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -132,7 +175,7 @@ def test_side_stream(form, forced):
             inputs[0].zero_()
             torch.cuda._sleep(50_000_000)
             inputs[0].copy_(source)
-        found = step(form, inputs)
+        found = step(form, inputs, forced)
     side.synchronize()
     equal(found, expected)
 
@@ -140,10 +183,12 @@ def test_side_stream(form, forced):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU; this needs two")
 @each("form", BLOCKS)
 def test_second_device(form, forced):
-    first = step(form, flatten(*tensors(form, torch.bfloat16, seed=56, rows=256, features=(128, 512, 512, 128))))
+    first = step(
+        form, flatten(*tensors(form, torch.bfloat16, seed=56, rows=256, features=(128, 512, 512, 128))), forced
+    )
     others = draw(form, torch.bfloat16, seed=56, rows=256, features=(128, 512, 512, 128), device="cuda:1")
     assert torch.cuda.current_device() == 0
-    equal([t.cuda(0) for t in step(form, flatten(*others))], first)
+    equal([t.cuda(0) for t in step(form, flatten(*others), forced)], first)
 
 
 @each("form", BLOCKS)
@@ -151,7 +196,7 @@ def test_deterministic_mode(form, forced):
     inputs = flatten(*tensors(form, torch.bfloat16, seed=57, rows=300, features=(128, 512, 512, 128)))
     torch.use_deterministic_algorithms(True)
     try:
-        equal(step(form, inputs), step(form, inputs))
+        equal(step(form, inputs, forced), step(form, inputs, forced))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -162,10 +207,10 @@ def test_compiled(form, forced, fresh_dynamo):
     half = 1 + len(inputs) // 2
 
     def function(x, *rest):
-        return call(form, x, rest[: half - 1], rest[half - 1 :], activation="gelu", backend="triton")
+        return call(form, x, rest[: half - 1], rest[half - 1 :], activation="gelu", backend=forced)
 
     y = torch.compile(function, fullgraph=True)(*inputs)
-    equal([y, *grads(y, inputs, like(y, 52))], step(form, inputs))
+    equal([y, *grads(y, inputs, like(y, 52))], step(form, inputs, forced))
 
 
 @each("form", FORMS.values())
@@ -174,9 +219,20 @@ def test_gradients_of_gradients(form, forced):
     half = 1 + len(inputs) // 2
 
     def function(*args):
-        return call(form, args[0], args[1:half], args[half:], activation="gelu", backend="triton")
+        return call(form, args[0], args[1:half], args[half:], activation="gelu", backend=forced)
 
     assert gradcheck(function, inputs) and gradgradcheck(function, inputs)
+
+
+SIZES = [((5,), (8, 8, 8, 8)), ((129,), (72, 136, 264, 40)), ((3000,), (512, 1032, 1032, 520))]
+
+
+@each("dtype", [torch.bfloat16, torch.float16])
+@each(("rows", "features"), SIZES)
+@each(("form", "activation", "save"), cases(FEW))
+def test_every_policy(form, activation, save, rows, features, dtype, forced):
+    """Sizes that 16 bytes divide, of less than a tile, of a part of one, and of more than there are blocks."""
+    assert_accurate(form, activation, save, tensors(form, dtype, seed=61, rows=rows, features=features), backend=forced)
 
 
 def test_auto_is_right_at_every_size():
@@ -185,24 +241,20 @@ def test_auto_is_right_at_every_size():
         assert_accurate(LINEAR_ACT, GELU, "auto", (x, weights[:1], biases[:1]))
 
 
-@each("kind", ["library", "fused"])
-def test_more_than_two_to_the_31_numbers(kind):
+def test_more_than_two_to_the_31_numbers(forced):
     """The last rows of matrices with 64-bit offsets, against the same rows alone."""
-    from fastbp.backends.triton import choice
-
     rows, k, n = 2**19 + 64, 64, 4096
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("less than 40 GiB of GPU memory are free")
     x = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     weight = (torch.randn(n, k, dtype=torch.bfloat16, device="cuda") / 8).requires_grad_()
     tail = x.detach()[-64:].clone().requires_grad_()
-    with choice.forced(kind):
-        y = fastbp.linear_act(x, weight, activation="gelu", backend="triton")
-        short = fastbp.linear_act(tail, weight, activation="gelu", backend="triton")
-        assert torch.equal(y[-64:], short)
-        (dx,) = torch.autograd.grad(y, x, torch.ones((), dtype=y.dtype, device="cuda").expand_as(y))
-        (dtail,) = torch.autograd.grad(short, tail, torch.ones_like(short))
-        torch.testing.assert_close(dx[-64:], dtail, rtol=2**-7, atol=2**-7)
+    y = fastbp.linear_act(x, weight, activation="gelu", backend=forced)
+    short = fastbp.linear_act(tail, weight, activation="gelu", backend=forced)
+    assert torch.equal(y[-64:], short)
+    (dx,) = torch.autograd.grad(y, x, torch.ones((), dtype=y.dtype, device="cuda").expand_as(y))
+    (dtail,) = torch.autograd.grad(short, tail, torch.ones_like(short))
+    torch.testing.assert_close(dx[-64:], dtail, rtol=2**-7, atol=2**-7)
 
 
 PINGPONG = """

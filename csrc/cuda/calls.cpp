@@ -54,8 +54,7 @@ std::vector<Maybe> run_backward(Call& call, const Tensor& dy, const Maybe& x, co
   const Layers layers(call);
   const int64_t linears = call.linears();
   if (call.settings.save == Save::recompute) replay(call, layers, x, weights);
-  const bool from_output = call.settings.save == Save::output;
-  if (from_output) call.settings.overwrites = false;
+  const bool from_output = call.settings.save == Save::output;  // what is kept is then not written over: make_call
 
   std::vector<Maybe> grads(wanted.size());
   Maybe dz[2] = {matrix(dy, call.rows), std::nullopt};

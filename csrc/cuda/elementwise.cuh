@@ -17,10 +17,15 @@ constexpr int kFlat = 4;  // packs of a thread in the flat kernel
 // Rows that a warp of the chain rule has under way; one where packs are gathered, which takes registers.
 constexpr int kRowsAtOnce = 4, kGatedAtOnce = 2;
 
+// Blocks of a multiprocessor at least: two have enough bytes under way; float64's exp and erf need the registers of
+// one. Said to the compiler, which else aims higher and spills.
+template <Dtype D>
+constexpr int kBlocks = D == Dtype::float64 ? 1 : 2;
+
 // Numbers [first, first + size) of a row as a pack; beyond `count` 0. `whole` says that one access does it.
 template <Dtype D>
 __device__ Pack<D> load(const Memory<D>* row, int64_t first, int64_t count, int64_t stride, bool whole) {
-  if (whole) return *reinterpret_cast<const Pack<D>*>(row + first);
+  if (whole) return load_pack<D>(row + first);
   Pack<D> pack;
 #pragma unroll
   for (int i = 0; i < pack.size; ++i) {
@@ -32,7 +37,7 @@ __device__ Pack<D> load(const Memory<D>* row, int64_t first, int64_t count, int6
 template <Dtype D>
 __device__ void store(Memory<D>* row, int64_t first, int64_t count, const Pack<D>& pack, bool whole) {
   if (whole) {
-    *reinterpret_cast<Pack<D>*>(row + first) = pack;
+    store_pack(row + first, pack);
     return;
   }
 #pragma unroll
@@ -42,8 +47,9 @@ __device__ void store(Memory<D>* row, int64_t first, int64_t count, const Pack<D
 }
 
 template <class A, Dtype D, bool GATED>
-__global__ void __launch_bounds__(kThreads) value_kernel(const Memory<D>* gate, const Memory<D>* up, Memory<D>* y,
-                                                         int64_t size, double p0, double p1, bool aligned) {
+__global__ void __launch_bounds__(kThreads, kBlocks<D>)
+    value_kernel(const Memory<D>* gate, const Memory<D>* up, Memory<D>* y, int64_t size, double p0, double p1,
+                 bool aligned) {
   constexpr int width = Pack<D>::size;
   const Bound<A, Compute<D>> activation(p0, p1);
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kFlat * kThreads + threadIdx.x) * width;
@@ -87,7 +93,7 @@ __device__ void add_up(const Sum<D> (&mine)[Pack<D>::size], Sum<D>* out, int64_t
 }
 
 template <class A, Dtype D, bool FROM_OUTPUT, bool ALIGNED>
-__global__ void __launch_bounds__(kThreads) chain_rule_kernel(ChainRule rule, double p0, double p1) {
+__global__ void __launch_bounds__(kThreads, kBlocks<D>) chain_rule_kernel(ChainRule rule, double p0, double p1) {
   constexpr int width = Pack<D>::size, rows = ALIGNED ? kRowsAtOnce : 1;
   const Bound<A, Compute<D>> activation(p0, p1);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -117,7 +123,8 @@ __global__ void __launch_bounds__(kThreads) chain_rule_kernel(ChainRule rule, do
 }
 
 template <class A, Dtype D, bool ALIGNED>
-__global__ void __launch_bounds__(kThreads) gated_chain_rule_kernel(GatedChainRule rule, double p0, double p1) {
+__global__ void __launch_bounds__(kThreads, kBlocks<D>)
+    gated_chain_rule_kernel(GatedChainRule rule, double p0, double p1) {
   constexpr int width = Pack<D>::size, rows = ALIGNED ? kGatedAtOnce : 1;
   const Bound<A, Compute<D>> activation(p0, p1);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <bit>
 #include <type_traits>
 
 #include "../activations.h"
@@ -74,6 +75,20 @@ struct alignas(16) Pack {
   static constexpr int size = 16 / sizeof(Memory<D>);
   Memory<D> at[size];
 };
+
+#ifdef __CUDACC__
+// One access to memory at 16 bytes. (The compiler makes four stores of what was computed four bytes at a time, unless
+// it is told by name to make one.)
+template <Dtype D>
+__device__ inline Pack<D> load_pack(const void* from) {
+  return std::bit_cast<Pack<D>>(*static_cast<const uint4*>(from));
+}
+
+template <Dtype D>
+__device__ inline void store_pack(void* to, const Pack<D>& pack) {
+  __stwb(static_cast<uint4*>(to), std::bit_cast<uint4>(pack));
+}
+#endif
 
 // A pack in the compute type. (The compiler makes one conversion of two neighbours where the GPU has it.)
 template <Dtype D>

@@ -15,11 +15,13 @@ Route named(const std::string& name) {
   return name == "fused" ? Route::fused : Route::library;
 }
 
+Route of_environment() {
+  const char* name = getenv("FASTBP_CUDA_ROUTE");
+  return named(name ? name : "");
+}
+
 std::atomic<Route>& chosen() {
-  static std::atomic<Route> route{[] {
-    const char* name = getenv("FASTBP_CUDA_ROUTE");
-    return named(name ? name : "");
-  }()};
+  static std::atomic<Route> route{of_environment()};
   return route;
 }
 
@@ -27,6 +29,6 @@ std::atomic<Route>& chosen() {
 
 Route route() { return chosen(); }
 
-void force_route(std::string name) { chosen() = named(name); }
+void force_route(std::string name) { chosen() = name.empty() ? of_environment() : named(name); }
 
 }  // namespace fastbp::cuda

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,17 @@ def supports(problem: Problem) -> str | None:
 
 def cuda_architectures() -> str:
     """What the CUDA kernels are compiled for; empty where the library has none."""
-    return _ops().cuda_architectures() if hasattr(_ops(), "cuda_architectures") else ""  # type: ignore[no-any-return]
+    return _ops().cuda_architectures() if hasattr(_ops(), "cuda_architectures") else ""
+
+
+@contextmanager
+def forced(route: str) -> Iterator[None]:
+    """Every call on a GPU takes this route where it can, library or fused. For tests and measurements."""
+    _ops().set_cuda_route(route)
+    try:
+        yield
+    finally:
+        _ops().set_cuda_route("")
 
 
 @lru_cache(maxsize=64)

@@ -1,16 +1,19 @@
 """A library or a build that cannot serve is explained, not called and not fatal."""
 
+import os
 import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastbp
 from fastbp.activations import TABLE
 from fastbp.backends import native
+from fastbp.problem import Problem, configure
 
 ROOT = Path(fastbp.__file__).parents[1]
 
@@ -58,6 +61,31 @@ def test_a_library_of_other_sources_is_refused(monkeypatch):
     assert "was built from other sources" in native.load()
 
 
+@pytest.fixture
+def gpu_problem():
+    native.cuda_refusal.cache_clear()
+    yield Problem(configure("mlp", "gelu", (), "preact", "auto"), torch.device("cuda", 1), torch.bfloat16)
+    native.cuda_refusal.cache_clear()
+
+
+def test_a_library_without_cuda_kernels_leaves_gpus_to_others(monkeypatch, gpu_problem):
+    monkeypatch.setattr(native, "_ops", lambda: types.SimpleNamespace())
+    reason = native.supports(gpu_problem)
+    assert "was built without CUDA kernels" in reason and "FASTBP_BUILD=cuda pip install" in reason
+
+
+@pytest.mark.parametrize("said", ["CUDA: no kernel image is available for execution on the device", ""])
+def test_a_gpu_is_served_or_refused_in_the_words_of_the_library(monkeypatch, gpu_problem, said):
+    """It is asked about the device of the tensors, and once."""
+    asked = []
+    fake = types.SimpleNamespace(
+        cuda_architectures=lambda: "sm_80", cuda_refusal=lambda index: asked.append(index) or said
+    )
+    monkeypatch.setattr(native, "_ops", lambda: fake)
+    assert [native.supports(gpu_problem) for _ in range(2)] == [said or None] * 2
+    assert asked == [1]
+
+
 def test_without_the_library_the_reference_serves(tmp_path):
     program = (
         "import fastbp, torch; y = fastbp.MLP(8, 16)(torch.randn(3, 8)); print(fastbp.available_backends()['native'])"
@@ -82,3 +110,26 @@ def test_a_build_without_a_compiler_says_so_in_a_line(tmp_path):
         said = [line for line in outcome.stderr.splitlines() if line.startswith("fastbp:")]
         assert len(said) == 1 and "no C++ compiler was found" in said[0] and "apt-get install g++" in said[0]
         assert not list((tmp_path / "fastbp").glob("*.so"))
+
+
+def build_cuda(folder, **environment):
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(folder), "--build-lib", str(folder)],
+        env=dict(os.environ, FASTBP_BUILD="cuda", **environment), cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_cuda_kernels_without_nvcc_are_refused_in_a_line(tmp_path):
+    """Before anything is compiled."""
+    outcome = build_cuda(tmp_path, NVCC="/nowhere/nvcc")
+    assert outcome.returncode == 1 and not list(tmp_path.rglob("*.o"))
+    (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("fastbp:")]
+    assert "no CUDA compiler was found" in line and "NVCC=/path" in line
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
+@pytest.mark.parametrize(("names", "reason"), [("75 90a", "names 75"), ("80", "must have 90a")])
+def test_architectures_that_cannot_be(tmp_path, names, reason):
+    outcome = build_cuda(tmp_path, FASTBP_CUDA_ARCHITECTURES=names)
+    assert outcome.returncode == 1 and not list(tmp_path.rglob("*.o"))
+    assert f"FASTBP_CUDA_ARCHITECTURES {reason}" in outcome.stderr

@@ -79,9 +79,7 @@ std::vector<Maybe> run_backward(Call& call, const Tensor& dy, const Maybe& x, co
 
   int64_t layer = call.layers() - 1;
   if (layer < call.hidden()) {
-    Maybe kept[2];
-    for (int part = 0; part < call.width(); ++part) kept[part] = call.kept[call.first(layer) + part];
-    take(layers.chain_rule(*dz[0], kept, wanted_of(layer, false), false));
+    take(layers.chain_rule(*dz[0], kept_of(layer), wanted_of(layer, false), false));
   } else if (needs.bias(linears - 1)) {
     db[0] = column_sum(*dz[0]);
   }

@@ -12,15 +12,15 @@
 
 namespace fastbp::cuda {
 
-constexpr int kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes;
+constexpr int kThreads = 128, kLanes = 32, kWarps = kThreads / kLanes;
 constexpr int kFlat = 4;  // packs of a thread in the flat kernel
 // Rows that a warp of the chain rule has under way; one where packs are gathered, which takes registers.
 constexpr int kRowsAtOnce = 4, kGatedAtOnce = 2;
 
-// Blocks of a multiprocessor at least: two have enough bytes under way; float64's exp and erf need the registers of
-// one. Said to the compiler, which else aims higher and spills.
+// Blocks of a multiprocessor at least: twelve warps have 48 KB under way, which is enough; float64's exp and erf need
+// the registers of eight. Said to the compiler, which else aims higher and spills.
 template <Dtype D>
-constexpr int kBlocks = D == Dtype::float64 ? 1 : 2;
+constexpr int kBlocks = D == Dtype::float64 ? 2 : 3;
 
 // Numbers [first, first + size) of a row as a pack; beyond `count` 0. `whole` says that one access does it.
 template <Dtype D>
@@ -84,12 +84,13 @@ __device__ void add_up(const Sum<D> (&mine)[Pack<D>::size], Sum<D>* out, int64_t
 #pragma unroll
   for (int i = 0; i < width; ++i) shared[warp][lane * width + i] = mine[i];
   __syncthreads();
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * columns + threadIdx.x;
-  if (threadIdx.x >= columns || column >= n) return;
-  Sum<D> total = 0;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * columns;
+  for (int c = threadIdx.x; c < columns && first + c < n; c += kThreads) {
+    Sum<D> total = 0;
 #pragma unroll
-  for (int i = 0; i < kWarps; ++i) total += shared[i][threadIdx.x];
-  out[blockIdx.y * n + column] = total;
+    for (int i = 0; i < kWarps; ++i) total += shared[i][c];
+    out[blockIdx.y * n + first + c] = total;
+  }
 }
 
 template <class A, Dtype D, bool FROM_OUTPUT, bool ALIGNED>

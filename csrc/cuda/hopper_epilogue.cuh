@@ -134,7 +134,8 @@ struct Epilogue {
     float total = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) total += shared[i * kTile + thread];
-    if (at < n) out[tile_row * n + at] = total;
+    // The second block of a cluster may have a tile below the last row, for which there is no row of sums.
+    if (at < n && tile_row * kTile < arguments.product.m) out[tile_row * n + at] = total;
     group_sync(barrier);  // before somebody stages again
   }
 

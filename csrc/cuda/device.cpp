@@ -57,6 +57,11 @@ std::string refusal(int64_t device) {
   if (!shims_resolved()) {
     return "this build of PyTorch exports no CUDA streams to C++; a CUDA build of torch 2.11 or newer does";
   }
+  int count = 0;
+  const cudaError_t none = cudaGetDeviceCount(&count);
+  if (none != cudaSuccess) return std::string("CUDA: ") + cudaGetErrorString(none);
+  if (device >= count)
+    return "CUDA sees " + std::to_string(count) + " devices, and no number " + std::to_string(device);
   try {
     const OnDevice here(static_cast<int32_t>(device));
     const cudaError_t error = find_kernels();

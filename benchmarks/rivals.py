@@ -143,6 +143,7 @@ RIVALS: dict[str, Rival] = {
     "fastbp library": Rival(fused("triton"), always=GPU, route="library"),
     "fastbp fused": Rival(fused("triton"), always=GPU, route="fused"),
     "fastbp native library": Rival(fused("native"), always=GPU, route="library", backend="native"),
+    "fastbp native cublaslt": Rival(fused("native"), always=(), route="cublaslt", backend="native"),
     "fastbp native fused": Rival(fused("native"), always=(), route="fused", backend="native"),  # never run yet
     "fastbp reference": Rival(fused("reference"), always=()),
     "fastbp recompute": Rival(fused(save="recompute"), always=()),

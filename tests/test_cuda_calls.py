@@ -124,6 +124,17 @@ def test_every_choice_of_what_is_needed(on_gpu, form, save, dtype, route):
                 torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
+@each("dtype", SIXTEEN)
+@each("save", ["preact", "recompute"])
+@each("activation", [bind("gelu_tanh"), GELU])
+@each("form", FORMS.values())
+def test_epilogues_of_the_library(on_gpu, form, activation, save, dtype):
+    """Where cuBLASLt has one, where it has none, and where it turns out not to know a product (one in three)."""
+    on_gpu("cublaslt")
+    for rows in ((2, 3, 5), (41,), (7, 2)):
+        accurate(form, activation, save, tensors(form, dtype, seed=90, rows=rows))
+
+
 VIEWS = {
     "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
     "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
@@ -177,7 +188,7 @@ def test_sizes_of_zero(on_gpu, form, empty, dtype, route):
 
 
 def test_a_route_that_is_not_there(on_gpu):
-    with pytest.raises(RuntimeError, match="routes on a GPU are library and fused"):
+    with pytest.raises(RuntimeError, match="routes on a GPU are library, fused and cublaslt"):
         on_gpu("quick")
 
 

@@ -54,7 +54,7 @@ def native_fused():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.fixture(params=["triton library", "triton fused", "native library", "native fused"])
+@pytest.fixture(params=["triton library", "triton fused", "native library", "native fused", "native cublaslt"])
 def forced(request):
     """A backend by one of its routes; its name."""
     backend, route = request.param.split()
@@ -229,7 +229,7 @@ SIZES = [((5,), (8, 8, 8, 8)), ((129,), (72, 136, 264, 40)), ((3000,), (512, 103
 
 @each("dtype", [torch.bfloat16, torch.float16])
 @each(("rows", "features"), SIZES)
-@each(("form", "activation", "save"), cases(FEW))
+@each(("form", "activation", "save"), cases([*FEW, bind("gelu_tanh")]))
 def test_every_policy(form, activation, save, rows, features, dtype, forced):
     """Sizes that 16 bytes divide, of less than a tile, of a part of one, and of more than there are blocks."""
     assert_accurate(form, activation, save, tensors(form, dtype, seed=61, rows=rows, features=features), backend=forced)

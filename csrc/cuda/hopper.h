@@ -29,6 +29,7 @@ struct Product {
   // Sums of the columns of what is written to first and second: one row for each 128 rows of the result.
   float *sums, *sums2;
   bool from_output;
+  void* bias_gradient;  // dgrad by cuBLASLt, which adds the columns up itself; may be null
 };
 constexpr int kTileRows = 128;
 

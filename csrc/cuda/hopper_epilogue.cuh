@@ -8,13 +8,10 @@
 #include "hopper.h"
 #include "hopper_layout.h"
 #include "hopper_ptx.h"
+#include "numbers.h"
 #include "pack.h"
 
 namespace fastbp::cuda {
-
-#define FASTBP_NUMBER(A) number_of_##A,
-enum ActivationNumber : int { FASTBP_FOR_EACH_ACTIVATION(FASTBP_NUMBER) };
-#undef FASTBP_NUMBER
 
 // f(the activation with its parameters); every case holds f once.
 template <class F>

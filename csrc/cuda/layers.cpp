@@ -4,6 +4,7 @@
 
 #include "../aten.h"
 #include "../cpu/scratch.h"
+#include "cublaslt.h"
 #include "route.h"
 
 namespace fastbp::cuda {
@@ -19,7 +20,12 @@ Operand operand(const Tensor& matrix) {
   return {matrix.const_data_ptr(), sizes[0], sizes[1], dense ? strides[0] : 0};
 }
 
-Maybe packed(const Maybe& tensor) { return tensor ? Maybe(torch::stable::contiguous(*tensor)) : tensor; }
+// Contiguous; a call of PyTorch's is spared where it is that already.
+Tensor dense(const Tensor& tensor) {
+  return tensor.dim() > 0 && Rows(tensor).contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Maybe packed(const Maybe& tensor) { return tensor ? Maybe(dense(*tensor)) : tensor; }
 
 // What was kept, with adjacent columns.
 Maybe rows_of(const Maybe& kept, int64_t rows) {
@@ -57,7 +63,17 @@ Tensor Layers::like(const Tensor& tensor) const {
 }
 
 bool Layers::fuses(const Product& product) const {
+  if (route() == Route::cublaslt) return !library_refusal(activation_, product);
   return route() == Route::fused && !product_refusal(product, call_.dtype, properties_.capability);
+}
+
+bool Layers::run(const Product& product) const {
+  if (route() == Route::fused) {
+    launch_product(activation_, product, properties_.processors, stream_);
+    return true;
+  }
+  const Tensor workspace = make({static_cast<int64_t>(kLibraryWorkspace / sizeof(float))}, Dtype::float32);
+  return launch_library_product(activation_, product, call_.device.index, workspace.mutable_data_ptr(), stream_);
 }
 
 // The second stage of a bias gradient.
@@ -68,34 +84,41 @@ Maybe Layers::total(const Maybe& sums) const {
   return out;
 }
 
-Layers::Forward Layers::forward(const Tensor& x, const Tensor* weights, const Maybe* biases, bool keep) const {
+// y, and with `keep` what backward needs, by a kernel of ours or of cuBLASLt's; false where there is none for it.
+bool Layers::forward_fused(const Tensor& x, const Tensor* weights, const Maybe* biases, bool keep,
+                           Forward& found) const {
   const int parts = call_.width();
   const Tensor flat = matrix(x, call_.rows);
-  const int64_t m = call_.rows, n = weights[0].size(0), k = weights[0].size(1);
   Product product{};
   product.kind = parts == 2 ? Product::gated_forward : Product::forward;
   product.a = operand(flat);
   product.b = operand(weights[0]);
   product.b2 = operand(weights[parts - 1]);
-  product.m = m, product.n = n, product.k = k;
+  product.m = call_.rows, product.n = weights[0].size(0), product.k = weights[0].size(1);
+  Maybe bias[2];
+  for (int part = 0; part < parts; ++part) bias[part] = packed(biases[part]);
+  product.bias = data(bias[0]), product.bias2 = data(bias[1]);
+  if (!fuses(product)) return false;
   std::vector<int64_t> sizes(call_.leading);
-  sizes.push_back(n);
+  sizes.push_back(product.n);
+  Forward made{make(sizes, call_.dtype), {}};
+  for (int part = 0; part < parts && keep; ++part) made.z[part] = make(sizes, call_.dtype);
+  product.first = data(made.z[0]), product.second = data(made.z[1]);
+  product.y = data(made.y);
+  if (!run(product)) return false;
+  found = made;
+  return true;
+}
+
+Layers::Forward Layers::forward(const Tensor& x, const Tensor* weights, const Maybe* biases, bool keep) const {
   Forward found;
-  if (fuses(product)) {
-    found.y = make(sizes, call_.dtype);
-    const Maybe bias[2] = {packed(biases[0]), parts == 2 ? packed(biases[1]) : std::nullopt};
-    for (int part = 0; part < parts && keep; ++part) found.z[part] = make(sizes, call_.dtype);
-    product.bias = data(bias[0]), product.bias2 = data(bias[1]);
-    product.first = data(found.z[0]), product.second = data(found.z[1]);
-    product.y = data(found.y);
-    launch_product(activation_, product, properties_.processors, stream_);
-    return found;
-  }
+  if (route() != Route::library && forward_fused(x, weights, biases, keep, found)) return found;
   // Where PyTorch uses cuBLASLt the bias is added in its epilogue, and the pass need not read and write z for it.
-  const Tensor z = torch::stable::contiguous(linear(x, weights[0], biases[0]));
-  const Maybe up = parts == 2 ? Maybe(torch::stable::contiguous(linear(x, weights[1], biases[1]))) : std::nullopt;
+  const bool gated = call_.settings.gated;
+  const Tensor z = dense(linear(x, weights[0], biases[0]));
+  const Maybe up = gated ? Maybe(dense(linear(x, weights[1], biases[1]))) : std::nullopt;
   found.y = keep ? like(z) : z;
-  if (keep || parts == 2 || !is_identity()) {
+  if (keep || gated || !is_identity()) {
     launch(activation_, Value{z.const_data_ptr(), data(up), found.y.mutable_data_ptr(), z.numel()}, stream_);
   }
   if (keep) found.z[0] = z, found.z[1] = up;
@@ -103,7 +126,7 @@ Layers::Forward Layers::forward(const Tensor& x, const Tensor* weights, const Ma
 }
 
 Tensor Layers::value(const Tensor& gate, const Maybe& up) const {
-  const Tensor z = torch::stable::contiguous(gate);
+  const Tensor z = dense(gate);
   const Maybe u = packed(up);
   const Tensor y = like(z);
   launch(activation_, Value{z.const_data_ptr(), data(u), y.mutable_data_ptr(), z.numel()}, stream_);
@@ -139,7 +162,7 @@ Slope Layers::chain_rule(const Tensor& dh, const Maybe* kept, const Wanted& want
   if (wanted.h) slope.h = make({m, n}, call_.dtype);
   const auto strides = dh.strides();
   if (gated) {
-    const Tensor g = torch::stable::contiguous(*gate);
+    const Tensor g = dense(*gate);
     const bool reads_up = wanted.dz[0] || wanted.h;
     GatedChainRule rule{};
     rule.dh = dh.const_data_ptr(), rule.gate = g.const_data_ptr(), rule.up = reads_up ? data(up) : nullptr;
@@ -161,6 +184,7 @@ Slope Layers::chain_rule(const Tensor& dh, const Maybe* kept, const Wanted& want
 }
 
 Slope Layers::dgrad(const Tensor& d, const Tensor& weight, const Maybe* kept, const Wanted& wanted) const {
+  if (route() == Route::library) return chain_rule(mm(d, weight), kept, wanted, true);
   const int64_t m = d.size(0), k = d.size(1), n = weight.size(1);
   const bool gated = call_.settings.gated;
   const Maybe gate = packed(kept[0]), up = gated ? packed(kept[1]) : std::nullopt;
@@ -177,6 +201,14 @@ Slope Layers::dgrad(const Tensor& d, const Tensor& weight, const Maybe* kept, co
   }
   Slope slope;
   Maybe sums[2];
+  if (route() == Route::cublaslt) {
+    slope.dz[0] = make({m, n}, call_.dtype);
+    if (wanted.db[0]) slope.db[0] = make({n}, call_.dtype);
+    product.gate = data(gate), product.first = data(slope.dz[0]), product.bias_gradient = data(slope.db[0]);
+    if (!run(product)) return chain_rule(mm(d, weight), kept, wanted, true);
+    if (wanted.h) slope.h = matrix(value(*gate, std::nullopt), m);
+    return slope;
+  }
   for (int part = 0; part < call_.width(); ++part) {
     const Maybe& residual = part == 0 ? gate : up;
     slope.dz[part] = call_.settings.overwrites ? matrix(*residual, m) : make({m, n}, call_.dtype);
@@ -187,7 +219,7 @@ Slope Layers::dgrad(const Tensor& d, const Tensor& weight, const Maybe* kept, co
   product.first = data(slope.dz[0]), product.second = data(slope.dz[1]), product.y = data(slope.h);
   product.sums = static_cast<float*>(data(sums[0])), product.sums2 = static_cast<float*>(data(sums[1]));
   product.from_output = call_.settings.save == Save::output;
-  launch_product(activation_, product, properties_.processors, stream_);
+  run(product);
   for (int part = 0; part < call_.width(); ++part) slope.db[part] = total(sums[part]);
   return slope;
 }

@@ -44,10 +44,13 @@ class Layers {
   Slope dgrad(const Tensor& d, const Tensor& weight, const Maybe* kept, const Wanted& wanted) const;
 
  private:
+  bool forward_fused(const Tensor& x, const Tensor* weights, const Maybe* biases, bool keep, Forward& found) const;
   Tensor make(std::vector<int64_t> sizes, Dtype dtype) const;
   Tensor like(const Tensor& tensor) const;
   Maybe total(const Maybe& sums) const;
+  // Whether the route has a kernel for this product; and its launch, false where it turns out that it has none.
   bool fuses(const Product& product) const;
+  bool run(const Product& product) const;
   bool is_identity() const { return call_.settings.activation == 0; }
 
   const Call& call_;

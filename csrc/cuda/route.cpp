@@ -11,8 +11,10 @@ namespace fastbp::cuda {
 namespace {
 
 Route named(const std::string& name) {
-  check(name.empty() || name == "library" || name == "fused", "routes on a GPU are library and fused");
-  return name == "fused" ? Route::fused : Route::library;
+  if (name == "fused") return Route::fused;
+  if (name == "cublaslt") return Route::cublaslt;
+  check(name.empty() || name == "library", "routes on a GPU are library, fused and cublaslt");
+  return Route::library;
 }
 
 Route of_environment() {

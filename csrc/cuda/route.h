@@ -6,9 +6,9 @@
 namespace fastbp::cuda {
 
 // library: PyTorch's products and one elementwise kernel each way. fused: products with the elementwise work in the
-// epilogue, one by one where they serve. A call takes the library's unless something else is asked for: nothing has
-// been measured yet (docs/gpu-status.md).
-enum class Route { library, fused };
+// epilogue, one by one where they serve. cublaslt: the same with the epilogues that cuBLASLt has. A call takes the
+// library's unless something else is asked for: nothing has been measured yet (docs/gpu-status.md).
+enum class Route { library, fused, cublaslt };
 
 Route route();
 // For tests and measurements, by its name above; an empty name ends it. FASTBP_CUDA_ROUTE says it for a whole process.

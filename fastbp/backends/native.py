@@ -84,7 +84,7 @@ def cuda_architectures() -> str:
 
 @contextmanager
 def forced(route: str) -> Iterator[None]:
-    """Every call on a GPU takes this route where it can, library or fused. For tests and measurements."""
+    """Every call on a GPU takes this route where it can: library, fused or cublaslt. For tests and measurements."""
     _ops().set_cuda_route(route)
     try:
         yield

@@ -76,7 +76,9 @@ def compiled(mode: str | None = None) -> Callable[..., Callable[[Tensor], Tensor
 
 
 def _has_cuda_kernels(weight: Tensor) -> bool:
-    return native.unavailable is None and weight.is_cuda and native.cuda_refusal(weight.get_device()) is None
+    if native.unavailable or not weight.is_cuda or not native.cuda_architectures():
+        return False
+    return native.cuda_refusal(weight.get_device()) is None
 
 
 def fused(backend: str | None = None, save: str = "auto") -> Callable[..., Callable[[Tensor], Tensor] | None]:

@@ -15,6 +15,7 @@ import fastbp
 from fastbp.activations import bind
 from fastbp.backends import native, triton
 from fastbp.forms import FORMS, GATED_MLP, LINEAR_ACT, MLP
+from fastbp.problem import Problem, configure
 
 CUDA = torch.cuda.is_available()
 pytestmark = [
@@ -64,7 +65,8 @@ def forced(request):
         with choice.forced(route):
             yield backend
         return
-    reason = native.unavailable or native.cuda_refusal(0)
+    config = configure("mlp", "gelu", (), "preact", "native")
+    reason = native.unavailable or native.supports(Problem(config, torch.device("cuda", 0), torch.float32))
     if reason:
         pytest.skip(f"native: {reason}")
     if route == "fused":

@@ -74,6 +74,8 @@ def supports(problem: Problem) -> str | None:
         return (
             f"the C++ kernels run on CPUs and NVIDIA GPUs, and x is on {'an AMD GPU' if torch.version.hip else device}"
         )
+    if not cuda_architectures():
+        return f"{LIBRARY.name} was built without CUDA kernels; `{rebuild_command('cuda')}` builds them, with nvcc"
     return cuda_refusal(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -94,9 +96,7 @@ def forced(route: str) -> Iterator[None]:
 
 @lru_cache(maxsize=64)
 def cuda_refusal(index: int) -> str | None:
-    """Why the CUDA kernels cannot serve a GPU, and what to do about it; None if they can. Launches nothing."""
-    if not cuda_architectures():
-        return f"{LIBRARY.name} was built without CUDA kernels; `{rebuild_command('cuda')}` builds them, with nvcc"
+    """Why the CUDA kernels that are there cannot serve a GPU; None if they can. Launches nothing."""
     return _ops().cuda_refusal(index) or None
 
 

@@ -162,6 +162,8 @@ class Build(build_ext):
         compilers = cuda_compiler()
         cuda_flags: list[str] = []
         link = ["-shared", "-Wl,--no-as-needed", f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        if not extra:  # what is missing fails here and not when it is loaded; sanitizers come with the process
+            link.append("-Wl,-z,defs")
         jobs: list[list[str]] = []
         made: list[str] = []
 

@@ -32,9 +32,12 @@ CUtensorMap map_of(const Operand& matrix, Dtype dtype, uint32_t box_rows) {
 
 namespace {
 
+// The kernel counts rows and columns in int, up to the end of a cluster's last tiles.
+constexpr int64_t kMost = INT32_MAX - 2 * kTile;
+
 bool describable(const Operand& matrix) {
   return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && matrix.stride % 8 == 0 && matrix.stride > 0 &&
-         matrix.rows < INT32_MAX && matrix.columns < INT32_MAX;
+         matrix.rows <= kMost && matrix.columns <= kMost;
 }
 
 template <Dtype D>

@@ -34,6 +34,7 @@ check: $(VENV)/.stamp
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.* tests/*.cpp
 	$(BIN)/python tools/render.py --check
 	$(BIN)/python tools/fit_polynomials.py --check > /dev/null
+	$(BIN)/python tools/fit_sides.py --check > /dev/null
 	$(BIN)/python -m benchmarks.static --quick
 
 # ARGS="--suite layers" and the like; --help has them all.

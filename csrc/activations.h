@@ -8,6 +8,7 @@ namespace fastbp::act {
 struct identity {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z) {
@@ -28,6 +29,7 @@ struct identity {
 struct relu {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z) {
@@ -48,6 +50,7 @@ struct relu {
 struct leaky_relu {
   static constexpr int num_params = 1;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z, T negative_slope) {
@@ -68,6 +71,7 @@ struct leaky_relu {
 struct relu6 {
   static constexpr int num_params = 2;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z, T min_val, T max_val) {
@@ -88,6 +92,7 @@ struct relu6 {
 struct hardtanh {
   static constexpr int num_params = 2;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z, T min_val, T max_val) {
@@ -108,6 +113,7 @@ struct hardtanh {
 struct elu {
   static constexpr int num_params = 1;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z, T alpha) {
@@ -128,6 +134,7 @@ struct elu {
 struct celu {
   static constexpr int num_params = 1;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z, T alpha) {
@@ -148,6 +155,7 @@ struct celu {
 struct selu {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z) {
@@ -171,6 +179,7 @@ struct selu {
 struct sigmoid {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z) {
@@ -192,6 +201,7 @@ struct sigmoid {
 struct tanh {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z) {
@@ -213,6 +223,7 @@ struct tanh {
 struct softplus {
   static constexpr int num_params = 2;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z, T beta, T threshold) {
@@ -233,6 +244,7 @@ struct softplus {
 struct softsign {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z) {
@@ -256,6 +268,8 @@ struct softsign {
 struct silu {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = false;
+  static constexpr bool has_grad_from_side = true;
+  static constexpr double minimum_at = -1.278464542761074, lowest = -0.2784645427610738;
 
   template <class T>
   static HD T value(T z) {
@@ -267,11 +281,79 @@ struct silu {
     const auto s = prim::sigmoid(z);
     return dy * s * (T(1.0) + z * (T(1.0) - s));
   }
+
+  template <class T>
+  static HD T grad_from_side(T dy, T y, T right) {
+    const auto gap = prim::maximum(y - -T(0.278465) - T(4.572389262e-07), T(0.0));
+    const auto u = prim::sqrt(gap) * T(0.477025797) - T(1.0);
+    const auto p0 =
+        (((((T(0.5016144682) * u + T(2.762621935)) * u + -T(3.416968687)) * u + -T(16.56154281)) * u + T(10.57018854)) *
+             u +
+         T(43.94173993)) *
+            u +
+        -T(19.80868496);
+    const auto p1 =
+        (((((p0 * u + -T(68.30408823)) * u + T(25.44164423)) * u + T(69.64266576)) * u + -T(24.23893007)) * u +
+         -T(49.71885257)) *
+            u +
+        T(18.37718357);
+    const auto p2 =
+        (((((p1 * u + T(26.12712986)) * u + -T(12.02053851)) * u + -T(10.33955427)) * u + T(7.397378844)) * u +
+         T(2.160932138)) *
+            u +
+        -T(3.660134716);
+    const auto p = (((p2 * u + T(1.044978961)) * u + T(0.3102538718)) * u + -T(0.2560297877)) * u + T(1.0469937);
+    const auto right_slope = prim::select(y > T(17.29981067), y * T(0.0) + T(1.0), p);
+    const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
+    const auto v = prim::minimum(prim::sqrt(fallen) * T(0.3353755748) - T(1.0), T(1.0));
+    const auto q0 =
+        (((((-T(4.947935403) * v + -T(26.79195902)) * v + -T(55.7750705)) * v + -T(48.03125361)) * v + T(3.764785815)) *
+             v +
+         T(43.73713135)) *
+            v +
+        T(40.48695496);
+    const auto q1 =
+        (((((q0 * v + T(18.50587822)) * v + T(3.599302754)) * v + -T(0.06041659726)) * v + -T(0.3645939338)) * v +
+         T(0.07325029727)) *
+            v +
+        -T(0.1325019953);
+    const auto q = (q1 * v + T(0.119653746)) * v + T(0.9213426864);
+    return dy * prim::select(right > T(0.0), right_slope, y * q);
+  }
+
+  template <class T>
+  static HD T grad_from_side_16(T dy, T y, T right) {
+    const auto gap = prim::maximum(y - -T(0.278465) - T(4.572389262e-07), T(0.0));
+    const auto u = prim::sqrt(gap) * T(0.5810781741) - T(1.0);
+    const auto p0 = (((((-T(0.0893859634) * u + T(0.2869859956)) * u + T(0.4200438034)) * u + -T(1.091115495)) * u +
+                      -T(0.9012666306)) *
+                         u +
+                     T(1.857684857)) *
+                        u +
+                    T(1.166988318);
+    const auto p =
+        (((((p0 * u + -T(2.199522983)) * u + -T(0.5551673817)) * u + T(1.793593092)) * u + -T(0.6340835614)) * u +
+         -T(0.1475194285)) *
+            u +
+        T(1.092917539);
+    const auto right_slope = prim::select(y > T(11.56805745), y * T(0.0) + T(1.0), p);
+    const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
+    const auto v = prim::minimum(prim::sqrt(fallen) * T(0.4535532058) - T(1.0), T(1.0));
+    const auto q = (((((-T(0.8192815979) * v + -T(2.024178267)) * v + -T(2.306904456)) * v + -T(0.6465917805)) * v +
+                     -T(0.2443402818)) *
+                        v +
+                    T(0.1805903571)) *
+                       v +
+                   T(0.8803642381);
+    return dy * prim::select(right > T(0.0), right_slope, y * q);
+  }
 };
 
 struct gelu {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = false;
+  static constexpr bool has_grad_from_side = true;
+  static constexpr double minimum_at = -0.7517915246935645, lowest = -0.16997120747990366;
 
   template <class T>
   static HD T value(T z) {
@@ -282,11 +364,79 @@ struct gelu {
   static HD T grad(T dy, T z) {
     return dy * (prim::normal_cdf(z) + z * prim::normal_pdf(z));
   }
+
+  template <class T>
+  static HD T grad_from_side(T dy, T y, T right) {
+    const auto gap = prim::maximum(y - -T(0.169971) - -T(2.074799037e-07), T(0.0));
+    const auto u = prim::sqrt(gap) * T(0.8380238405) - T(1.0);
+    const auto p0 =
+        (((((T(1.505480715) * u + -T(3.321748006)) * u + -T(11.30918508)) * u + T(18.00587425)) * u + T(37.31067555)) *
+             u +
+         -T(40.84874626)) *
+            u +
+        -T(70.98262262);
+    const auto p1 =
+        (((((p0 * u + T(48.72938729)) * u + T(85.54396512)) * u + -T(29.426077)) * u + -T(66.78521147)) * u +
+         T(2.834733209)) *
+            u +
+        T(32.02881132);
+    const auto p2 =
+        (((((p1 * u + T(8.452092213)) * u + -T(6.769154856)) * u + -T(5.622258669)) * u + -T(1.922486597)) * u +
+         T(0.6678230807)) *
+            u +
+        T(2.171599109);
+    const auto p = (((p2 * u + T(0.9812798239)) * u + -T(1.420370857)) * u + T(0.04763921765)) * u + T(1.128499755);
+    const auto right_slope = prim::select(y > T(5.525730593), y * T(0.0) + T(1.0), p);
+    const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
+    const auto v = prim::minimum(prim::sqrt(fallen) * T(0.3377278287) - T(1.0), T(1.0));
+    const auto q0 =
+        (((((-T(1.235523674) * v + -T(5.665114177)) * v + -T(10.48566904)) * v + -T(8.15433496)) * v + T(1.291812579)) *
+             v +
+         T(8.499215675)) *
+            v +
+        T(7.767642317);
+    const auto q1 =
+        (((((q0 * v + T(3.601855237)) * v + T(0.6671988449)) * v + T(0.005604819638)) * v + -T(0.08040430126)) * v +
+         -T(0.01929659598)) *
+            v +
+        T(0.05818214626);
+    const auto q = (q1 * v + T(4.071824926)) * v + T(4.356516051);
+    return dy * prim::select(right > T(0.0), right_slope, y * q);
+  }
+
+  template <class T>
+  static HD T grad_from_side_16(T dy, T y, T right) {
+    const auto gap = prim::maximum(y - -T(0.169971) - -T(2.074799037e-07), T(0.0));
+    const auto u = prim::sqrt(gap) * T(0.9345224187) - T(1.0);
+    const auto p0 = (((((-T(0.3043511226) * u + -T(0.3237314148)) * u + T(0.9088669724)) * u + T(1.181631229)) * u +
+                      -T(0.755614394)) *
+                         u +
+                     -T(1.629770005)) *
+                        u +
+                    -T(0.3230655023);
+    const auto p =
+        (((((p0 * u + T(0.8309845978)) * u + T(1.153775738)) * u + T(0.1148535801)) * u + -T(1.287248377)) * u +
+         T(0.3260531558)) *
+            u +
+        T(1.107642467);
+    const auto right_slope = prim::select(y > T(4.410187664), y * T(0.0) + T(1.0), p);
+    const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
+    const auto v = prim::minimum(prim::sqrt(fallen) * T(0.4594225734) - T(1.0), T(1.0));
+    const auto q = (((((-T(1.441412405) * v + -T(2.774326943)) * v + -T(2.241020614)) * v + -T(0.5973363468)) * v +
+                     T(0.02278649083)) *
+                        v +
+                    T(2.995606976)) *
+                       v +
+                   T(3.283606535);
+    return dy * prim::select(right > T(0.0), right_slope, y * q);
+  }
 };
 
 struct gelu_tanh {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = false;
+  static constexpr bool has_grad_from_side = true;
+  static constexpr double minimum_at = -0.7524614220710163, lowest = -0.17004075057125406;
 
   template <class T>
   static HD T value(T z) {
@@ -301,11 +451,79 @@ struct gelu_tanh {
            (prim::tanh_cdf(u) +
             z * prim::tanh_pdf(u) * (T(0.7978845608028654) + T(3.0) * T(0.7978845608028654) * T(0.044715) * square));
   }
+
+  template <class T>
+  static HD T grad_from_side(T dy, T y, T right) {
+    const auto gap = prim::maximum(y - -T(0.170041) - T(2.494287459e-07), T(0.0));
+    const auto u = prim::sqrt(gap) * T(0.8654281288) - T(1.0);
+    const auto p0 =
+        (((((-T(1.963104695) * u + -T(1.714427743)) * u + T(11.08814916)) * u + T(10.54934809)) * u + -T(26.19570428)) *
+             u +
+         -T(28.16182233)) *
+            u +
+        T(32.32835914);
+    const auto p1 =
+        (((((p0 * u + T(42.1826159)) * u + -T(19.62992385)) * u + -T(37.7057663)) * u + T(0.9349709233)) * u +
+         T(18.7284552)) *
+            u +
+        T(6.523352736);
+    const auto p2 =
+        (((((p1 * u + -T(2.690830946)) * u + -T(3.172696086)) * u + -T(2.116838452)) * u + -T(0.8659651582)) * u +
+         T(0.650311263)) *
+            u +
+        T(1.723455879);
+    const auto p = (((p2 * u + T(0.6399140243)) * u + -T(1.396329362)) * u + T(0.1390413581)) * u + T(1.125435549);
+    const auto right_slope = prim::select(y > T(5.17065672), y * T(0.0) + T(1.0), p);
+    const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
+    const auto v = prim::minimum(prim::sqrt(fallen) * T(0.337725859) - T(1.0), T(1.0));
+    const auto q0 =
+        (((((-T(0.2310621917) * v + T(2.247888327)) * v + T(12.66969269)) * v + T(21.34834776)) * v + T(9.106713271)) *
+             v +
+         -T(12.35068622)) *
+            v +
+        -T(16.43690359);
+    const auto q1 =
+        (((((q0 * v + -T(7.808913984)) * v + -T(2.353589064)) * v + T(0.3042079705)) * v + T(0.1864608849)) * v +
+         -T(0.4165077017)) *
+            v +
+        T(1.593017609);
+    const auto q = (q1 * v + T(6.338462025)) * v + T(5.128468565);
+    return dy * prim::select(right > T(0.0), right_slope, y * q);
+  }
+
+  template <class T>
+  static HD T grad_from_side_16(T dy, T y, T right) {
+    const auto gap = prim::maximum(y - -T(0.170041) - T(2.494287459e-07), T(0.0));
+    const auto u = prim::sqrt(gap) * T(0.9501672256) - T(1.0);
+    const auto p0 = (((((-T(0.2725984984) * u + -T(0.188089903)) * u + T(0.8990196714)) * u + T(0.7808302012)) * u +
+                      -T(0.9424254235)) *
+                         u +
+                     -T(1.231582346)) *
+                        u +
+                    -T(0.003605527016);
+    const auto p =
+        (((((p0 * u + T(0.7305364439)) * u + T(0.9558820697)) * u + T(0.04461471125)) * u + -T(1.237844852)) * u +
+         T(0.3637478009)) *
+            u +
+        T(1.101597539);
+    const auto right_slope = prim::select(y > T(4.260532275), y * T(0.0) + T(1.0), p);
+    const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
+    const auto v = prim::minimum(prim::sqrt(fallen) * T(0.4594176151) - T(1.0), T(1.0));
+    const auto q = (((((-T(1.492264814) * v + -T(3.24270496)) * v + -T(3.185573337)) * v + -T(0.8552622048)) * v +
+                     T(1.017039012)) *
+                        v +
+                    T(4.008354384)) *
+                       v +
+                   T(3.57120555);
+    return dy * prim::select(right > T(0.0), right_slope, y * q);
+  }
 };
 
 struct quick_gelu {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = false;
+  static constexpr bool has_grad_from_side = true;
+  static constexpr double minimum_at = -0.751154255441289, lowest = -0.16361018963635357;
 
   template <class T>
   static HD T value(T z) {
@@ -317,11 +535,79 @@ struct quick_gelu {
     const auto s = prim::sigmoid(T(1.702) * z);
     return dy * (s + T(1.702) * z * (s * (T(1.0) - s)));
   }
+
+  template <class T>
+  static HD T grad_from_side(T dy, T y, T right) {
+    const auto gap = prim::maximum(y - -T(0.16361) - -T(1.896363536e-07), T(0.0));
+    const auto u = prim::sqrt(gap) * T(0.6223312992) - T(1.0);
+    const auto p0 =
+        (((((T(0.5016144682) * u + T(2.762621935)) * u + -T(3.416968687)) * u + -T(16.56154281)) * u + T(10.57018854)) *
+             u +
+         T(43.94173993)) *
+            u +
+        -T(19.80868496);
+    const auto p1 =
+        (((((p0 * u + -T(68.30408823)) * u + T(25.44164423)) * u + T(69.64266576)) * u + -T(24.23893007)) * u +
+         -T(49.71885257)) *
+            u +
+        T(18.37718357);
+    const auto p2 =
+        (((((p1 * u + T(26.12712986)) * u + -T(12.02053851)) * u + -T(10.33955427)) * u + T(7.397378844)) * u +
+         T(2.160932138)) *
+            u +
+        -T(3.660134716);
+    const auto p = (((p2 * u + T(1.044978961)) * u + T(0.3102538718)) * u + -T(0.2560297877)) * u + T(1.0469937);
+    const auto right_slope = prim::select(y > T(10.1644011), y * T(0.0) + T(1.0), p);
+    const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
+    const auto v = prim::minimum(prim::sqrt(fallen) * T(0.3379116401) - T(1.0), T(1.0));
+    const auto q0 = (((((-T(7.551962668) * v + -T(40.37503397)) * v + -T(82.24334579)) * v + -T(66.89797929)) * v +
+                      T(12.39988874)) *
+                         v +
+                     T(69.01224308)) *
+                        v +
+                    T(60.01731474);
+    const auto q1 =
+        (((((q0 * v + T(25.92593933)) * v + T(4.292208299)) * v + -T(0.3508848291)) * v + -T(0.5955449478)) * v +
+         T(0.1403200032)) *
+            v +
+        -T(0.2250280612);
+    const auto q = (q1 * v + T(0.2055101209)) * v + T(1.566584131);
+    return dy * prim::select(right > T(0.0), right_slope, y * q);
+  }
+
+  template <class T>
+  static HD T grad_from_side_16(T dy, T y, T right) {
+    const auto gap = prim::maximum(y - -T(0.16361) - -T(1.896363536e-07), T(0.0));
+    const auto u = prim::sqrt(gap) * T(0.7580787816) - T(1.0);
+    const auto p0 = (((((-T(0.0893859634) * u + T(0.2869859956)) * u + T(0.4200438034)) * u + -T(1.091115495)) * u +
+                      -T(0.9012666306)) *
+                         u +
+                     T(1.857684857)) *
+                        u +
+                    T(1.166988318);
+    const auto p =
+        (((((p0 * u + -T(2.199522983)) * u + -T(0.5551673817)) * u + T(1.793593092)) * u + -T(0.6340835614)) * u +
+         -T(0.1475194285)) *
+            u +
+        T(1.092917539);
+    const auto right_slope = prim::select(y > T(6.796743507), y * T(0.0) + T(1.0), p);
+    const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
+    const auto v = prim::minimum(prim::sqrt(fallen) * T(0.459885605) - T(1.0), T(1.0));
+    const auto q = (((((-T(1.28124926) * v + -T(3.100639507)) * v + -T(3.485867986)) * v + -T(0.8497030089)) * v +
+                     -T(0.3633316385)) *
+                        v +
+                    T(0.3139290882)) *
+                       v +
+                   T(1.494065376);
+    return dy * prim::select(right > T(0.0), right_slope, y * q);
+  }
 };
 
 struct mish {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = false;
+  static constexpr bool has_grad_from_side = true;
+  static constexpr double minimum_at = -1.1924312145154952, lowest = -0.30884341301725043;
 
   template <class T>
   static HD T value(T z) {
@@ -337,11 +623,77 @@ struct mish {
     const auto t = prim::select(z > T(20.0), T(1.0), n / (n + T(2.0)));
     return dy * (t + z * prim::sigmoid(z) * (T(1.0) - t * t));
   }
+
+  template <class T>
+  static HD T grad_from_side(T dy, T y, T right) {
+    const auto gap = prim::maximum(y - -T(0.308843) - -T(4.130172504e-07), T(0.0));
+    const auto u = prim::sqrt(gap) * T(0.6548671755) - T(1.0);
+    const auto p0 =
+        (((((T(3.775390291) * u + -T(5.408538609)) * u + -T(23.8415782)) * u + T(31.89373664)) * u + T(67.14248266)) *
+             u +
+         -T(82.78129465)) *
+            u +
+        -T(111.7750572);
+    const auto p1 =
+        (((((p0 * u + T(124.8489735)) * u + T(123.3275654)) * u + -T(122.0059694)) * u + -T(96.41391967)) * u +
+         T(82.07910683)) *
+            u +
+        T(56.37699663);
+    const auto p2 =
+        (((((p1 * u + -T(40.06820214)) * u + -T(26.16939252)) * u + T(15.53967886)) * u + T(10.2497129)) * u +
+         -T(5.98832943)) *
+            u +
+        -T(3.003024872);
+    const auto p = (((p2 * u + T(2.648591826)) * u + -T(0.2341693771)) * u + -T(0.2577546006)) * u + T(1.06499468);
+    const auto right_slope = prim::select(y > T(9.018405064), y * T(0.0) + T(1.0), p);
+    const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
+    const auto v = prim::minimum(prim::sqrt(fallen) * T(0.3348884046) - T(1.0), T(1.0));
+    const auto q0 =
+        (((((T(3.902581246) * v + T(21.558827)) * v + T(46.10734344)) * v + T(43.54945672)) * v + T(3.303844027)) * v +
+         -T(34.44729344)) *
+            v +
+        -T(36.76674773);
+    const auto q1 =
+        (((((q0 * v + -T(17.82036915)) * v + -T(4.180351765)) * v + T(0.1475603239)) * v + T(0.1298846032)) * v +
+         T(0.1768924123)) *
+            v +
+        -T(0.1309226893);
+    const auto q = (q1 * v + T(0.1213492143)) * v + T(0.9207919441);
+    return dy * prim::select(right > T(0.0), right_slope, y * q);
+  }
+
+  template <class T>
+  static HD T grad_from_side_16(T dy, T y, T right) {
+    const auto gap = prim::maximum(y - -T(0.308843) - -T(4.130172504e-07), T(0.0));
+    const auto u = prim::sqrt(gap) * T(0.7862365789) - T(1.0);
+    const auto p0 = (((((T(0.4189831847) * u + T(0.2363292147)) * u + -T(1.56524506)) * u + -T(0.9989263883)) * u +
+                      T(2.388851601)) *
+                         u +
+                     T(1.870067394)) *
+                        u +
+                    -T(1.994202526);
+    const auto p =
+        (((((p0 * u + -T(2.146656208)) * u + T(1.347243114)) * u + T(1.481091656)) * u + -T(1.183218105)) * u +
+         T(0.05816645954)) *
+            u +
+        T(1.087685377);
+    const auto right_slope = prim::select(y > T(6.161889902), y * T(0.0) + T(1.0), p);
+    const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
+    const auto v = prim::minimum(prim::sqrt(fallen) * T(0.4523504208) - T(1.0), T(1.0));
+    const auto q = (((((-T(0.6507931481) * v + -T(1.279398901)) * v + -T(1.444258127)) * v + -T(0.3302453835)) * v +
+                     -T(0.2150801695)) *
+                        v +
+                    T(0.1779316455)) *
+                       v +
+                   T(0.8784313713);
+    return dy * prim::select(right > T(0.0), right_slope, y * q);
+  }
 };
 
 struct hardswish {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = false;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z) {
@@ -357,6 +709,7 @@ struct hardswish {
 struct hardsigmoid {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z) {
@@ -377,6 +730,7 @@ struct hardsigmoid {
 struct relu2 {
   static constexpr int num_params = 0;
   static constexpr bool has_grad_from_output = true;
+  static constexpr bool has_grad_from_side = false;
 
   template <class T>
   static HD T value(T z) {

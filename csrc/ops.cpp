@@ -20,11 +20,11 @@ STABLE_TORCH_LIBRARY(fastbp_native, m) {
   // optional ones.)
   m.def("absent() -> Tensor");
   // `tensors` are the weights and then the biases. `settings` is 1 for a
-  // gated form, plus 2 for a projected one, plus 4 times the policy (preact, output, recompute), plus 16 times the
+  // gated form, plus 2 for a projected one, plus 4 times the policy (in the order of saving.py), plus 32 times the
   // activation. Returns y and the residuals of the policy.
   m.def("forward(Tensor x, Tensor[] tensors, int settings, float[] params) -> Tensor[]");
   // `saved` is x, y, the weights, the biases, the residuals. Returns a gradient for each true entry of needs, which is
-  // about x, the weights, the biases. With 1024 added to `settings` the residuals (policy preact) may be written over.
+  // about x, the weights, the biases. With 2048 added to `settings` the residuals (policy preact) may be written over.
   m.def("backward(Tensor dy, Tensor[] saved, int settings, float[] params, bool[] needs) -> Tensor[]");
 #ifdef FASTBP_CUDA_ARCHITECTURES
   // In a library with CUDA kernels: what they are compiled for; whether PyTorch exports what they need; why they cannot

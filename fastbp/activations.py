@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbp import formulas as f
+from fastbp import side_formulas as sides
 
 _aten = torch.ops.aten
 
@@ -32,6 +33,12 @@ class Activation:
     invalid: Callable[..., str | None] = lambda *params: None  # why these parameters mean no activation
     output_lost: Callable[..., str | None] = lambda *params: None  # why with these parameters y does not give the slope
     output_exact: bool = True  # False: legal, but y over- or underflows or its slope cancels, so `auto` keeps z
+    # Of an activation that falls to one minimum and rises from it: z and y of the minimum; dz from dy, y and the side
+    # of it, as good as float32, and as results of 16 bits need it.
+    minimum_at: float | None = None
+    lowest: float | None = None
+    grad_from_side: Callable[..., Tensor] | None = None
+    grad_from_side_16: Callable[..., Tensor] | None = None
     limits: bool = False  # y takes the values of the parameters, so from y they are compared as its dtype rounds them
     module: type[nn.Module] | None = None
     module_attributes: tuple[tuple[str, Any], ...] = ()  # tells apart activations that share a module class
@@ -141,6 +148,13 @@ def _gelu_backward(dy: Tensor, z: Tensor) -> Tensor:
     return _gelu_backward_kernel(dy, z)
 
 
+def _sides(name: str) -> dict[str, Any]:
+    """What tools/fit_sides.py found for an activation."""
+    grads = {f"grad_from_side{suffix}": getattr(sides, f"{name}_grad_from_side{suffix}") for suffix in ("", "_16")}
+    at, lowest = (getattr(sides, f"{name.upper()}_{what}") for what in ("MINIMUM_AT", "LOWEST"))
+    return dict(minimum_at=at, lowest=lowest, **grads)
+
+
 TABLE: tuple[Activation, ...] = (
     Activation(
         "identity", "z", f.identity, f.identity_grad, f.identity_grad_from_output,
@@ -211,22 +225,26 @@ TABLE: tuple[Activation, ...] = (
     Activation(
         "silu", "z · sigmoid(z)", f.silu, f.silu_grad,
         module=nn.SiLU, functions=(F.silu,), aten_value=F.silu, aten_grad=_aten.silu_backward.default,
+        **_sides("silu"),
     ),
     Activation(
         "gelu", "z · Φ(z), Φ the normal distribution function", f.gelu, f.gelu_grad,
         module=nn.GELU, module_attributes=(("approximate", "none"),), functions=(F.gelu,),
         aten_value=_gelu, aten_grad=_gelu_backward,
+        **_sides("gelu"),
     ),
     Activation(
         "gelu_tanh", "z/2 · (1 + tanh(√(2/π) · (z + 0.044715 z³)))", f.gelu_tanh, f.gelu_tanh_grad,
         module=nn.GELU, module_attributes=(("approximate", "tanh"),),
         aten_value=lambda z: F.gelu(z, approximate="tanh"),
         aten_grad=lambda dy, z: _aten.gelu_backward.default(dy, z, approximate="tanh"),
+        **_sides("gelu_tanh"),
     ),
-    Activation("quick_gelu", "z · sigmoid(1.702 z)", f.quick_gelu, f.quick_gelu_grad),
+    Activation("quick_gelu", "z · sigmoid(1.702 z)", f.quick_gelu, f.quick_gelu_grad, **_sides("quick_gelu")),
     Activation(
         "mish", "z · tanh(log(1 + eᶻ))", f.mish, f.mish_grad,
         module=nn.Mish, functions=(F.mish,), aten_value=F.mish, aten_grad=_aten.mish_backward.default,
+        **_sides("mish"),
     ),
     Activation(
         "hardswish", "z · min(max(z + 3, 0), 6) / 6", f.hardswish, f.hardswish_grad,

@@ -29,7 +29,7 @@ from fastbp.backends import BACKENDS, choose, module_of
 from fastbp.forms import FORMS
 from fastbp.problem import Config, Names, check, configure
 from fastbp.reference import Saved, unflatten
-from fastbp.saving import find_kept, kept
+from fastbp.saving import POLICIES, find_kept, kept
 
 Outputs = tuple[Tensor, ...]
 _ONLY_NONE = frozenset((None,))
@@ -239,6 +239,8 @@ def run(
     ``tensors`` are the weights and the biases in one row.
     """
     config = choose(config, x, tensors)
+    if (functorch_active() or forward_ad._current_level >= 0) and POLICIES[config.save].compressed:
+        config = _with_save(config, "recompute")  # transforms do not look into bits; and it keeps no more
     if functorch_active():
         check(config.form, x, weights, biases)
         if _nested_forward_mode():
@@ -250,7 +252,8 @@ def run(
     try:
         if is_grad_enabled() or forward_ad._current_level >= 0:
             return _DIRECT[config.form.name](config, x, *tensors)[0]
-        return module.forward(_keep_nothing(config), x, tensors)[0]  # type: ignore[no-any-return]
+        # Where no backward can follow: of the policies, recompute writes nothing but y.
+        return module.forward(_with_save(config, "recompute"), x, tensors)[0]  # type: ignore[no-any-return]
     except RuntimeError:
         check(config.form, x, weights, biases)  # says it in the words of the call, if it is the call that is wrong
         raise
@@ -276,7 +279,7 @@ def _nested_forward_mode() -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _keep_nothing(config: Config) -> Config:
-    """The same call where no backward can follow: of the policies, recompute writes nothing but y."""
+def _with_save(config: Config, save: str) -> Config:
+    """The same call with another policy."""
     form, activation, params, _, backend = config.names
-    return configure(form, activation, params, "recompute", backend)
+    return configure(form, activation, params, save, backend)

@@ -23,6 +23,7 @@ from fastbp.backends import choose, module_of
 from fastbp.forms import FORMS, Form
 from fastbp.problem import Config, Names, configure
 from fastbp.reference import Saved
+from fastbp.saving import find_residuals
 
 _CONFIG = "str activation, float[] params, str save, str backend"
 _library = torch.library.Library("fastbp", "DEF")
@@ -99,16 +100,21 @@ def _kernels(form: Form) -> tuple[Callable[..., Any], Callable[..., Any], Callab
         config, x, weights, biases = split_forward(*args)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases)):
             # An exported program is being trained: autograd looks inside the op, and sees what PyTorch's own do.
-            y, residuals = reference.forward(config, x, weights, biases)
+            plain = configure(*config.names[:3], "recompute", config.backend)
+            y = reference.forward(plain, x, weights, biases)[0]
+            with torch.no_grad():
+                residuals = reference.forward(config, x, weights, biases)[1]
         else:
             y, *residuals = forward(config, x, weights, biases)
         return y.contiguous(), [r.contiguous() for r in residuals]
 
     def forward_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
         config, x, weights, _ = split_forward(*args)
-        leading, hidden = x.shape[:-1], form.hidden(len(weights)) * form.width
-        keeps = config.save == "preact" or (config.save == "output" and form.projected)
-        residuals = [x.new_empty(*leading, w.shape[0]) for w in weights[:hidden]] if keeps else []
+        leading = x.shape[:-1]
+        residuals = [
+            x.new_empty(*leading, r.features(weights[r.linear].shape[0]), dtype=r.dtype(x.dtype))
+            for r in find_residuals(form, config.save, len(weights))
+        ]
         return x.new_empty(*leading, weights[-1].shape[0]), residuals
 
     def backward_kernel(dy: Tensor, x: Tensor | None, y: Tensor | None, *args: Any) -> list[Tensor]:

@@ -12,6 +12,7 @@ any number of times and in forward mode, instead of PyTorch's fused gradient ker
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from fastbp.accumulation import add_product
 from fastbp.activations import Bound, rounded, wide
 from fastbp.forms import Form
 from fastbp.problem import Config
-from fastbp.saving import kept, needed_below
+from fastbp.residuals import gated_kept, grad_from_side, output_and_kept, read_kept
+from fastbp.saving import FROM_OUTPUT, POLICIES, kept, needed_below
 
 Maybe = Tensor | None
 
@@ -86,23 +88,19 @@ def forward(
     config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Maybe]
 ) -> tuple[Tensor, list[Tensor]]:
     """y and the residuals of the policy: z of every hidden layer, or its output, or nothing."""
-    form, save = config.form, config.save
+    form = config.form
     residuals: list[Tensor] = []
     h = x
     if form.gated:
         g, u = F.linear(x, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
         h = config.value(g) * u
-        if save == "preact":
-            residuals = [g, u]
+        residuals = [*gated_kept(config, g, u)]
     else:
         for i in range(len(weights) - form.projected):
             z = F.linear(h, weights[i], biases[i])
-            h = config.value(z)
-            if save == "preact":
-                # identity's value is z itself, and one tensor must not be returned twice
-                residuals.append(z.clone() if z is h and not form.projected else z)
-            elif save == "output" and form.projected:
-                residuals.append(h)
+            h, kept = output_and_kept(config, z)
+            # identity's value is z itself, and one tensor must not be returned twice
+            residuals += [t.clone() if t is h and not form.projected else t for t in kept]
     return (F.linear(h, weights[-1], biases[-1]) if form.projected else h), residuals
 
 
@@ -123,25 +121,36 @@ def backward(
     given = dy if dy is not None else next((d for d in dresiduals if d is not None), None)
     if given is not None and given.dim() != 2:
         return _backward_of_rows(config, dy, saved, needs, dresiduals, differentiable, into, given.shape[:-1])
-    if config.save == "recompute":
-        saved = saved._replace(residuals=replay(config, saved, needs))
-    elif config.save == "output" and not config.form.projected:
-        saved = saved._replace(residuals=(saved.y,))
+    if given is None:
+        return [None] * len(needs)
+    again = config.save == "recompute"
+    if POLICIES[config.save].compressed:
+        dresiduals = ()  # to autograd, what was kept is no function of anything
+        if differentiable:
+            _check_replayable(config, saved)
+            again = True
+    residuals: Any = replay(config, saved, needs) if again else None
+    slopes: Any = residuals
+    if not again:
+        residuals, slopes = read_kept(config, saved.y, saved.residuals, given.dtype)
+    saved = saved._replace(residuals=residuals)
     if config.form.gated:
         return _gated_backward(config, dy, saved, needs, dresiduals, differentiable, into)
 
     # linear_act and mlp: the delta rule, dz_{l-1} = (dz_l W_l) · f'(z_{l-1})
-    x, _, weights, _, residuals = saved
-    count, from_output = len(weights), config.save == "output"
+    x, weights = saved.x, saved.weights
+    count, from_output = len(weights), config.save in FROM_OUTPUT and not again
     below = needed_below(config.form, needs)
     grads: list[Maybe] = [None] * len(needs)
-    kernel: Any = config.grad_from_output if from_output else config.grad
+    kernel: Any = config.grad
+    if from_output:
+        kernel = config.grad_from_output if config.save == "output" else partial(grad_from_side, config)
     plain = not differentiable and not dresiduals and dy is not None  # the first backward, where time counts
     d: Any = dy
     for i in range(count - 1, -1, -1):
         if i < len(residuals):  # from dh to dz, through the activation above linear i; none is above the last of an mlp
             if plain:
-                d = kernel(d, residuals[i])
+                d = kernel(d, slopes[i])
             else:
                 dresidual = dresiduals[i] if dresiduals else None
                 if from_output:
@@ -240,6 +249,15 @@ def replay(config: Config, saved: Saved, needs: tuple[bool, ...]) -> list[Maybe]
         if any(wanted[i:]):
             zs.append(F.linear(config.value(zs[-1]) if zs else x, weights[i], biases[i]))  # type: ignore[arg-type]
     return zs + [None] * (len(wanted) - len(zs))
+
+
+def _check_replayable(config: Config, saved: Saved) -> None:
+    if saved.x is None:
+        raise RuntimeError(
+            f"fastbp.{config.form.name}: a gradient that is differentiated again (create_graph=True) takes x under "
+            f"save={config.save!r}, and x was not kept, because no weight that reads it takes a gradient; use "
+            "save='preact' or 'recompute'"
+        )
 
 
 def jvp(config: Config, primals: Saved, tangents: Saved) -> tuple[Tensor, ...]:

@@ -5,20 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
+
+import torch
 
 from fastbp.activations import Bound, nearest
+from fastbp.compression import BLOCK, DTYPES
 from fastbp.forms import LINEAR_ACT, Form
 
 
 @dataclass(frozen=True)
 class Policy:
-    """One row. ``illegal`` says why a policy does not serve an activation in a form, or None."""
+    """One row. ``illegal`` says why a policy does not serve an activation in a form, or None.
+
+    ``error``: what is lost, for policies whose gradients are not those of z as its dtype has it; they are never taken
+    unasked. ``compressed``: what is kept has fewer bits than a number of the dtype, so float64 is not served, and
+    a gradient that is to be differentiated again is computed from x.
+    """
 
     name: str
     keeps: str
     reads: str
     legal: str
     illegal: Callable[[Bound, Form], str | None]
+    compressed: bool = False
+    error: str = ""
 
 
 def _output_illegal(activation: Bound, form: Form) -> str | None:
@@ -29,13 +40,40 @@ def _output_illegal(activation: Bound, form: Form) -> str | None:
     return activation.row.output_lost(*activation.params)
 
 
+def _side_illegal(activation: Bound, form: Form) -> str | None:
+    if form.gated:
+        return "the output of a gated layer, f(gate) * up, does not give back its two factors"
+    if activation.row.grad_from_side is None:
+        return f"the output of {activation.name} and one side of a minimum do not determine its slope"
+    return None
+
+
+def _fp8_illegal(activation: Bound, form: Form) -> str | None:
+    exact = activation.row.grad_from_output is not None and _output_illegal(activation, form) is None
+    return f"the output of {activation.name} gives its slope" if exact else None
+
+
 TABLE_OF_POLICIES: tuple[Policy, ...] = (
     Policy("preact", "z", "z", "always", lambda activation, form: None),
     Policy("output", "nothing (y itself serves)", "y", "the slope is a function of y", _output_illegal),
     Policy("recompute", "nothing", "x and W: one more GEMM", "always", lambda activation, form: None),
-)
+    Policy(
+        "output_bits", "4 bits a number: the side of the minimum and the next bits of y", "y and the bits",
+        "y and the side of the minimum determine the slope", _side_illegal,
+        compressed=True, error="as much as z in 16 bits loses",
+    ),
+    Policy(
+        "output_lsb", "nothing: the lowest bit of a negative y is the side of the minimum", "y",
+        "y and the side of the minimum determine the slope", _side_illegal,
+        compressed=True, error="y by at most one unit in the last place, and the slope by what that means",
+    ),
+    Policy(
+        "fp8", "z in e4m3 with a scale for 32 numbers", "that", "`output` is not",
+        _fp8_illegal, compressed=True, error="all but 3 bits of the mantissa of z",
+    ),
+)  # fmt: skip
+FROM_OUTPUT = ("output", "output_bits", "output_lsb")  # backward reads the output
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in TABLE_OF_POLICIES}
-NOT_YET = ("output_bits", "output_lsb", "fp8")
 
 
 def legal_policies(activation: Bound, form: Form = LINEAR_ACT) -> tuple[str, ...]:
@@ -50,9 +88,14 @@ def check_name(save: object, where: str) -> str:
         return save
     if not isinstance(save, str):
         raise TypeError(f"{where}: save must be the name of a policy, got {type(save).__name__} {save!r}")
-    if save in NOT_YET:
-        raise ValueError(f"{where}: save policy {save!r} is not in this version; there are {', '.join(known)}")
     raise ValueError(f"{where}: unknown save policy {save!r};{nearest(save, known)} there are {', '.join(known)}")
+
+
+def check_dtype(save: str, dtype: torch.dtype, where: str) -> None:
+    """ValueError, beginning with ``where``, for a dtype that a policy does not serve."""
+    if POLICIES[save].compressed and dtype not in DTYPES:
+        served = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise ValueError(f"{where}: save={save!r} is for {served}, got {dtype}; use 'preact' or 'recompute'")
 
 
 def resolve(save: str, activation: Bound, form: Form, where: str) -> str:
@@ -67,6 +110,39 @@ def resolve(save: str, activation: Bound, form: Form, where: str) -> str:
             f"use {' or '.join(repr(p) for p in legal_policies(activation, form))} or 'auto'"
         )
     return save
+
+
+class Residual(NamedTuple):
+    """One tensor that forward returns for backward: a row of it for each row of x.
+
+    ``kind`` is ``z``, ``h`` (the output of a hidden layer), or what ``compression`` writes: ``bits``, ``fp8``,
+    ``scales``. ``linear`` is the linear whose rows it has.
+    """
+
+    kind: str
+    linear: int
+
+    def features(self, out_features: int) -> int:
+        """The length of a row, given that of the linear's output."""
+        return -(-out_features // {"bits": 2, "scales": BLOCK}.get(self.kind, 1))
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Its dtype, given that of the call."""
+        return dtype if self.kind in ("z", "h") else torch.uint8
+
+
+def find_residuals(form: Form, save: str, linears: int) -> tuple[Residual, ...]:
+    """What forward returns besides y, in order, of a call with so many linears."""
+    outputs = ("h",) if form.projected else ()  # of a layer alone it is y
+    kinds = {
+        "preact": ("z",),
+        "output": outputs,
+        "output_lsb": outputs,
+        "output_bits": (*outputs, "bits"),
+        "fp8": ("fp8", "scales"),
+        "recompute": (),
+    }
+    return tuple(Residual(kind, i) for i in range(form.hidden(linears) * form.width) for kind in kinds[save])
 
 
 def find_needed_below(form: Form, needs: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -103,18 +179,18 @@ def find_kept(form: Form, save: str, reads_output: bool, needs: tuple[bool, ...]
     used = [slopes[layer] or inputs[layer + 1] for layer in range(hidden)]
 
     x = inputs[0]
-    residuals: list[bool] = []
     # Which pre-activations are looked at; the gradient of up alone reads f(gate) only.
     pre = [used[0], needs[0] or need_weights[0] or need_biases[0] or inputs[1]] if form.gated else used
     if save == "recompute":
         for i in range(len(pre)):
             if pre[i] if form.gated else any(pre[i:]):  # a chain is replayed up to the deepest one
                 weights[i] = biases[i] = x = True
-    elif save == "preact":
-        residuals = pre
-    elif form.projected:  # output: the residuals are the outputs of the hidden layers
-        residuals = [inputs[layer + 1] or (slopes[layer] and reads_output) for layer in range(hidden)]
-    y = save == "output" and not form.projected and slopes[0] and reads_output
+    elif POLICIES[save].compressed and any(pre):  # what a second derivative takes, as far as it exists anyway
+        weights, biases = [True] * count, [*[True] * len(pre), *biases[len(pre) :]]
+    of_output = [inputs[layer + 1] or (slopes[layer] and reads_output) for layer in range(hidden)]
+    needed = {"z": pre, "fp8": pre, "scales": pre, "h": of_output, "bits": slopes}
+    residuals = [needed[kind][i] for kind, i in find_residuals(form, save, count)]
+    y = save in FROM_OUTPUT and not form.projected and slopes[0] and reads_output
     return (x, y, *weights, *biases, *residuals)
 
 

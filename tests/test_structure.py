@@ -23,10 +23,12 @@ GENERATED = ("_activations.py", "activations.h")
 # From the ground up: a room imports rooms of the floors beneath it, and itself. Rooms of one floor are strangers.
 FLOORS = (
     ("formulas", "version", "cache", "accumulation"),
+    ("side_formulas", "compression"),
     ("activations",),
     ("recognition", "forms"),
     ("saving",),
     ("problem",),
+    ("residuals",),
     ("reference",),
     ("backends.*",),
     ("backends",),

@@ -126,7 +126,8 @@ struct Weight {
   }
 };
 
-enum class Save : int { preact, output, recompute };
+enum class Save : int { preact, output, recompute, output_bits, output_lsb, fp8 };  // in the order of saving.py
+constexpr int kSaves = 3;
 
 struct Settings {
   bool gated, projected;

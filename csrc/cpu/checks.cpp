@@ -14,8 +14,8 @@ namespace {
 #define FASTBP_COUNT(A) +1
 constexpr int kActivations = FASTBP_FOR_EACH_ACTIVATION(FASTBP_COUNT);
 static_assert(kActivations <= kMostActivations);
-constexpr int64_t kOverwrites = 16 * kMostActivations;  // in a call's settings, see ops.cpp
-static_assert(kOverwrites == 1024);                     // as ops.cpp and the Python side have it
+constexpr int64_t kOverwrites = 32 * kMostActivations;  // in a call's settings, see ops.cpp
+static_assert(kOverwrites == 2048);                     // as ops.cpp and the Python side have it
 #define FASTBP_NAME(A) " " #A
 static_assert(
     std::string_view(FASTBP_FOR_EACH_ACTIVATION(FASTBP_NAME)).starts_with(" identity "));  // see check_complete
@@ -46,8 +46,8 @@ Weight weight_of(const Tensor& tensor, const Call& call) {
 }
 
 Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std::vector<double>& params) {
-  const int64_t save = settings >> 2 & 3, activation = (settings & (kOverwrites - 1)) >> 4;
-  STD_TORCH_CHECK(linears > 0 && settings >= 0 && activation < kActivations && params.size() <= 2 && save < 3,
+  const int64_t save = settings >> 2 & 7, activation = (settings & (kOverwrites - 1)) >> 5;
+  STD_TORCH_CHECK(linears > 0 && settings >= 0 && activation < kActivations && params.size() <= 2 && save < kSaves,
                   "fastbp_native: no such call");
   const bool overwrites = settings >= kOverwrites;
   STD_TORCH_CHECK(settings < 2 * kOverwrites && !(overwrites && save != 0),

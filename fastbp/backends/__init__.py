@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastbp.activations import nearest
 from fastbp.backends import native, reference, triton
 from fastbp.problem import Config, Problem, configure
+from fastbp.saving import check_dtype
 
 AUTO = "auto"
 REFERENCE = "reference"
@@ -69,12 +70,13 @@ def choose(config: Config, data: Tensor, tensors: Sequence[Tensor | None] = ()) 
     """
     for tensor in tensors:
         if type(tensor) not in _PLAIN_OR_NONE:
-            return _choose_for_subclass(config, tensor)
+            return _choose_for_subclass(config, data, tensor)
     if type(data) not in _PLAIN:
-        return _choose_for_subclass(config, data)
+        return _choose_for_subclass(config, data, data)
     try:
         return _chosen[config, data.device, data.dtype]
     except KeyError:
+        check_dtype(config.save, data.dtype, f"fastbp.{config.form.name}")
         problem = Problem(config, data.device, data.dtype)
         choice = with_backend(config, _named(problem) or _first_that_supports(problem))
         _chosen[config, data.device, data.dtype] = choice
@@ -89,11 +91,13 @@ _chosen: dict[tuple[Any, ...], Config] = {}  # grows with the settings a program
 @lru_cache(maxsize=4096)
 def choose_accumulating(config: Config, device: torch.device, dtype: torch.dtype) -> Config:
     """``choose`` for plain tensors, among the backends that add weight gradients to tensors of the caller's."""
+    check_dtype(config.save, dtype, f"fastbp.{config.form.name}")
     problem = Problem(config, device, dtype, accumulates=True)
     return with_backend(config, _named(problem) or _first_that_supports(problem))
 
 
-def _choose_for_subclass(config: Config, tensor: Tensor | None) -> Config:
+def _choose_for_subclass(config: Config, data: Tensor, tensor: Tensor | None) -> Config:
+    check_dtype(config.save, data.dtype, f"fastbp.{config.form.name}")
     if config.backend not in (AUTO, REFERENCE):
         raise ValueError(
             f"fastbp.{config.form.name}: backend {config.backend!r} takes plain tensors only, got a "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastbp.activations import TABLE, rounded
 from fastbp.problem import Config, Problem
+from fastbp.saving import POLICIES
 from fastbp.version import __version__, fingerprint
 
 # FASTBP_NATIVE_LIBRARY names another build of the same sources: `make sanitize` uses it.
@@ -24,8 +25,8 @@ LIBRARY = Path(os.environ.get("FASTBP_NATIVE_LIBRARY") or Path(__file__).parents
 SOURCES = Path(__file__).parents[2] / "csrc"  # there in a checkout, not in an installed package
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps"
 CHECKS_TENSORS = True  # in C++, so that a good call need not be checked in Python
-_OVERWRITE = 1024  # in a call's settings, csrc/ops.cpp
-_SAVES = ("preact", "output", "recompute")  # the order of csrc/cpu/call.h
+_OVERWRITE = 2048  # in a call's settings, csrc/ops.cpp
+_SAVES = tuple(POLICIES)  # the order of csrc/cpu/call.h
 
 
 def rebuild_command(kernels: str = "cpu") -> str:
@@ -68,6 +69,8 @@ def _ops() -> Any:
 def supports(problem: Problem) -> str | None:
     """Why this backend cannot serve the problem, or None."""
     device = problem.device
+    if POLICIES[problem.config.save].compressed:
+        return f"the C++ kernels do not serve save={problem.config.save!r}"
     if device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.hip:
@@ -131,7 +134,7 @@ def _codes(config: Config, dtype: torch.dtype) -> tuple[int, list[float]]:
     """A config as the ops take it (csrc/ops.cpp), with the parameters as y of this dtype shows them."""
     params = rounded(config.params, dtype) if config.save == "output" and config.row.limits else config.params
     form = config.form.gated + 2 * config.form.projected
-    return form + 4 * _SAVES.index(config.save) + 16 * TABLE.index(config.row), list(params)
+    return form + 4 * _SAVES.index(config.save) + 32 * TABLE.index(config.row), list(params)
 
 
 unavailable = load()

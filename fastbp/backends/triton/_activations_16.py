@@ -219,6 +219,27 @@ def silu_grad(dy, z):
 
 
 @triton.jit
+def silu_grad_from_side(dy, y, right):
+    gap = maximum(y - -0.278465 - 4.572389262e-07, 0.0)
+    u = sqrt(gap) * 0.5810781741 - 1.0
+    p0 = (
+        ((((-0.0893859634 * u + 0.2869859956) * u + 0.4200438034) * u + -1.091115495) * u + -0.9012666306) * u
+        + 1.857684857
+    ) * u + 1.166988318
+    p = (
+        ((((p0 * u + -2.199522983) * u + -0.5551673817) * u + 1.793593092) * u + -0.6340835614) * u + -0.1475194285
+    ) * u + 1.092917539
+    right_slope = select(y > 11.56805745, y * 0.0 + 1.0, p)
+    fallen = log1p(divide(gap, -minimum(y, -1e-37)))
+    v = minimum(sqrt(fallen) * 0.4535532058 - 1.0, 1.0)
+    q = (
+        ((((-0.8192815979 * v + -2.024178267) * v + -2.306904456) * v + -0.6465917805) * v + -0.2443402818) * v
+        + 0.1805903571
+    ) * v + 0.8803642381
+    return dy * select(right > 0.0, right_slope, y * q)
+
+
+@triton.jit
 def gelu_value(z):
     return z * normal_cdf(z)
 
@@ -226,6 +247,27 @@ def gelu_value(z):
 @triton.jit
 def gelu_grad(dy, z):
     return dy * (normal_cdf(z) + z * normal_pdf(z))
+
+
+@triton.jit
+def gelu_grad_from_side(dy, y, right):
+    gap = maximum(y - -0.169971 - -2.074799037e-07, 0.0)
+    u = sqrt(gap) * 0.9345224187 - 1.0
+    p0 = (
+        ((((-0.3043511226 * u + -0.3237314148) * u + 0.9088669724) * u + 1.181631229) * u + -0.755614394) * u
+        + -1.629770005
+    ) * u + -0.3230655023
+    p = (
+        ((((p0 * u + 0.8309845978) * u + 1.153775738) * u + 0.1148535801) * u + -1.287248377) * u + 0.3260531558
+    ) * u + 1.107642467
+    right_slope = select(y > 4.410187664, y * 0.0 + 1.0, p)
+    fallen = log1p(divide(gap, -minimum(y, -1e-37)))
+    v = minimum(sqrt(fallen) * 0.4594225734 - 1.0, 1.0)
+    q = (
+        ((((-1.441412405 * v + -2.774326943) * v + -2.241020614) * v + -0.5973363468) * v + 0.02278649083) * v
+        + 2.995606976
+    ) * v + 3.283606535
+    return dy * select(right > 0.0, right_slope, y * q)
 
 
 @triton.jit
@@ -241,6 +283,27 @@ def gelu_tanh_grad(dy, z):
 
 
 @triton.jit
+def gelu_tanh_grad_from_side(dy, y, right):
+    gap = maximum(y - -0.170041 - 2.494287459e-07, 0.0)
+    u = sqrt(gap) * 0.9501672256 - 1.0
+    p0 = (
+        ((((-0.2725984984 * u + -0.188089903) * u + 0.8990196714) * u + 0.7808302012) * u + -0.9424254235) * u
+        + -1.231582346
+    ) * u + -0.003605527016
+    p = (
+        ((((p0 * u + 0.7305364439) * u + 0.9558820697) * u + 0.04461471125) * u + -1.237844852) * u + 0.3637478009
+    ) * u + 1.101597539
+    right_slope = select(y > 4.260532275, y * 0.0 + 1.0, p)
+    fallen = log1p(divide(gap, -minimum(y, -1e-37)))
+    v = minimum(sqrt(fallen) * 0.4594176151 - 1.0, 1.0)
+    q = (
+        ((((-1.492264814 * v + -3.24270496) * v + -3.185573337) * v + -0.8552622048) * v + 1.017039012) * v
+        + 4.008354384
+    ) * v + 3.57120555
+    return dy * select(right > 0.0, right_slope, y * q)
+
+
+@triton.jit
 def quick_gelu_value(z):
     return z * sigmoid(1.702 * z)
 
@@ -249,6 +312,27 @@ def quick_gelu_value(z):
 def quick_gelu_grad(dy, z):
     s = sigmoid(1.702 * z)
     return dy * (s + 1.702 * z * (s * (1.0 - s)))
+
+
+@triton.jit
+def quick_gelu_grad_from_side(dy, y, right):
+    gap = maximum(y - -0.16361 - -1.896363536e-07, 0.0)
+    u = sqrt(gap) * 0.7580787816 - 1.0
+    p0 = (
+        ((((-0.0893859634 * u + 0.2869859956) * u + 0.4200438034) * u + -1.091115495) * u + -0.9012666306) * u
+        + 1.857684857
+    ) * u + 1.166988318
+    p = (
+        ((((p0 * u + -2.199522983) * u + -0.5551673817) * u + 1.793593092) * u + -0.6340835614) * u + -0.1475194285
+    ) * u + 1.092917539
+    right_slope = select(y > 6.796743507, y * 0.0 + 1.0, p)
+    fallen = log1p(divide(gap, -minimum(y, -1e-37)))
+    v = minimum(sqrt(fallen) * 0.459885605 - 1.0, 1.0)
+    q = (
+        ((((-1.28124926 * v + -3.100639507) * v + -3.485867986) * v + -0.8497030089) * v + -0.3633316385) * v
+        + 0.3139290882
+    ) * v + 1.494065376
+    return dy * select(right > 0.0, right_slope, y * q)
 
 
 @triton.jit
@@ -264,6 +348,27 @@ def mish_grad(dy, z):
     n = e * (e + 2.0)
     t = select(z > 20.0, 1.0, divide(n, n + 2.0))
     return dy * (t + z * sigmoid(z) * (1.0 - t * t))
+
+
+@triton.jit
+def mish_grad_from_side(dy, y, right):
+    gap = maximum(y - -0.308843 - -4.130172504e-07, 0.0)
+    u = sqrt(gap) * 0.7862365789 - 1.0
+    p0 = (
+        ((((0.4189831847 * u + 0.2363292147) * u + -1.56524506) * u + -0.9989263883) * u + 2.388851601) * u
+        + 1.870067394
+    ) * u + -1.994202526
+    p = (
+        ((((p0 * u + -2.146656208) * u + 1.347243114) * u + 1.481091656) * u + -1.183218105) * u + 0.05816645954
+    ) * u + 1.087685377
+    right_slope = select(y > 6.161889902, y * 0.0 + 1.0, p)
+    fallen = log1p(divide(gap, -minimum(y, -1e-37)))
+    v = minimum(sqrt(fallen) * 0.4523504208 - 1.0, 1.0)
+    q = (
+        ((((-0.6507931481 * v + -1.279398901) * v + -1.444258127) * v + -0.3302453835) * v + -0.2150801695) * v
+        + 0.1779316455
+    ) * v + 0.8784313713
+    return dy * select(right > 0.0, right_slope, y * q)
 
 
 @triton.jit

@@ -306,18 +306,18 @@ struct silu {
     const auto right_slope = prim::select(y > T(17.29981067), y * T(0.0) + T(1.0), p);
     const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
     const auto v = prim::minimum(prim::sqrt(fallen) * T(0.3353755748) - T(1.0), T(1.0));
-    const auto q0 =
-        (((((-T(4.947935403) * v + -T(26.79195902)) * v + -T(55.7750705)) * v + -T(48.03125361)) * v + T(3.764785815)) *
-             v +
-         T(43.73713135)) *
-            v +
-        T(40.48695496);
+    const auto q0 = (((((-T(1.038282039) * v + -T(5.941109122)) * v + -T(12.31834167)) * v + -T(9.44597723)) * v +
+                      T(0.8886456091)) *
+                         v +
+                     T(4.174555536)) *
+                        v +
+                    T(1.091779184);
     const auto q1 =
-        (((((q0 * v + T(18.50587822)) * v + T(3.599302754)) * v + -T(0.06041659726)) * v + -T(0.3645939338)) * v +
-         T(0.07325029727)) *
+        (((((q0 * v + -T(0.1950151646)) * v + -T(0.3748604578)) * v + T(0.1091510468)) * v + -T(0.09649582679)) * v +
+         T(0.1225533159)) *
             v +
-        -T(0.1325019953);
-    const auto q = (q1 * v + T(0.119653746)) * v + T(0.9213426864);
+        -T(0.1301303806);
+    const auto q = (q1 * v + T(0.1194860417)) * v + T(0.9213300138);
     return dy * prim::select(right > T(0.0), right_slope, y * q);
   }
 
@@ -339,12 +339,13 @@ struct silu {
     const auto right_slope = prim::select(y > T(11.56805745), y * T(0.0) + T(1.0), p);
     const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
     const auto v = prim::minimum(prim::sqrt(fallen) * T(0.4535532058) - T(1.0), T(1.0));
-    const auto q = (((((-T(0.8192815979) * v + -T(2.024178267)) * v + -T(2.306904456)) * v + -T(0.6465917805)) * v +
-                     -T(0.2443402818)) *
+    const auto q0 = (((((-T(0.4827017902) * v + -T(0.9234952239)) * v + -T(0.2897444766)) * v + T(0.4955087745)) * v +
+                      -T(0.05102537971)) *
+                         v +
+                     T(0.1391158078)) *
                         v +
-                    T(0.1805903571)) *
-                       v +
-                   T(0.8803642381);
+                    -T(0.1781581204);
+    const auto q = (q0 * v + T(0.1658850956)) * v + T(0.8786452549);
     return dy * prim::select(right > T(0.0), right_slope, y * q);
   }
 };
@@ -389,18 +390,18 @@ struct gelu {
     const auto right_slope = prim::select(y > T(5.525730593), y * T(0.0) + T(1.0), p);
     const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
     const auto v = prim::minimum(prim::sqrt(fallen) * T(0.3377278287) - T(1.0), T(1.0));
-    const auto q0 =
-        (((((-T(1.235523674) * v + -T(5.665114177)) * v + -T(10.48566904)) * v + -T(8.15433496)) * v + T(1.291812579)) *
-             v +
-         T(8.499215675)) *
-            v +
-        T(7.767642317);
+    const auto q0 = (((((-T(0.5029100687) * v + -T(1.728932924)) * v + -T(2.225524789)) * v + -T(0.7895484967)) * v +
+                      T(0.6699896249)) *
+                         v +
+                     T(0.7329892633)) *
+                        v +
+                    T(0.02585594373);
     const auto q1 =
-        (((((q0 * v + T(3.601855237)) * v + T(0.6671988449)) * v + T(0.005604819638)) * v + -T(0.08040430126)) * v +
-         -T(0.01929659598)) *
+        (((((q0 * v + -T(0.0627043352)) * v + -T(0.09061939085)) * v + T(0.05387373492)) * v + -T(0.02376842532)) * v +
+         -T(0.00932562062)) *
             v +
-        T(0.05818214626);
-    const auto q = (q1 * v + T(4.071824926)) * v + T(4.356516051);
+        T(0.05860020166);
+    const auto q = (q1 * v + T(4.071784847)) * v + T(4.356513374);
     return dy * prim::select(right > T(0.0), right_slope, y * q);
   }
 
@@ -422,12 +423,13 @@ struct gelu {
     const auto right_slope = prim::select(y > T(4.410187664), y * T(0.0) + T(1.0), p);
     const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
     const auto v = prim::minimum(prim::sqrt(fallen) * T(0.4594225734) - T(1.0), T(1.0));
-    const auto q = (((((-T(1.441412405) * v + -T(2.774326943)) * v + -T(2.241020614)) * v + -T(0.5973363468)) * v +
-                     T(0.02278649083)) *
+    const auto q0 = (((((-T(0.3780686332) * v + -T(0.443008479)) * v + -T(0.1032125703)) * v + T(0.2890261691)) * v +
+                      T(0.01592298654)) *
+                         v +
+                     T(0.01031446987)) *
                         v +
-                    T(2.995606976)) *
-                       v +
-                   T(3.283606535);
+                    T(0.01182639122);
+    const auto q = (q0 * v + T(2.972305139)) * v + T(3.282170055);
     return dy * prim::select(right > T(0.0), right_slope, y * q);
   }
 };
@@ -477,17 +479,17 @@ struct gelu_tanh {
     const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
     const auto v = prim::minimum(prim::sqrt(fallen) * T(0.337725859) - T(1.0), T(1.0));
     const auto q0 =
-        (((((-T(0.2310621917) * v + T(2.247888327)) * v + T(12.66969269)) * v + T(21.34834776)) * v + T(9.106713271)) *
+        (((((-T(1.732520413) * v + -T(6.185146604)) * v + -T(6.285701762)) * v + T(1.607551762)) * v + T(4.840428146)) *
              v +
-         -T(12.35068622)) *
+         T(0.2137073657)) *
             v +
-        -T(16.43690359);
+        -T(1.069999029);
     const auto q1 =
-        (((((q0 * v + -T(7.808913984)) * v + -T(2.353589064)) * v + T(0.3042079705)) * v + T(0.1864608849)) * v +
-         -T(0.4165077017)) *
+        (((((q0 * v + T(0.3035016719)) * v + -T(0.4300954532)) * v + T(0.2646221201)) * v + T(0.05886780607)) * v +
+         -T(0.4414456521)) *
             v +
-        T(1.593017609);
-    const auto q = (q1 * v + T(6.338462025)) * v + T(5.128468565);
+        T(1.591908783);
+    const auto q = (q1 * v + T(6.338572968)) * v + T(5.128475553);
     return dy * prim::select(right > T(0.0), right_slope, y * q);
   }
 
@@ -509,12 +511,13 @@ struct gelu_tanh {
     const auto right_slope = prim::select(y > T(4.260532275), y * T(0.0) + T(1.0), p);
     const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
     const auto v = prim::minimum(prim::sqrt(fallen) * T(0.4594176151) - T(1.0), T(1.0));
-    const auto q = (((((-T(1.492264814) * v + -T(3.24270496)) * v + -T(3.185573337)) * v + -T(0.8552622048)) * v +
-                     T(1.017039012)) *
+    const auto q0 = (((((-T(0.5208456699) * v + -T(0.7003491032)) * v + T(0.05507186293)) * v + T(0.6137471959)) * v +
+                      -T(0.2751905237)) *
+                         v +
+                     -T(0.05907395922)) *
                         v +
-                    T(4.008354384)) *
-                       v +
-                   T(3.57120555);
+                    T(1.00332546);
+    const auto q = (q0 * v + T(3.977314785)) * v + T(3.569278483);
     return dy * prim::select(right > T(0.0), right_slope, y * q);
   }
 };
@@ -560,18 +563,18 @@ struct quick_gelu {
     const auto right_slope = prim::select(y > T(10.1644011), y * T(0.0) + T(1.0), p);
     const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
     const auto v = prim::minimum(prim::sqrt(fallen) * T(0.3379116401) - T(1.0), T(1.0));
-    const auto q0 = (((((-T(7.551962668) * v + -T(40.37503397)) * v + -T(82.24334579)) * v + -T(66.89797929)) * v +
-                      T(12.39988874)) *
-                         v +
-                     T(69.01224308)) *
-                        v +
-                    T(60.01731474);
-    const auto q1 =
-        (((((q0 * v + T(25.92593933)) * v + T(4.292208299)) * v + -T(0.3508848291)) * v + -T(0.5955449478)) * v +
-         T(0.1403200032)) *
+    const auto q0 =
+        (((((-T(1.586224364) * v + -T(8.979805291)) * v + -T(18.2206571)) * v + -T(13.06469759)) * v + T(2.572200704)) *
+             v +
+         T(6.479939774)) *
             v +
-        -T(0.2250280612);
-    const auto q = (q1 * v + T(0.2055101209)) * v + T(1.566584131);
+        T(1.295508937);
+    const auto q1 =
+        (((((q0 * v + -T(0.4077095705)) * v + -T(0.5897701709)) * v + T(0.2063546169)) * v + -T(0.1666739587)) * v +
+         T(0.2088418306)) *
+            v +
+        -T(0.2228512124);
+    const auto q = (q1 * v + T(0.2051738984)) * v + T(1.56656484);
     return dy * prim::select(right > T(0.0), right_slope, y * q);
   }
 
@@ -593,12 +596,13 @@ struct quick_gelu {
     const auto right_slope = prim::select(y > T(6.796743507), y * T(0.0) + T(1.0), p);
     const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
     const auto v = prim::minimum(prim::sqrt(fallen) * T(0.459885605) - T(1.0), T(1.0));
-    const auto q = (((((-T(1.28124926) * v + -T(3.100639507)) * v + -T(3.485867986)) * v + -T(0.8497030089)) * v +
-                     -T(0.3633316385)) *
+    const auto q0 = (((((-T(0.7332461121) * v + -T(1.338107582)) * v + -T(0.3125342847)) * v + T(0.820023924)) * v +
+                      -T(0.139706629)) *
+                         v +
+                     T(0.2327491977)) *
                         v +
-                    T(0.3139290882)) *
-                       v +
-                   T(1.494065376);
+                    -T(0.3045097654);
+    const auto q = (q0 * v + T(0.2868442779)) * v + T(1.491508349);
     return dy * prim::select(right > T(0.0), right_slope, y * q);
   }
 };
@@ -649,16 +653,17 @@ struct mish {
     const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
     const auto v = prim::minimum(prim::sqrt(fallen) * T(0.3348884046) - T(1.0), T(1.0));
     const auto q0 =
-        (((((T(3.902581246) * v + T(21.558827)) * v + T(46.10734344)) * v + T(43.54945672)) * v + T(3.303844027)) * v +
-         -T(34.44729344)) *
+        (((((T(0.3411128574) * v + T(2.20265906)) * v + T(4.518511132)) * v + T(3.838592067)) * v + T(0.5944600646)) *
+             v +
+         -T(1.382645395)) *
             v +
-        -T(36.76674773);
+        -T(0.9135824207);
     const auto q1 =
-        (((((q0 * v + -T(17.82036915)) * v + -T(4.180351765)) * v + T(0.1475603239)) * v + T(0.1298846032)) * v +
-         T(0.1768924123)) *
+        (((((q0 * v + T(0.2005272468)) * v + T(0.01145211977)) * v + T(0.1132841565)) * v + -T(0.1188039554)) * v +
+         T(0.1262779659)) *
             v +
-        -T(0.1309226893);
-    const auto q = (q1 * v + T(0.1213492143)) * v + T(0.9207919441);
+        -T(0.1337599962);
+    const auto q = (q1 * v + T(0.1214998796)) * v + T(0.9208051772);
     return dy * prim::select(right > T(0.0), right_slope, y * q);
   }
 
@@ -680,12 +685,13 @@ struct mish {
     const auto right_slope = prim::select(y > T(6.161889902), y * T(0.0) + T(1.0), p);
     const auto fallen = prim::log1p(gap / -prim::minimum(y, -T(1e-37)));
     const auto v = prim::minimum(prim::sqrt(fallen) * T(0.4523504208) - T(1.0), T(1.0));
-    const auto q = (((((-T(0.6507931481) * v + -T(1.279398901)) * v + -T(1.444258127)) * v + -T(0.3302453835)) * v +
-                     -T(0.2150801695)) *
+    const auto q0 = (((((-T(0.298281369) * v + -T(0.5504530794)) * v + -T(0.2701822723)) * v + T(0.3193956858)) * v +
+                      -T(0.04967720678)) *
+                         v +
+                     T(0.1439119068)) *
                         v +
-                    T(0.1779316455)) *
-                       v +
-                   T(0.8784313713);
+                    -T(0.1775002945);
+    const auto q = (q0 * v + T(0.1689264932)) * v + T(0.8774234216);
     return dy * prim::select(right > T(0.0), right_slope, y * q);
   }
 };

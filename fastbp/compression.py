@@ -29,6 +29,8 @@ _ABOVE = {"output_bits": 1 / 80, "output_lsb": 1 / 5}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _E4M3 = torch.float8_e4m3fn
 _HALF = 0x600000  # of the mantissa: 448 = 1.75 · 2⁸ is the largest number of e4m3
+# The largest number of e4m3 and a scale that each dtype has: beyond it a number would be read back as inf.
+LARGEST = {torch.float32: 1.875 * 2.0**127, torch.bfloat16: 1.875 * 2.0**127, torch.float16: 1.875 * 2.0**15}
 DTYPES = tuple(SPARE_BITS)
 
 
@@ -86,13 +88,16 @@ def decode_lsb(y: Tensor, floor: float) -> tuple[Tensor, Tensor]:
 def encode_fp8(z: Tensor) -> tuple[Tensor, Tensor]:
     """z (..., N) as e4m3 (..., N) and scales (..., ceil(N / 32)), both uint8; what is not finite becomes NaN.
 
-    A scale s stands for 2^(s - 127), the least for which the largest number of the block is at most 448.
+    A scale s stands for 2^(s - 127), the least for which the largest number of the block is at most 448. What is beyond
+    ``LARGEST`` counts as that.
     """
     blocks = _pairs(z.float(), BLOCK).unflatten(-1, (-1, BLOCK))
-    largest = torch.where(blocks.isfinite(), blocks.abs(), 0.0).amax(-1).view(torch.int32)
+    finite = blocks.isfinite()
+    blocks = blocks.clamp(-LARGEST[z.dtype], LARGEST[z.dtype])
+    largest = torch.where(finite, blocks.abs(), 0.0).amax(-1).view(torch.int32)
     scale = ((largest >> 23) - 8 + ((largest & 0x7FFFFF) > _HALF).int()).clamp(min=1)
     factor = ((254 - scale) << 23).view(torch.float32)
-    scaled = torch.where(blocks.isfinite(), blocks * factor[..., None], torch.nan)
+    scaled = torch.where(finite, blocks * factor[..., None], torch.nan)
     return scaled.to(_E4M3).view(torch.uint8).flatten(-2)[..., : z.shape[-1]].contiguous(), scale.to(torch.uint8)
 
 

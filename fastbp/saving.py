@@ -81,6 +81,11 @@ def legal_policies(activation: Bound, form: Form = LINEAR_ACT) -> tuple[str, ...
     return tuple(p.name for p in TABLE_OF_POLICIES if p.illegal(activation, form) is None)
 
 
+def exact_policies(activation: Bound, form: Form = LINEAR_ACT) -> tuple[str, ...]:
+    """Those of them whose gradients are as good as those of z."""
+    return tuple(name for name in legal_policies(activation, form) if not POLICIES[name].compressed)
+
+
 def check_name(save: object, where: str) -> str:
     """A policy's name or ``auto``; ValueError or TypeError otherwise, beginning with ``where``."""
     known = ["auto", *POLICIES]
@@ -107,7 +112,7 @@ def resolve(save: str, activation: Bound, form: Form, where: str) -> str:
     if reason:
         raise ValueError(
             f"{where}: save={save!r} cannot serve {activation!r}: {reason}; "
-            f"use {' or '.join(repr(p) for p in legal_policies(activation, form))} or 'auto'"
+            f"use {' or '.join(repr(p) for p in exact_policies(activation, form))} or 'auto'"
         )
     return save
 

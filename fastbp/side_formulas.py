@@ -19,7 +19,7 @@ MISH_MINIMUM_AT, MISH_LOWEST = -1.1924312145154952, -0.30884341301725041
 
 
 def silu_grad_from_side(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
-    # the slope is off by at most: right 1.3e-6, left 3.8e-9
+    # the slope is off by at most: right 1.3e-6, left 9.8e-8
     gap = maximum((y - -2.78465e-1) - 4.572389262e-7, 0.0)
     u = sqrt(gap) * 4.77025797e-1 - 1.0
     p0 = (
@@ -38,19 +38,19 @@ def silu_grad_from_side(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
     fallen = log1p(gap / -minimum(y, -1e-37))
     v = minimum(sqrt(fallen) * 3.353755748e-1 - 1.0, 1.0)
     q0 = (
-        ((((-4.947935403 * v + -2.679195902e1) * v + -5.57750705e1) * v + -4.803125361e1) * v + 3.764785815) * v
-        + 4.373713135e1
-    ) * v + 4.048695496e1
+        ((((-1.038282039 * v + -5.941109122) * v + -1.231834167e1) * v + -9.44597723) * v + 8.886456091e-1) * v
+        + 4.174555536
+    ) * v + 1.091779184
     q1 = (
-        ((((q0 * v + 1.850587822e1) * v + 3.599302754) * v + -6.041659726e-2) * v + -3.645939338e-1) * v
-        + 7.325029727e-2
-    ) * v + -1.325019953e-1
-    q = (q1 * v + 1.19653746e-1) * v + 9.213426864e-1
+        ((((q0 * v + -1.950151646e-1) * v + -3.748604578e-1) * v + 1.091510468e-1) * v + -9.649582679e-2) * v
+        + 1.225533159e-1
+    ) * v + -1.301303806e-1
+    q = (q1 * v + 1.194860417e-1) * v + 9.213300138e-1
     return dy * select(right > 0.0, right_slope, y * q)
 
 
 def silu_grad_from_side_16(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
-    # the slope is off by at most: right 9.2e-5, left 4.5e-5
+    # the slope is off by at most: right 9.2e-5, left 1.4e-5
     gap = maximum((y - -2.78465e-1) - 4.572389262e-7, 0.0)
     u = sqrt(gap) * 5.810781741e-1 - 1.0
     p0 = (
@@ -64,15 +64,17 @@ def silu_grad_from_side_16(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
     right_slope = select(y > 1.156805745e1, y * 0.0 + 1.0, p)
     fallen = log1p(gap / -minimum(y, -1e-37))
     v = minimum(sqrt(fallen) * 4.535532058e-1 - 1.0, 1.0)
-    q = (
-        ((((-8.192815979e-1 * v + -2.024178267) * v + -2.306904456) * v + -6.465917805e-1) * v + -2.443402818e-1) * v
-        + 1.805903571e-1
-    ) * v + 8.803642381e-1
+    q0 = (
+        ((((-4.827017902e-1 * v + -9.234952239e-1) * v + -2.897444766e-1) * v + 4.955087745e-1) * v + -5.102537971e-2)
+        * v
+        + 1.391158078e-1
+    ) * v + -1.781581204e-1
+    q = (q0 * v + 1.658850956e-1) * v + 8.786452549e-1
     return dy * select(right > 0.0, right_slope, y * q)
 
 
 def gelu_grad_from_side(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
-    # the slope is off by at most: right 2.2e-6, left 1.3e-9
+    # the slope is off by at most: right 2.2e-6, left 9.2e-9
     gap = maximum((y - -1.69971e-1) - -2.074799037e-7, 0.0)
     u = sqrt(gap) * 8.380238405e-1 - 1.0
     p0 = (
@@ -90,19 +92,19 @@ def gelu_grad_from_side(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
     fallen = log1p(gap / -minimum(y, -1e-37))
     v = minimum(sqrt(fallen) * 3.377278287e-1 - 1.0, 1.0)
     q0 = (
-        ((((-1.235523674 * v + -5.665114177) * v + -1.048566904e1) * v + -8.15433496) * v + 1.291812579) * v
-        + 8.499215675
-    ) * v + 7.767642317
+        ((((-5.029100687e-1 * v + -1.728932924) * v + -2.225524789) * v + -7.895484967e-1) * v + 6.699896249e-1) * v
+        + 7.329892633e-1
+    ) * v + 2.585594373e-2
     q1 = (
-        ((((q0 * v + 3.601855237) * v + 6.671988449e-1) * v + 5.604819638e-3) * v + -8.040430126e-2) * v
-        + -1.929659598e-2
-    ) * v + 5.818214626e-2
-    q = (q1 * v + 4.071824926) * v + 4.356516051
+        ((((q0 * v + -6.27043352e-2) * v + -9.061939085e-2) * v + 5.387373492e-2) * v + -2.376842532e-2) * v
+        + -9.32562062e-3
+    ) * v + 5.860020166e-2
+    q = (q1 * v + 4.071784847) * v + 4.356513374
     return dy * select(right > 0.0, right_slope, y * q)
 
 
 def gelu_grad_from_side_16(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
-    # the slope is off by at most: right 8.4e-5, left 3.1e-5
+    # the slope is off by at most: right 8.4e-5, left 7.1e-6
     gap = maximum((y - -1.69971e-1) - -2.074799037e-7, 0.0)
     u = sqrt(gap) * 9.345224187e-1 - 1.0
     p0 = (
@@ -115,15 +117,16 @@ def gelu_grad_from_side_16(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
     right_slope = select(y > 4.410187664, y * 0.0 + 1.0, p)
     fallen = log1p(gap / -minimum(y, -1e-37))
     v = minimum(sqrt(fallen) * 4.594225734e-1 - 1.0, 1.0)
-    q = (
-        ((((-1.441412405 * v + -2.774326943) * v + -2.241020614) * v + -5.973363468e-1) * v + 2.278649083e-2) * v
-        + 2.995606976
-    ) * v + 3.283606535
+    q0 = (
+        ((((-3.780686332e-1 * v + -4.43008479e-1) * v + -1.032125703e-1) * v + 2.890261691e-1) * v + 1.592298654e-2) * v
+        + 1.031446987e-2
+    ) * v + 1.182639122e-2
+    q = (q0 * v + 2.972305139) * v + 3.282170055
     return dy * select(right > 0.0, right_slope, y * q)
 
 
 def gelu_tanh_grad_from_side(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
-    # the slope is off by at most: right 5.9e-7, left 2.3e-9
+    # the slope is off by at most: right 5.9e-7, left 1.5e-8
     gap = maximum((y - -1.70041e-1) - 2.494287459e-7, 0.0)
     u = sqrt(gap) * 8.654281288e-1 - 1.0
     p0 = (
@@ -141,18 +144,19 @@ def gelu_tanh_grad_from_side(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
     fallen = log1p(gap / -minimum(y, -1e-37))
     v = minimum(sqrt(fallen) * 3.37725859e-1 - 1.0, 1.0)
     q0 = (
-        ((((-2.310621917e-1 * v + 2.247888327) * v + 1.266969269e1) * v + 2.134834776e1) * v + 9.106713271) * v
-        + -1.235068622e1
-    ) * v + -1.643690359e1
+        ((((-1.732520413 * v + -6.185146604) * v + -6.285701762) * v + 1.607551762) * v + 4.840428146) * v
+        + 2.137073657e-1
+    ) * v + -1.069999029
     q1 = (
-        ((((q0 * v + -7.808913984) * v + -2.353589064) * v + 3.042079705e-1) * v + 1.864608849e-1) * v + -4.165077017e-1
-    ) * v + 1.593017609
-    q = (q1 * v + 6.338462025) * v + 5.128468565
+        ((((q0 * v + 3.035016719e-1) * v + -4.300954532e-1) * v + 2.646221201e-1) * v + 5.886780607e-2) * v
+        + -4.414456521e-1
+    ) * v + 1.591908783
+    q = (q1 * v + 6.338572968) * v + 5.128475553
     return dy * select(right > 0.0, right_slope, y * q)
 
 
 def gelu_tanh_grad_from_side_16(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
-    # the slope is off by at most: right 5.0e-5, left 3.8e-5
+    # the slope is off by at most: right 5.0e-5, left 5.2e-6
     gap = maximum((y - -1.70041e-1) - 2.494287459e-7, 0.0)
     u = sqrt(gap) * 9.501672256e-1 - 1.0
     p0 = (
@@ -166,15 +170,17 @@ def gelu_tanh_grad_from_side_16(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
     right_slope = select(y > 4.260532275, y * 0.0 + 1.0, p)
     fallen = log1p(gap / -minimum(y, -1e-37))
     v = minimum(sqrt(fallen) * 4.594176151e-1 - 1.0, 1.0)
-    q = (
-        ((((-1.492264814 * v + -3.24270496) * v + -3.185573337) * v + -8.552622048e-1) * v + 1.017039012) * v
-        + 4.008354384
-    ) * v + 3.57120555
+    q0 = (
+        ((((-5.208456699e-1 * v + -7.003491032e-1) * v + 5.507186293e-2) * v + 6.137471959e-1) * v + -2.751905237e-1)
+        * v
+        + -5.907395922e-2
+    ) * v + 1.00332546
+    q = (q0 * v + 3.977314785) * v + 3.569278483
     return dy * select(right > 0.0, right_slope, y * q)
 
 
 def quick_gelu_grad_from_side(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
-    # the slope is off by at most: right 1.3e-6, left 3.9e-9
+    # the slope is off by at most: right 1.3e-6, left 9.8e-8
     gap = maximum((y - -1.6361e-1) - -1.896363536e-7, 0.0)
     u = sqrt(gap) * 6.223312992e-1 - 1.0
     p0 = (
@@ -193,19 +199,19 @@ def quick_gelu_grad_from_side(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
     fallen = log1p(gap / -minimum(y, -1e-37))
     v = minimum(sqrt(fallen) * 3.379116401e-1 - 1.0, 1.0)
     q0 = (
-        ((((-7.551962668 * v + -4.037503397e1) * v + -8.224334579e1) * v + -6.689797929e1) * v + 1.239988874e1) * v
-        + 6.901224308e1
-    ) * v + 6.001731474e1
+        ((((-1.586224364 * v + -8.979805291) * v + -1.82206571e1) * v + -1.306469759e1) * v + 2.572200704) * v
+        + 6.479939774
+    ) * v + 1.295508937
     q1 = (
-        ((((q0 * v + 2.592593933e1) * v + 4.292208299) * v + -3.508848291e-1) * v + -5.955449478e-1) * v
-        + 1.403200032e-1
-    ) * v + -2.250280612e-1
-    q = (q1 * v + 2.055101209e-1) * v + 1.566584131
+        ((((q0 * v + -4.077095705e-1) * v + -5.897701709e-1) * v + 2.063546169e-1) * v + -1.666739587e-1) * v
+        + 2.088418306e-1
+    ) * v + -2.228512124e-1
+    q = (q1 * v + 2.051738984e-1) * v + 1.56656484
     return dy * select(right > 0.0, right_slope, y * q)
 
 
 def quick_gelu_grad_from_side_16(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
-    # the slope is off by at most: right 9.2e-5, left 4.5e-5
+    # the slope is off by at most: right 9.2e-5, left 1.4e-5
     gap = maximum((y - -1.6361e-1) - -1.896363536e-7, 0.0)
     u = sqrt(gap) * 7.580787816e-1 - 1.0
     p0 = (
@@ -219,15 +225,16 @@ def quick_gelu_grad_from_side_16(dy: Tensor, y: Tensor, right: Tensor) -> Tensor
     right_slope = select(y > 6.796743507, y * 0.0 + 1.0, p)
     fallen = log1p(gap / -minimum(y, -1e-37))
     v = minimum(sqrt(fallen) * 4.59885605e-1 - 1.0, 1.0)
-    q = (
-        ((((-1.28124926 * v + -3.100639507) * v + -3.485867986) * v + -8.497030089e-1) * v + -3.633316385e-1) * v
-        + 3.139290882e-1
-    ) * v + 1.494065376
+    q0 = (
+        ((((-7.332461121e-1 * v + -1.338107582) * v + -3.125342847e-1) * v + 8.20023924e-1) * v + -1.39706629e-1) * v
+        + 2.327491977e-1
+    ) * v + -3.045097654e-1
+    q = (q0 * v + 2.868442779e-1) * v + 1.491508349
     return dy * select(right > 0.0, right_slope, y * q)
 
 
 def mish_grad_from_side(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
-    # the slope is off by at most: right 3.3e-6, left 6.2e-9
+    # the slope is off by at most: right 3.3e-6, left 8.5e-8
     gap = maximum((y - -3.08843e-1) - -4.130172504e-7, 0.0)
     u = sqrt(gap) * 6.548671755e-1 - 1.0
     p0 = (
@@ -245,19 +252,19 @@ def mish_grad_from_side(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
     fallen = log1p(gap / -minimum(y, -1e-37))
     v = minimum(sqrt(fallen) * 3.348884046e-1 - 1.0, 1.0)
     q0 = (
-        ((((3.902581246 * v + 2.1558827e1) * v + 4.610734344e1) * v + 4.354945672e1) * v + 3.303844027) * v
-        + -3.444729344e1
-    ) * v + -3.676674773e1
+        ((((3.411128574e-1 * v + 2.20265906) * v + 4.518511132) * v + 3.838592067) * v + 5.944600646e-1) * v
+        + -1.382645395
+    ) * v + -9.135824207e-1
     q1 = (
-        ((((q0 * v + -1.782036915e1) * v + -4.180351765) * v + 1.475603239e-1) * v + 1.298846032e-1) * v
-        + 1.768924123e-1
-    ) * v + -1.309226893e-1
-    q = (q1 * v + 1.213492143e-1) * v + 9.207919441e-1
+        ((((q0 * v + 2.005272468e-1) * v + 1.145211977e-2) * v + 1.132841565e-1) * v + -1.188039554e-1) * v
+        + 1.262779659e-1
+    ) * v + -1.337599962e-1
+    q = (q1 * v + 1.214998796e-1) * v + 9.208051772e-1
     return dy * select(right > 0.0, right_slope, y * q)
 
 
 def mish_grad_from_side_16(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
-    # the slope is off by at most: right 9.0e-5, left 3.4e-5
+    # the slope is off by at most: right 9.0e-5, left 1.6e-5
     gap = maximum((y - -3.08843e-1) - -4.130172504e-7, 0.0)
     u = sqrt(gap) * 7.862365789e-1 - 1.0
     p0 = (
@@ -270,8 +277,10 @@ def mish_grad_from_side_16(dy: Tensor, y: Tensor, right: Tensor) -> Tensor:
     right_slope = select(y > 6.161889902, y * 0.0 + 1.0, p)
     fallen = log1p(gap / -minimum(y, -1e-37))
     v = minimum(sqrt(fallen) * 4.523504208e-1 - 1.0, 1.0)
-    q = (
-        ((((-6.507931481e-1 * v + -1.279398901) * v + -1.444258127) * v + -3.302453835e-1) * v + -2.150801695e-1) * v
-        + 1.779316455e-1
-    ) * v + 8.784313713e-1
+    q0 = (
+        ((((-2.98281369e-1 * v + -5.504530794e-1) * v + -2.701822723e-1) * v + 3.193956858e-1) * v + -4.967720678e-2)
+        * v
+        + 1.439119068e-1
+    ) * v + -1.775002945e-1
+    q = (q0 * v + 1.689264932e-1) * v + 8.774234216e-1
     return dy * select(right > 0.0, right_slope, y * q)

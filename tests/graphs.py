@@ -8,11 +8,11 @@ from torch import nn
 import fastbp
 from fastbp.activations import bind
 from fastbp.forms import FORMS
-from fastbp.saving import legal_policies
+from fastbp.saving import exact_policies
 
 SIZES = (6, 8, 7, 5)
 IDENTITY, TANH, GELU, LEAKY = bind("identity"), bind("tanh"), bind("gelu"), bind("leaky_relu", (0.2,))
-CASES = [(form, TANH, save) for form in FORMS.values() for save in legal_policies(TANH, form)]
+CASES = [(form, TANH, save) for form in FORMS.values() for save in exact_policies(TANH, form)]
 CASES += [(form, activation, "auto") for form in FORMS.values() for activation in (GELU, LEAKY)]
 each_form = each("form", FORMS.values())
 each_case = each(("form", "activation", "save"), CASES)

@@ -15,9 +15,10 @@ import fastbp
 from fastbp.activations import TABLE, Activation, Bound, bind
 from fastbp.forms import FORMS, LINEAR_ACT, Form
 from fastbp.problem import DTYPES as DTYPES
-from fastbp.saving import legal_policies
+from fastbp.saving import POLICIES, exact_policies, legal_policies
 
 Maybe = Tensor | None
+Case = tuple[Form, Bound, str]
 Tensors = tuple[Tensor, list[Tensor], list[Maybe]]  # x, weights, biases
 
 FEATURES = (19, 23, 17, 11)  # in, hidden, hidden (mlp only), out: odd, so that no kernel fits evenly
@@ -47,12 +48,23 @@ FEW = [*(bind(name) for name in ("identity", "relu", "tanh", "gelu", "relu2")), 
 
 
 def settings(activations: Iterable[Bound], form: Form = LINEAR_ACT) -> list[tuple[Bound, str]]:
-    """Every (activation, policy) that is legal in the form."""
-    return [(activation, save) for activation in activations for save in legal_policies(activation, form)]
+    """Every (activation, policy) that is legal in the form and exact."""
+    return [(activation, save) for activation in activations for save in exact_policies(activation, form)]
 
 
-def cases(activations: Iterable[Bound], forms: Iterable[Form] = FORMS.values()) -> list[tuple[Form, Bound, str]]:
-    """Every (form, activation, policy) that is legal."""
+def compressed_cases(activations: Iterable[Bound], forms: Iterable[Form] = FORMS.values()) -> list[Case]:
+    """Every (form, activation, policy) that is legal and compressed."""
+    return [
+        (form, activation, save)
+        for form in forms
+        for activation in activations
+        for save in legal_policies(activation, form)
+        if POLICIES[save].compressed
+    ]
+
+
+def cases(activations: Iterable[Bound], forms: Iterable[Form] = FORMS.values()) -> list[Case]:
+    """Every (form, activation, policy) that is legal and exact."""
     return [(form, *setting) for form in forms for setting in settings(activations, form)]
 
 

@@ -13,7 +13,7 @@ import fastbp
 from fastbp.backends import choose_accumulating, native
 from fastbp.forms import FORMS, LINEAR_ACT
 from fastbp.problem import configure
-from fastbp.saving import legal_policies
+from fastbp.saving import exact_policies
 
 BF16, F32 = torch.bfloat16, torch.float32
 FLAG = dict(gradient_accumulation_fusion=True)
@@ -151,7 +151,7 @@ BACKWARDS = {
 
 
 @each("case", BACKWARDS)
-@each(("form", "save"), [(form, save) for form in FORMS.values() for save in legal_policies(FEW[2], form)])
+@each(("form", "save"), [(form, save) for form in FORMS.values() for save in exact_policies(FEW[2], form)])
 def test_backwards_that_would_have_to_return_the_gradient(form, save, case):
     x, weights, biases = tensors(form, F32, seed=97)
     arguments = (*weights, *biases) if form.parts else (weights, biases)

@@ -31,6 +31,7 @@ FROM_OUTPUT = (
     *("identity", "relu", "leaky_relu", "relu6", "hardtanh", "elu", "celu", "selu", "sigmoid", "tanh", "softplus"),
     *("softsign", "hardsigmoid", "relu2"),
 )
+FROM_SIDE = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish")
 NAMES = (*FROM_OUTPUT, "silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "hardswish")
 
 
@@ -39,10 +40,13 @@ def test_names():
 
 
 def test_available_activations():
-    always = ("preact", "recompute")
+    always, sides = ("preact", "recompute"), ("output_bits", "output_lsb")
     available = fastbp.available_activations()
     assert {name: sorted(policies) for name, policies in available.items()} == {
-        name: sorted({*always, "output"} if name in FROM_OUTPUT else always) for name in NAMES
+        name: sorted(
+            {*always, *(("output",) if name in FROM_OUTPUT else ("fp8",)), *(sides if name in FROM_SIDE else ())}
+        )
+        for name in NAMES
     }
 
 

@@ -73,9 +73,6 @@ OTHER_CASES = {
     "backend a number": (dict(backend=3), TypeError, "backend must be a name or None, got int 3"),
     "backend a list": (dict(backend=["auto"]), TypeError, "backend must be a name or None, got list ['auto']"),
 } | {
-    save: (dict(save=save), ValueError, f"{save!r} is not in this version; there are auto, {', '.join(POLICIES)}")
-    for save in ("output_bits", "output_lsb", "fp8")
-} | {
     name: (dict(backend=name), ValueError, f"backend {name!r} is not available: {reason}", f"available: {AVAILABLE}")
     for name, reason in fastbp.available_backends().items()
     if reason != "available"
@@ -126,17 +123,31 @@ def test_save_none_is_no_policy():
 @each("activation", ROWS)
 @each("save", POLICIES)
 def test_a_policy_is_served_or_refused(form, activation, save):
-    """As ``available_activations`` says, and ``output`` never where a gate is."""
+    """As ``available_activations`` says, and where a gate is, never by the output; then fp8 serves all."""
     named, settings = good(form), dict(activation=activation, save=save)
-    if save in fastbp.available_activations()[activation] and not (form.gated and save == "output"):
+    by_output = save in ("output", "output_bits", "output_lsb")
+    served = save in fastbp.available_activations()[activation]
+    if (served and not by_output) or (form.gated and save == "fp8") or (served and not form.gated):
         call(form, named, **settings)
         MODULES[MODULE_OF[form.name]](**settings)
         return
-    words = f"save={save!r} cannot serve {activation}: ", "; use 'preact' or 'recompute' or 'auto'"
+    output = "'output' or " if "output" in fastbp.available_activations()[activation] and not form.gated else ""
+    words = f"save={save!r} cannot serve {activation}: ", f"; use 'preact' or {output}'recompute' or 'auto'"
     with refused(ValueError, form.name, *words):
         call(form, named, **settings)
     with refused(ValueError, MODULE_OF[form.name], *words):
         MODULES[MODULE_OF[form.name]](**settings)
+
+
+@each_form
+@each("save", [save for save, policy in POLICIES.items() if policy.compressed])
+def test_compressed_policies_are_not_for_float64(form, save):
+    named = {name: tensor.double() for name, tensor in good(form).items()}
+    if form.gated and save != "fp8":
+        return  # refused for the form, above
+    words = f"save={save!r} is for float32, bfloat16, float16, got torch.float64; use 'preact' or 'recompute'"
+    with refused(ValueError, form.name, words):
+        call(form, named, save=save)
 
 
 LOSING = [nn.LeakyReLU(-0.1), nn.ELU(-1.0), nn.CELU(-1.0), nn.Softplus(threshold=5)]

@@ -20,7 +20,7 @@ from torch.testing._internal.opinfo.core import ErrorInput, OpInfo, SampleInput
 import fastbp
 from fastbp.activations import bind
 from fastbp.forms import FORMS, LINEAR_ACT
-from fastbp.saving import legal_policies
+from fastbp.saving import exact_policies
 
 SIZES = (3, 4, 2, 3)  # in, hidden, hidden of mlp, out
 
@@ -77,7 +77,7 @@ OPS = [
     op_info(form, bind(name), save)
     for form in FORMS.values()
     for name in ("gelu", "tanh", "relu2")
-    for save in legal_policies(bind(name), form)
+    for save in exact_policies(bind(name), form)
     if name == "tanh" or (save == "preact" if name == "gelu" else form is LINEAR_ACT)
 ]
 ONE_OF_EACH_FORM = list({op.name: op for op in OPS}.values())

@@ -6,7 +6,7 @@ from graphs import CASES, GELU, IDENTITY, LEAKY, TANH, draw, each_form
 from support import each, flatten, like
 
 from fastbp.forms import FORMS, MLP
-from fastbp.saving import find_kept, legal_policies
+from fastbp.saving import exact_policies, find_kept
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -45,7 +45,7 @@ def test_opcheck(form, activation, save, bias):
 @each_form
 @each("rows", [(), (2, 3), (0,), (2, 0, 3), (1,)])
 def test_opcheck_of_other_shapes(form, rows):
-    for save in legal_policies(TANH, form):
+    for save in exact_policies(TANH, form):
         check_ops(form, *op_case(form, TANH, save, draw(form, rows, requires_grad=False)))
 
 
@@ -66,7 +66,7 @@ def test_opcheck_of_partial_needs(form):
     tensors = draw(form, requires_grad=False)
     count = len(flatten(*tensors))
     op = getattr(torch.ops.fastbp, f"{form.name}_backward").default
-    for save in legal_policies(TANH, form):
+    for save in exact_policies(TANH, form):
         for wanted in range(count):
             for needs in ([i == wanted for i in range(count)], [i != wanted for i in range(count)]):
                 _, backward = op_case(form, TANH, save, tensors, needs)

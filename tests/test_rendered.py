@@ -34,6 +34,8 @@ import render  # noqa: E402
 INF, NAN = float("inf"), float("nan")
 CORNERS = (0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0, 20.0, -20.0, 1e30, -1e30, INF, -INF, NAN)
 N = 512  # points a case
+# Where the results of a form stand among those of a row.
+ROW_OF = {form: i for i, form in enumerate((*render.FORMS, *render.FOR_16_BITS.values()))}
 CTYPES = {torch.float32: "float", torch.float64: "double"}
 PRIMITIVES = [name for name in formulas.PRIMITIVES if name != "select"]  # which every row with a kink proves
 NUMBERS = {"maximum": (0.1,), "minimum": (0.1,)}  # what some primitives take after x; not a float32
@@ -62,8 +64,17 @@ def points(params: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def evaluated(row: Activation, params: tuple[float, ...], dy: Tensor, z: Tensor) -> dict[str, Tensor]:
-    arguments = {"value": (z,), "grad": (dy, z), "grad_from_output": (dy, z)}
+    """Every form of a row, in the order of ``render.FORMS``; the sides come by turns."""
+    right = sides(dy)
+    arguments = {
+        "value": (z,), "grad": (dy, z), "grad_from_output": (dy, z),
+        "grad_from_side": (dy, z, right), "grad_from_side_16": (dy, z, right),
+    }  # fmt: skip
     return {form: getattr(row, form)(*args, *params) for form, args in arguments.items() if getattr(row, form)}
+
+
+def sides(dy: Tensor) -> Tensor:
+    return torch.arange(len(dy), dtype=dy.dtype) % 2
 
 
 def check_row(row: Activation, params: tuple[float, ...], dtype: torch.dtype, got: Tensor) -> None:
@@ -74,11 +85,17 @@ def check_row(row: Activation, params: tuple[float, ...], dtype: torch.dtype, go
     """
     dy, z = points(params, dtype)
     same_dtype, exact = evaluated(row, params, dy, z), evaluated(row, params, dy.double(), z.double())
-    for form, result in zip(same_dtype, got, strict=False):
-        expected = same_dtype[form]
+    for form, expected in same_dtype.items():
+        result = got[ROW_OF[form]]
+        if result.isnan().all():
+            assert form in render.FOR_16_BITS.values(), form  # which Triton has in a file of its own
+            continue
         finite = expected.isfinite()
         torch.testing.assert_close(result[~finite], expected[~finite], rtol=0, atol=0, equal_nan=True)
         terms = (1 if form == "value" else dy.abs()) * (1 + z.abs().clamp(max=20))
+        if "side" in form:
+            terms = 64 * terms  # the coefficients of the polynomials, which alternate
+            finite &= z >= row.lowest  # below is no output
         allowed = 8 * torch.finfo(dtype).eps * (exact[form].abs() + terms.nan_to_num(nan=0, posinf=0))
         wrong = finite & ~((result.double() - exact[form]).abs() <= allowed)
         worst = list(zip(dy[wrong].tolist(), z[wrong].tolist(), result[wrong].tolist(), strict=True))[:3]
@@ -167,6 +184,10 @@ void run(const T* dy, const T* z, [[maybe_unused]] const T* p, T* out, std::size
     out[i] = Row::value(z[i], p[I]...);
     out[n + i] = Row::grad(dy[i], z[i], p[I]...);
     if constexpr (Row::has_grad_from_output) out[2 * n + i] = Row::grad_from_output(dy[i], z[i], p[I]...);
+    if constexpr (Row::has_grad_from_side) {
+      out[3 * n + i] = Row::grad_from_side(dy[i], z[i], T(i % 2));
+      out[4 * n + i] = Row::grad_from_side_16(dy[i], z[i], T(i % 2));
+    }
   }
 }
 
@@ -205,7 +226,7 @@ def call(function, *tensors: Tensor) -> None:
 @each_row
 def test_cxx_row(library, name, dtype):
     for params in params_of(ROWS[name]):
-        got = torch.full((3, N), NAN, dtype=dtype)
+        got = torch.full((len(ROW_OF), N), NAN, dtype=dtype)
         call(library[f"{name}_{CTYPES[dtype]}"], *points(params, dtype), torch.tensor(params, dtype=dtype), got)
         check_row(ROWS[name], params, dtype, got)
 
@@ -222,7 +243,15 @@ if triton is not None:
 
     @triton.jit
     def row_kernel(
-        dy, z, out, params, VALUE: tl.constexpr, GRAD: tl.constexpr, GRAD_FROM_OUTPUT: tl.constexpr, N: tl.constexpr
+        dy,
+        z,
+        out,
+        params,
+        VALUE: tl.constexpr,
+        GRAD: tl.constexpr,
+        GRAD_FROM_OUTPUT: tl.constexpr,
+        GRAD_FROM_SIDE: tl.constexpr,
+        N: tl.constexpr,
     ):
         i = tl.arange(0, N)
         dy_i, z_i = tl.load(dy + i), tl.load(z + i)
@@ -234,6 +263,10 @@ if triton is not None:
             grad = GRAD_FROM_OUTPUT(dy_i, z_i, *params)
             tl.static_assert(grad.dtype == z_i.dtype)
             tl.store(out + 2 * N + i, grad)
+        if GRAD_FROM_SIDE is not None:
+            grad = GRAD_FROM_SIDE(dy_i, z_i, (i % 2).to(z_i.dtype))
+            tl.static_assert(grad.dtype == z_i.dtype)
+            tl.store(out + 3 * N + i, grad)
 
     @triton.jit
     def primitive_kernel(x, out, numbers, FUNCTION: tl.constexpr, N: tl.constexpr):
@@ -255,7 +288,7 @@ def interpret(path: str) -> None:
     for dtype in CTYPES:
         for row in TABLE:
             for params in params_of(row):
-                got = results[f"{row.name} {params} {dtype}"] = torch.full((3, N), NAN, dtype=dtype)
+                got = results[f"{row.name} {params} {dtype}"] = torch.full((len(ROW_OF), N), NAN, dtype=dtype)
                 row_kernel[(1,)](*points(params, dtype), got, params, *kernels_of(row.name), N)
         for name in PRIMITIVES:
             got = results[f"{name} {dtype}"] = torch.full((N,), NAN, dtype=dtype)
@@ -268,7 +301,9 @@ def compile_ahead() -> None:
     for capability, names in ((90, ROWS), (80, ("softplus",)), (100, ("softplus",))):
         target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
         for name, ty in product(names, ("fp32", "fp64")):
-            constants = dict(zip(("VALUE", "GRAD", "GRAD_FROM_OUTPUT", "N"), (*kernels_of(name), N), strict=True))
+            constants = dict(
+                zip(("VALUE", "GRAD", "GRAD_FROM_OUTPUT", "GRAD_FROM_SIDE", "N"), (*kernels_of(name), N), strict=True)
+            )
             signature: dict[str, object] = dict.fromkeys(("dy", "z", "out"), f"*{ty}")
             signature |= {"params": (ty,) * len(ROWS[name].params), **dict.fromkeys(constants, "constexpr")}
             source = triton.compiler.ASTSource(row_kernel, signature=signature, constexprs=constants)

@@ -18,7 +18,7 @@ SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "fastbp").rglob("*.py"))
 }
-GENERATED = ("_activations.py", "activations.h")
+GENERATED = ("_activations.py", "_activations_16.py", "activations.h")
 
 # From the ground up: a room imports rooms of the floors beneath it, and itself. Rooms of one floor are strangers.
 FLOORS = (

@@ -45,18 +45,21 @@ ACTIVATIONS: dict[str, tuple[Function, float]] = {
 
 @dataclass(frozen=True)
 class Grade:
-    """How good the polynomials are: their degrees, where the slope counts as 1, and the least |y| told from 0."""
+    """How good the polynomials are: their degrees, where the slope counts as 1, the least |y| told from 0, and the
+    slope below which, left of the minimum, the error is relative to this and no longer to the slope.
+    """
 
     suffix: str
     right: int
     left: int
     near_one: Any
     least: Any
+    relative_from: Any
 
 
 GRADES = (
-    Grade("", right=22, left=14, near_one=mp.mpf("5e-7"), least=mp.mpf("1e-16")),
-    Grade("_16", right=12, left=6, near_one=mp.mpf("1e-4"), least=mp.mpf("1e-9")),
+    Grade("", 22, 14, near_one=mp.mpf("5e-7"), least=mp.mpf("1e-16"), relative_from=mp.mpf("1e-6")),
+    Grade("_16", 12, 8, near_one=mp.mpf("1e-4"), least=mp.mpf("1e-9"), relative_from=mp.mpf("1e-4")),
 )
 
 
@@ -103,9 +106,9 @@ class Fit:
             y, d = left_at(v)
             return d / y
 
-        def weight(v: Any) -> Any:  # the error relative to the slope, and near the minimum, where that is 0, absolute
+        def weight(v: Any) -> Any:
             y, d = left_at(v)
-            return y / (abs(d) + mp.mpf("0.01"))
+            return y / (abs(d) + grade.relative_from)
 
         interval = (mp.mpf(-1), mp.mpf(1))
         self.right = fit(Polynomial("right", "", right_at, interval, lambda u: 1), grade.right)
@@ -135,7 +138,7 @@ class Fit:
 
 
 def number(x: Any) -> str:
-    return mp.nstr(x, 10, min_fixed=0, max_fixed=0)
+    return str(mp.nstr(x, 10, min_fixed=0, max_fixed=0))
 
 
 def horner(name: str, variable: str, coefficients: list[Any]) -> list[str]:
@@ -174,8 +177,7 @@ def module() -> str:
     )
     text = HEAD + places + "\n\n" + "\n\n".join(f.text() for f in fits)
     command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(TARGET), "-"]
-    formatted_text: str = formatted(text, command)
-    return formatted_text
+    return formatted(text, command)
 
 
 def main() -> int:

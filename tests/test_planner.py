@@ -371,9 +371,13 @@ def test_large_models_without_memory(kind):
         model = Llama(2, 4096, 11008)
         return model, torch.empty(1, 2048, 4096)
 
-    with FakeTensorMode() if kind == "fake" else torch.device("meta"):
+    mode = FakeTensorMode() if kind == "fake" else torch.device("meta")
+    with mode:
         model, sample = make()
-    plan = fastbp.plan_memory(model, sample, 0.7)
+    plan = fastbp.plan_memory(model, sample, 0.7, apply=False)
+    with mode:
+        inside = fastbp.plan_memory(model, {"input": sample}, 0.7)
+    assert str(inside).replace("after;", "if applied;") == str(plan)
     x, z = 2048 * 4096 * 4, 2048 * 11008 * 4
     assert plan.policies == {"0.mlp": "recompute", "1.mlp": "preact"}
     assert plan.total_after == kept_by(model, sample)

@@ -68,7 +68,7 @@ def plan_memory(
     """
     _check(model, budget)
     sample = Sample(model, *as_call(sample_inputs))
-    with unset_fake_temporarily():
+    with unset_fake_temporarily(), torch.device("cpu"):  # blocks are recognised by running them on real numbers
         layers, report = _find_layers(model, filter_fn, backend)
     original = [layer.save for layer in layers]
     done = False

@@ -454,3 +454,17 @@ def test_gradients_inside_the_forward():
 
     with pytest.raises(ValueError, match="takes gradients inside its forward"):
         fastbp.plan_memory(Inner(), torch.randn(2, 4), 1.0)
+
+
+def test_a_plan_that_does_not_hold_is_never_handed_out():
+    """What is kept beside the layers may not depend on their policies; here it does."""
+
+    class Sly(Chain):
+        def forward(self, x):
+            y = super().forward(x)
+            return y.exp() if self.layers[3].save == "recompute" else y
+
+    model, sample = Sly(), torch.randn(4, 16)
+    with pytest.raises(AssertionError, match="predicted .* measured"):
+        least(model, sample)
+    assert [layer.save for layer in model.layers] == ["auto"] * 4

@@ -354,6 +354,14 @@ def test_where_approximate_policies_keep_less_they_are_proposed():
     assert fastbp.plan_memory(model, sample, y, allow_approximate=True).policies == {"1": "output_lsb"}
 
 
+def test_the_modules_of_fastbp_are_told_and_not_fused_again():
+    model, sample = MODELS["modules"]()
+    plan = fastbp.plan_memory(model, sample, least(model, sample).total_after)
+    assert not any(is_fused(m) for m in model.modules())
+    assert plan.policies == {"1": "recompute", "2": "recompute"} == {n: model[int(n)].save for n in "12"}
+    assert [layer.before for layer in plan.layers] == ["preact", "output"]
+
+
 def test_filter_fn_and_backend():
     model, sample = BERT(2), torch.randn(2, 8, 32)
     plan = fastbp.plan_memory(
@@ -465,6 +473,6 @@ def test_a_plan_that_does_not_hold_is_never_handed_out():
             return y.exp() if self.layers[3].save == "recompute" else y
 
     model, sample = Sly(), torch.randn(4, 16)
-    with pytest.raises(AssertionError, match="predicted .* measured"):
+    with pytest.raises(AssertionError, match=r"predicted .* measured"):
         least(model, sample)
     assert [layer.save for layer in model.layers] == ["auto"] * 4

@@ -152,7 +152,11 @@ def _find_layers(
 ) -> tuple[list[Layer], FusionReport]:
     """The layers of fastbp in a model, after fusing it."""
     old = {id(module) for module in model.modules() if is_fused(module)}
-    report = fuse(model, filter_fn=filter_fn, backend=backend, verify=False)
+
+    def is_wanted(module: nn.Module, name: str) -> bool:  # blocks of fastbp have a policy of their own to set
+        return not isinstance(module, LAYERS) and (filter_fn is None or filter_fn(module, name))
+
+    report = fuse(model, filter_fn=is_wanted, backend=backend, verify=False)
     layers = []
     for name, module in model.named_modules():
         fresh = is_fused(module) and id(module) not in old

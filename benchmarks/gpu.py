@@ -94,6 +94,11 @@ STAGES: dict[str, Stage] = {
         (*QUICK, "--suite", "edges", "--case", "layer 1×8→8 gelu float32"),
         ("gpu_edges.json", "edges.json"),
     ),
+    "memory": Stage(
+        ("-m", "benchmarks.memory", "--device", "cuda", "--limit", "{soon}", "--output", "{output}"),
+        ("-m", "benchmarks.memory", "--suite", "models", "--block", "bert", "--block", "llama", "--output", "{output}"),
+        ("model_memory.json",),
+    ),
     "demo": Stage(
         ("-m", "fastbp", "demo", "--quick", "--output-dir", "{output}/demo"),
         ("-m", "fastbp", "demo", "--quick", "--output-dir", "{output}/demo"),

@@ -1,9 +1,16 @@
 """Memory of forward and backward against its rivals: ``python -m benchmarks.memory``.
 
-Every case and rival runs in a process of its own. After a first step on two rows (which loads what is loaded once) the
-kernel's count of the most memory in use is set back, one step runs, and the table shows how far it rose, in MiB: what
-is kept for backward, every gradient, and all scratch memory of the kernels. malloc is told to give back at once what
-is freed, so that the count is of what is in use. Linux only. Results go to benchmarks/results/<device>/memory.json.
+``steps``: every case and rival runs in a process of its own. After a first step on two rows (which loads what is loaded
+once) the kernel's count of the most memory in use is set back, one step runs, and the table shows how far it rose, in
+MiB: what is kept for backward, every gradient, and all scratch memory of the kernels. malloc is told to give back at
+once what is freed, so that the count is of what is in use. Linux only.
+
+``models``: blocks of the size of known models: the bytes kept for backward and the most in use in a step, by hidden
+element, as benchmarks/model_memory.py counts them without memory; with ``--processes`` also how far a step raises the
+memory of a process, as above, which takes minutes a block. With ``--device cuda`` by PyTorch's allocator, and snapshots
+of two steps for https://pytorch.org/memory_viz.
+
+Results go to benchmarks/results/<device>/memory.json and model_memory.json.
 """
 
 from __future__ import annotations
@@ -15,16 +22,27 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.environment import RESULTS, write
+from benchmarks import model_memory
+from benchmarks.environment import NOT_MEASURED, RESULTS, folder_of, write
+from benchmarks.model_memory import SAVERS, has_kernels, hidden_elements
 from benchmarks.rivals import RIVALS, make_linears
-from benchmarks.suites import MEMORY, Case
+from benchmarks.suites import MEMORY, MODEL_BLOCKS, Case
+from fastbp.activations import bind
+from fastbp.forms import LINEAR_ACT
+from fastbp.saving import resolve
 
+SUITES = ("steps", "models")
 NAMES = ("eager", "fastbp", "fastbp recompute")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+PICTURED = ("eager", "fastbp preact")  # whose steps are kept as snapshots of a GPU's memory
 
 
 def read_status(key: str) -> float:
@@ -33,63 +51,152 @@ def read_status(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def rise(case: Case, name: str) -> float:
+def rise(
+    case: Case, make: Callable[..., Any], settings: AbstractContextManager[None], warm_rows: int | None = 2
+) -> float:
     """How far one step of this rival raises the memory of this process, in MiB."""
     torch.manual_seed(0)
     linears = make_linears(case)
-    run = RIVALS[name].make(case, linears)
-    assert run is not None, f"{case.name}: {name} does not serve"
-    x = torch.randn(case.rows, case.features[0], dtype=case.dtype).requires_grad_()
-    dy = torch.randn(case.rows, case.features[-1], dtype=case.dtype)
-    run(x.detach()[:2].requires_grad_()).backward(dy[:2])
-    for linear in linears:
-        linear.zero_grad()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = read_status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most there was, starts again
-    y = run(x)
-    y.backward(dy)
-    return read_status("VmHWM") - before
+    with settings:
+        run = make(case, linears)
+        assert run is not None, f"{case.name}: does not serve"
+        x = torch.randn(case.rows, case.features[0], dtype=case.dtype).requires_grad_()
+        dy = torch.randn(case.rows, case.features[-1], dtype=case.dtype)
+        run(x.detach()[:warm_rows].requires_grad_()).backward(dy[:warm_rows])
+        for linear in linears:
+            linear.zero_grad()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = read_status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most there was, starts again
+        y = run(x)
+        y.backward(dy)
+        return read_status("VmHWM") - before
+
+
+def in_process(suite: str, key: str, name: str) -> float:
+    """``rise`` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--one", suite, key, name]
+    outcome = subprocess.run(command, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True)
+    return float(outcome.stdout.splitlines()[-1])
+
+
+def here(suite: str, key: str, name: str) -> float:
+    """The other side of ``in_process``."""
+    if suite == "steps":
+        return rise(MEMORY[int(key)], RIVALS[name].make, nullcontext())
+    saver = SAVERS[name]
+    # What is compiled is compiled for the rows it is given.
+    return rise(MODEL_BLOCKS[key], saver.make, saver.configured(), None if saver.compiled else 2)
 
 
 def measure(number: int, repeats: int) -> dict[str, object]:
-    """One row of a result file: medians of several processes, in turn."""
+    """One row of ``steps``: medians of several processes, in turn."""
     found: dict[str, list[float]] = {name: [] for name in NAMES}
     for _ in range(repeats):
         for name in NAMES:
-            command = [sys.executable, "-m", "benchmarks.memory", "--one", str(number), name]
-            outcome = subprocess.run(command, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True)
-            found[name].append(float(outcome.stdout))
+            found[name].append(in_process("steps", str(number), name))
     rows = {
         name: {"mib": round(statistics.median(v), 1), "spread": round(max(v) - min(v), 1)} for name, v in found.items()
     }
     return {"case": MEMORY[number].name, "rivals": rows}
 
 
-def main(argv: list[str] | None = None) -> int:
+def measure_block(
+    block: str, names: list[str], device: torch.device, processes: bool, pictures: Path | None
+) -> dict[str, object]:
+    """One row of ``models``. Bytes, and with ``_per_hidden`` bytes by hidden element."""
+    case = MODEL_BLOCKS[block]
+    rivals: dict[str, dict[str, float]] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        picture = pictures / f"{block}-{name.replace(' ', '-')}.pickle" if pictures and name in PICTURED else None
+        try:
+            found = model_memory.measure(case, name, device, picture)
+        except Exception as error:  # the others are still worth it
+            if not name.startswith("torch.compile"):
+                raise
+            left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            continue
+        if found is None:
+            continue
+        if processes and has_kernels(case, name):
+            found["risen"] = round(in_process("models", block, name) * 2**20)
+        count = hidden_elements(case)
+        rivals[name] = found | {f"{key}_per_hidden": round(size / count, 3) for key, size in found.items()}
+    auto = "preact" if case.kind.startswith("gated") else resolve("auto", bind(case.activation), LINEAR_ACT, "")
+    row = {"case": case.name, "block": block, "auto": f"fastbp {auto}", "rivals": rivals}
+    return row | ({"left_out": left_out} if left_out else {})
+
+
+def print_block(row: dict[str, Any]) -> None:
+    """A block on the terminal."""
+    print(f"{row['block']}: {row['case']}; bytes by hidden element")
+    wide = max(len(name) for name in SAVERS) + 1
+    for name, found in row["rivals"].items():
+        figures = [f"{key} {found[f'{key}_per_hidden']:7.3f}" for key in found if f"{key}_per_hidden" in found]
+        print(f"  {name:{wide}}{'   '.join(figures)}", flush=True)
+    for name, reason in row.get("left_out", {}).items():
+        print(f"  {name:{wide}}left out: {reason}", flush=True)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with what they leave open filled in for the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", default="", help="only cases whose name has this in it; nothing written")
-    parser.add_argument("--repeats", type=int, default=3, help="processes for each case and rival")
-    parser.add_argument("--output", type=Path, help="a folder for the result file, also for --case")
-    parser.add_argument("--one", nargs=2, metavar=("NUMBER", "RIVAL"), help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--suite", choices=SUITES, action="append", help="both on a CPU, models on a GPU if not given")
+    parser.add_argument("--case", default="", help="only steps whose name has this in it; nothing written")
+    parser.add_argument("--block", choices=list(MODEL_BLOCKS), action="append", help="only these; nothing written")
+    parser.add_argument("--rival", choices=list(SAVERS), action="append", help="of models, only these; nothing written")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each case and rival of steps")
+    parser.add_argument("--processes", action="store_true", help="of models, also steps in processes of their own")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no new block begins")
+    parser.add_argument("--output", type=Path, help="a folder for the result files, also for a part of them")
+    parser.add_argument("--one", nargs=3, metavar=("SUITE", "CASE", "RIVAL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    cuda = arguments.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU that torch can use; `python -m fastbp doctor` says more")
+    if cuda and arguments.suite and "steps" in arguments.suite:
+        parser.error("--suite steps is of a process on a CPU; for a GPU there is models")
+    arguments.suite = arguments.suite or (["models"] if cuda else list(SUITES))
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    start = time.monotonic()
+    arguments = parse(argv)
     if arguments.one:
-        print(rise(MEMORY[int(arguments.one[0])], arguments.one[1]))
+        print(here(*arguments.one))
         return 0
-    rows = []
-    for number, case in enumerate(MEMORY):
+    cuda = arguments.device == "cuda"
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    whole = not (arguments.case or arguments.block or arguments.rival)
+    output = arguments.output or (RESULTS / folder_of(device) if whole else None)
+    command = ["benchmarks.memory", *(argv if argv is not None else sys.argv[1:])]
+    rows: list[dict[str, Any]] = []
+    for number, case in enumerate(MEMORY if "steps" in arguments.suite else ()):
         if arguments.case not in case.name:
             continue
         rows.append(measure(number, arguments.repeats))
         print(case.name)
-        rivals: dict[str, dict[str, float]] = rows[-1]["rivals"]  # type: ignore[assignment]
+        rivals: dict[str, dict[str, float]] = rows[-1]["rivals"]
         for name, r in rivals.items():
             print(f"  {name:18}{r['mib']:8.1f} MiB   {r['mib'] / rivals['eager']['mib']:5.2f} × eager", flush=True)
-    output = arguments.output or (None if arguments.case else RESULTS / "cpu")
-    if output is not None:
-        command = ["benchmarks.memory", *(argv if argv is not None else sys.argv[1:])]
+    if output is not None and rows:
         write(output / "memory.json", rows, command)
+    rows = []
+    for block in (arguments.block or MODEL_BLOCKS) if "models" in arguments.suite else ():
+        if time.monotonic() - start > arguments.limit:
+            print(f"{block}{NOT_MEASURED}", flush=True)
+            continue
+        processes = arguments.processes and not cuda
+        names, pictures = arguments.rival or list(SAVERS), output / "snapshots" if cuda and output else None
+        where = device if cuda else torch.device("meta")
+        rows.append(measure_block(block, names, where, processes, pictures))
+        print_block(rows[-1])
+        if output is not None:  # now, should this process be ended before the last block
+            write(output / "model_memory.json", rows, command, device, quiet=block != list(MODEL_BLOCKS)[-1])
     return 0
 
 

@@ -16,7 +16,7 @@ from fastbp.backends import native, triton
 from fastbp.forms import FORMS
 from fastbp.saving import legal_policies
 
-_FORMS = {"layer": "linear_act", "gated": "gated_linear_act", "mlp": "mlp", "gated_mlp": "gated_mlp"}
+KINDS = {"layer": "linear_act", "gated": "gated_linear_act", "mlp": "mlp", "gated_mlp": "gated_mlp"}
 _MODULES: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
@@ -85,7 +85,7 @@ def fused(backend: str | None = None, save: str = "auto") -> Callable[..., Calla
     """fastbp by its modules, so that what users call is what is timed."""
 
     def make(case: Case, linears: list[nn.Linear]) -> Callable[[Tensor], Tensor] | None:
-        if save != "auto" and save not in legal_policies(bind(case.activation), FORMS[_FORMS[case.kind]]):
+        if save != "auto" and save not in legal_policies(bind(case.activation), FORMS[KINDS[case.kind]]):
             return None
         if backend == "triton" and (triton.unavailable or not (linears[0].weight.is_cuda or triton.interpreting())):
             return None

@@ -117,3 +117,12 @@ MEMORY: tuple[Case, ...] = tuple(
         ("mlp", 65536, (64,) * 6, "gelu"),
     )
 )
+
+# For benchmarks/model_memory.py: the feed-forward blocks of models people know.
+MODEL_BLOCKS: dict[str, Case] = {
+    "t5": Case("mlp", 8192, (1024, 4096, 1024), "relu", BFLOAT),  # T5 large
+    "bert": Case("mlp", 8192, (768, 3072, 768), "gelu", BFLOAT),  # BERT base
+    "vit": Case("mlp", 8192, (1024, 4096, 1024), "gelu", BFLOAT),  # ViT-L
+    "gpt2": Case("mlp", 8192, (1600, 6400, 1600), "gelu_tanh", BFLOAT),  # GPT-2 XL
+    "llama": Case("gated_mlp", 8192, (4096, 11008, 4096), "silu", BFLOAT),  # Llama-7B
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ def summary(output: Path, facts: dict[str, Any], stages: dict[str, dict[str, Any
             continue
         found = content["environment"]
         of = f"commit {found['commit']}, {found['date']}"
-        parts += _kernels(content["rows"], of) if path.stem == "kernels" else [_suite(path.stem, content["rows"], of)]
+        if path.stem == "kernels":
+            parts += _kernels(content["rows"], of)
+        else:
+            parts.append((_memory if path.stem == "model_memory" else partial(_suite, path.stem))(content["rows"], of))
     return "\n".join(parts)
 
 
@@ -77,6 +81,23 @@ def _suite(suite: str, rows: list[Row], of: str) -> str:
         + (worst(head, found) if found else "")
         + "".join(sorted(remarks, key=lambda r: "BROKEN" not in r)[:SHOWN])
     )
+
+
+def _memory(rows: list[Row], of: str) -> str:
+    """What each rival keeps and has in use of a model's block, and who was left out."""
+    keys = ("kept", "kept_allocated", "peak", "in_use")
+    found = [
+        [row["block"], name, *(f"{r[f'{key}_per_hidden']:.2f}" if key in r else "" for key in keys)]
+        for row in rows
+        for name, r in row["rivals"].items()
+    ]
+    head = ["block", "", "kept", "kept, by the allocator", "most in use", "in operations of PyTorch's"]
+    remarks = [
+        f"- {name} was left out: {reason} ({row['case']})\n"
+        for row in rows
+        for name, reason in row.get("left_out", {}).items()
+    ]
+    return f"## Memory of models' blocks, bytes by hidden element ({of})\n\n{table(head, found)}{''.join(remarks)}"
 
 
 def _kernels(rows: list[Row], of: str) -> list[str]:

@@ -6,6 +6,7 @@ from fastbp.functional import available_activations, gated_linear_act, gated_mlp
 from fastbp.fusion import FusionReport, fuse, unfuse
 from fastbp.memory import SavedBytes
 from fastbp.modules import MLP, GatedLinear, GatedMLP, Linear, LinearAct
+from fastbp.planner import MemoryPlan, plan_memory
 from fastbp.version import __version__
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "GatedMLP",
     "Linear",
     "LinearAct",
+    "MemoryPlan",
     "SavedBytes",
     "__version__",
     "autograd",
@@ -25,6 +27,7 @@ __all__ = [
     "gated_mlp",
     "linear_act",
     "mlp",
+    "plan_memory",
     "unfuse",
     "use",
 ]

@@ -67,12 +67,15 @@ class SavedBytes:
         if key not in self._excluded:
             into.setdefault(key, storage.nbytes())
 
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def _pack(self, tensor: Tensor) -> Any:
         self._add(tensor, self._kept)
         return tensor
 
+    def _unpack(self, packed: Any) -> Tensor:
+        return packed  # type: ignore[no-any-return]
+
     def __enter__(self) -> SavedBytes:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
         return self
 

@@ -7,9 +7,10 @@ import types
 import pytest
 import torch
 
-from benchmarks import cuda_clock, environment, gpu, kernels, measure, rivals, run, summary
-from benchmarks.suites import SUITES, Case, suites_of
+from benchmarks import cuda_clock, environment, gpu, kernels, measure, memory, rivals, run, summary
+from benchmarks.suites import MODEL_BLOCKS, SUITES, Case, suites_of
 from fastbp.backends import triton
+from fastbp.saving import POLICIES
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 with_triton = pytest.mark.skipif(triton.unavailable is not None, reason=f"triton: {triton.unavailable}")
@@ -43,6 +44,8 @@ def test_dry_run(tmp_path):
         assert f"| {row['case']} |" in text
     for name in ("tests", "triton"):
         assert " passed, 0 failed, " in stages[name]["note"]
+    assert [row["block"] for row in rows_of(tmp_path / "model_memory.json")] == ["bert", "llama"]
+    assert "| bert | torch.compile | 4.00 |" in text and "| llama | fastbp preact | 4.00 |" in text
     check_kernels({row["case"].split()[0]: row for row in rows_of(tmp_path / "kernels.json")})
     assert "the times mean nothing" in (tmp_path / "logs" / "kernels.log").read_text()
 
@@ -132,6 +135,10 @@ REFUSED = [
     (run, ["--suite", "nope"], ["nope", *SUITES]),
     (run, ["--suite", "gpu_layers"], ["gpu_layers is for a GPU", *suites_of("cpu")]),
     (run, ["--skip", "eager"], ["eager"]),
+    (memory, ["--block", "nope"], ["nope", *MODEL_BLOCKS]),
+    (memory, ["--rival", "nope"], ["nope", *(f"fastbp {policy}" for policy in POLICIES)]),
+    (memory, ["--suite", "nope"], ["nope", *memory.SUITES]),
+    pytest.param(memory, ["--device", "cuda"], ["no GPU"], marks=no_gpu),
     pytest.param(run, ["--device", "cuda"], ["no GPU"], marks=no_gpu),
     pytest.param(kernels, [], ["no GPU", "TRITON_INTERPRET"], marks=[no_gpu, with_triton]),
     pytest.param(kernels, ["--device", "cpu"], ["--quick"], marks=[no_gpu, with_triton, interpreted]),
@@ -158,13 +165,13 @@ def test_the_commands_for_a_gpu_are_understood_and_end_in_time(monkeypatch, tmp_
     for name in gpu.STAGES:
         _, *command = gpu.command_of(name, tmp_path, limit, dry=False)
         assert not any(brace in word for word in command for brace in "{}")
-        module = {"benchmarks.run": run, "benchmarks.kernels": kernels}.get(command[1])
+        module = {"benchmarks.run": run, "benchmarks.kernels": kernels, "benchmarks.memory": memory}.get(command[1])
         if module:
             arguments = module.parse(command[2:])
             assert (arguments.device, arguments.output) == ("cuda", tmp_path)
             assert arguments.limit == limit - 60
             understood.add(name)
-    assert understood == {"kernels", "layers", "blocks", "edges"}
+    assert understood == {"kernels", "layers", "blocks", "edges", "memory"}
     assert "TRITON_INTERPRET" not in gpu.environment_of("tests", dry=False)
 
 

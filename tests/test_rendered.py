@@ -137,9 +137,10 @@ def test_check_names_what_is_stale(tmp_path, capsys):
     assert render.main([], tmp_path) == 1
     assert "README.md must exist and hold the markers <!-- activations:begin -->" in capsys.readouterr().err
     readme = tmp_path / "README.md"
-    regions = [target.region for target in render.TARGETS if target.region]
-    markers = "".join(f"<!-- {region}:begin -->\n<!-- {region}:end -->\n" for region in regions)
-    readme.write_text(f"head\n{markers}tail\n", encoding="utf-8")
+    for path in {target.path for target in render.TARGETS if target.region}:
+        regions = [target.region for target in render.TARGETS if target.path == path]
+        markers = "".join(f"<!-- {region}:begin -->\n<!-- {region}:end -->\n" for region in regions)
+        (tmp_path / path).write_text(f"head\n{markers}tail\n", encoding="utf-8")
     assert render.main(["--check"], tmp_path) == 1
     assert "README.md is stale" in capsys.readouterr().err
     assert render.main([], tmp_path) == 0

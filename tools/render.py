@@ -260,6 +260,8 @@ TARGETS = (
     Target("README.md", readme_table, region="activations"),
     Target("README.md", results.speed_table, region="speed"),
     Target("README.md", results.memory_table, region="memory"),
+    Target("docs/memory.md", results.kept_table, region="kept"),
+    Target("docs/memory.md", results.in_use_table, region="in-use"),
 )
 
 

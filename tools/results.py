@@ -1,4 +1,4 @@
-"""The README's tables of results, from the files in benchmarks/results/; tools/render.py puts them in."""
+"""The tables of results in README.md and docs/, from the files in benchmarks/results/; tools/render.py puts them in."""
 
 from __future__ import annotations
 
@@ -58,4 +58,30 @@ def memory_table() -> str:
         )
         worst = mine[0][1].removesuffix(f" {dtype}")
         table.append([dtype, str(len(rows)), f"**{span(mine)}**", worst, span(recompute)])
+    return markdown(table)
+
+
+def kept_table() -> str:
+    """What each rival keeps of the blocks of models, in bytes by hidden element."""
+    return by_block("kept", "{:.2f}")
+
+
+def in_use_table() -> str:
+    """The most that a step in operations of PyTorch's has in use, in bytes by hidden element."""
+    return by_block("in_use", "{:.1f}")
+
+
+def by_block(key: str, form: str) -> str:
+    """A row for each rival with such a figure, a column for each block; what ``auto`` takes is bold."""
+    rows = json.loads((RESULTS / "model_memory.json").read_text())["rows"]
+    names = dict.fromkeys(name for row in rows for name, found in row["rivals"].items() if key in found)
+    shapes = [row["case"].partition("×")[2].removesuffix(" bfloat16") for row in rows]
+    table = [["", *(f"{row['block']} {shape}" for row, shape in zip(rows, shapes, strict=True))]]
+    for name in names:
+        cells = [f"`{name}`" if name.startswith("fastbp") else name]
+        for row in rows:
+            found = row["rivals"].get(name, {}).get(f"{key}_per_hidden")
+            cell = "" if found is None else form.format(found)
+            cells.append(f"**{cell}**" if cell and name == row["auto"] else cell)
+        table.append(cells)
     return markdown(table)

@@ -8,6 +8,7 @@ not what was fused.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,16 @@ def swap_in(module: nn.Module, plan: Plan | SequentialPlan) -> None:
     """Make the module run by the plan."""
     module.__dict__[_PLAN] = plan
     module.__class__ = _fused_class(type(module))  # type: ignore[arg-type]  # mypy: a class is not Hashable
+
+
+def plan_of(module: nn.Module) -> Plan | SequentialPlan:
+    """How a fused module runs."""
+    return module.__dict__[_PLAN]  # type: ignore[no-any-return]
+
+
+def set_save(module: nn.Module, save: str) -> None:
+    """Give a fused module another save policy."""
+    module.__dict__[_PLAN] = replace(plan_of(module), save=save)
 
 
 def swap_out(module: nn.Module) -> None:

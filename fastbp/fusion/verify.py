@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,16 +17,37 @@ from fastbp.fusion.templates import difference
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Runs of the model in here are differentiable, draw the same random numbers, and leave no trace.
+
+    PyTorch's random state and the model's buffers (running statistics) are afterwards what they were before.
+    """
+    buffers = [
+        (owner, name, buffer, buffer.detach().clone())
+        for owner in model.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            torch.manual_seed(0)
+            yield
+    finally:
+        with torch.no_grad():
+            for owner, name, buffer, before in buffers:
+                owner._buffers[name] = buffer  # a forward may have put another tensor there
+                buffer.copy_(before)
+
+
 def observe(model: nn.Module, sample_inputs: Any) -> dict[str, Tensor]:
     """The model's outputs, and the gradients of its parameters for random output gradients.
 
     Random state, buffers and ``.grad`` are left as they were.
     """
-    args, kwargs = _as_call(sample_inputs)
-    buffers = [b.detach().clone() for b in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        torch.manual_seed(0)
+    args, kwargs = as_call(sample_inputs)
+    with undisturbed(model):
         leaves = [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
         outputs = {f"output {i}": t.detach().clone() for i, t in enumerate(leaves)}
         roots = [t for t in leaves if t.requires_grad]
@@ -34,13 +56,10 @@ def observe(model: nn.Module, sample_inputs: Any) -> dict[str, Tensor]:
             cotangents = [torch.randn_like(t) for t in roots]
             grads = torch.autograd.grad(roots, list(parameters.values()), cotangents, allow_unused=True)
             outputs |= {f"gradient of {n}": g for n, g in zip(parameters, grads, strict=True) if g is not None}
-    with torch.no_grad():
-        for buffer, before in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
     return outputs
 
 
-def _as_call(sample_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(sample_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A tensor, a tuple or list of arguments, or a dict of keyword arguments."""
     if isinstance(sample_inputs, dict):
         return (), sample_inputs

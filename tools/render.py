@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tree this file lies in, whichever fastbp is installed
 
+import policies  # noqa: E402
 import results  # noqa: E402
 
 from fastbp import saving  # noqa: E402
@@ -262,6 +263,10 @@ TARGETS = (
     Target("README.md", results.memory_table, region="memory"),
     Target("docs/memory.md", results.kept_table, region="kept"),
     Target("docs/memory.md", results.in_use_table, region="in-use"),
+    Target("docs/numerics.md", policies.slope_table, region="slopes"),
+    Target("docs/numerics.md", policies.gradient_table, region="gradients"),
+    Target("docs/training.md", policies.training_table, region="training"),
+    Target("docs/training.svg", policies.training_picture),
 )
 
 

@@ -1,11 +1,9 @@
 """The compressed save policies in the C++ kernels: what every way of computing keeps, and the gradients from it."""
 
-import functools
-
 import pytest
 import torch
 from routes import ROWS, each_route
-from support import FEW, assert_as_good_as_eager, cases, each, flatten, like, places, tensors
+from support import FEW, assert_as_good_as_eager, cases, each, like, places, tensors
 
 from fastbp.activations import ROWS as ACTIVATIONS
 from fastbp.activations import Bound, bind
@@ -50,7 +48,7 @@ def exact(config, dy, saved, residuals):
     inputs, slopes = read_kept(config, saved.y, residuals, dy.dtype)
     x, d = saved.x.double(), dy.double()
     weights = [w.double() for w in saved.weights]
-    value, grad = (functools.partial(f, **{}) for f in (config.row.value, config.row.grad))
+    value, grad = config.row.value, config.row.grad
     grads = [None] * (1 + 2 * count)
 
     def take(i, d, h):
@@ -99,15 +97,18 @@ def check_kept(config, tensors, y, residuals):
         wide = config.row.value(z.float())
         expected = encode_bits(z, wide, h, at)
         assert b.shape == expected.shape
-        ours, theirs = (torch.stack([t & 15, t >> 4], -1).flatten(-2).int() for t in (b, expected))
-        assert torch.equal(ours >> 3, theirs >> 3)  # the side
+        found, right = decode_bits(h, b, -1.0)
+        assert torch.equal(right, (z.float() >= at).float())
+        if h.shape[-1] % 2:
+            assert not (b[..., -1] >> 4).any()
         if dtype == torch.float32:
-            assert not (ours & 7).any()
+            assert torch.equal(found, h) and torch.equal(b, expected)
             continue
-        assert not ours[..., h.shape[-1] :].any()
-        # Where y is not what the formula gives, rounded, the bits say by how much, and it is no more than rounding.
-        near = torch.nn.functional.pad(wide.to(dtype) == h, (0, h.shape[-1] % 2), value=True)
-        assert (((ours & 7) - (theirs & 7)).abs()[near] <= 1).all() and near.float().mean() > 0.95
+        # A step is an eighth of y's last place; the 16-bit loops' f has five digits, which a small y far left shows.
+        step = torch.exp2(h.float().frexp()[1] - (10.0 if dtype == torch.bfloat16 else 13.0))
+        near = wide.to(dtype) == h
+        step += 2.0**-25 if dtype == torch.float16 else 0.0  # the last place of a subnormal
+        assert near.float().mean() > 0.9 and ((found - wide).abs() <= step + (4e-5 * z).abs())[near].all()
 
 
 def first_linear(tensors):
@@ -127,11 +128,11 @@ def saved_for(config, x, flat, y, residuals, needs):
     return [t if k else None for t, k in zip(everything, kept, strict=True)]
 
 
-def check(form, activation, save, x, flat, dy_of=functools.partial(like, seed=52)):
+def check(form, activation, save, x, flat):
     config = config_of(form, activation, save)
     y, *residuals = native.forward(config, x, flat)
     check_kept(config, (x, flat), y, residuals)
-    dy, needs = dy_of(y), (True,) * (1 + len(flat))
+    dy, needs = like(y, 52), (True,) * (1 + len(flat))
     saved = saved_for(config, x, flat, y, residuals, needs)
     ours = native.backward(config, dy, saved, needs)
     theirs = reference.backward(config, dy, saved, needs)
@@ -142,7 +143,7 @@ def check(form, activation, save, x, flat, dy_of=functools.partial(like, seed=52
 @each_compressed_route
 @each(("form", "activation", "save"), CASES)
 def test_every_route(form, activation, save, dtype, route):
-    sizes = {"rows": ROWS[route], "features": (130, 170, 150, 140)} if route in ROWS else {}
+    sizes = {"rows": ROWS[route], "features": (130, 370, 350, 140)} if route in ROWS else {}
     check(form, activation, save, *drawn(form, dtype, 51, **sizes))
 
 
@@ -204,9 +205,9 @@ def test_special_points(activation, save, dtype, route):
             needs = (True, False, False)
             ours, theirs = (b.backward(config, dy, saved, needs)[0] for b in (native, reference))
             assert torch.equal(places(ours), places(theirs))
-            scale = theirs[theirs.isfinite()].abs().max() if theirs.isfinite().any() else 0
-            unit = 4 * torch.finfo(dtype).eps * scale
-            torch.testing.assert_close(ours, theirs, rtol=0.01, atol=float(unit), equal_nan=True)
+            # A slope from a side is off by so much at most.
+            off = (2e-5 if dtype == torch.float32 else 2e-4) * dy.float().nan_to_num().sum(-1).max().item()
+            torch.testing.assert_close(ours, theirs, rtol=0.01, atol=off, equal_nan=True)
 
 
 def expected_sign(z, y, config):
@@ -263,7 +264,7 @@ def test_the_ops_refuse_by_themselves(save, case):
         changed = [BAD[case](r) if i == j else r for j, r in enumerate(residuals)]
         if case == "bits of other columns" and changed[i].shape == residuals[i].shape:
             continue
-        with pytest.raises(RuntimeError, match="residual|compressed|fp8"):
+        with pytest.raises(RuntimeError, match=r"residual|compressed|fp8|Meta"):
             native.backward(config, dy, [x, y, *flat, *changed], needs)
 
 

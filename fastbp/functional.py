@@ -73,9 +73,15 @@ def linear_act(
 
     x (..., K), weight (N, K), bias (N,) or None; y (..., N). float64, float32, bfloat16 or float16, all of one dtype
     and device; under autocast they are cast as ``F.linear`` casts. ``activation`` is a name of
-    ``fastbp.available_activations()``, or the module or function PyTorch has for it. ``save`` is what forward keeps for
-    backward: ``"auto"``, ``"preact"``, ``"output"`` or ``"recompute"``. ``backend`` is a name of
+    ``fastbp.available_activations()``, or the module or function PyTorch has for it. ``backend`` is a name of
     ``fastbp.available_backends()``, or None for the first that serves.
+
+    ``save`` is what forward keeps for backward: ``"preact"`` z, ``"output"`` nothing but y, ``"recompute"`` nothing;
+    ``"auto"`` takes ``"output"`` where that is exact, else ``"preact"``. On request only, in at most 32 bits:
+    ``"output_bits"`` half a byte a number besides y, ``"output_lsb"`` nothing, the lowest bit of a negative y being
+    changed for it (both for activations with one minimum, like GELU), ``"fp8"`` about a byte in place of z. Their
+    errors are in docs/numerics.md. They keep x, where a weight needs it, for gradients that are differentiated again,
+    which are exact; transforms of torch.func and forward mode compute as by ``"recompute"``.
 
     Gradients: ``dz = dz(dy, z)``, ``dx = dz W``, ``dW = dzᵀ x``, ``db = Σ dz``; of any order.
 
@@ -108,7 +114,7 @@ def gated_linear_act(
     """``y = f(x Wgᵀ + bg) · (x Wuᵀ + bu)``: SwiGLU with silu, GEGLU with gelu, ReGLU with relu, GLU with sigmoid.
 
     x (..., K), both weights (N, K), both biases (N,) or None; y (..., N). Arguments and errors as in
-    ``fastbp.linear_act``; the policies are ``preact`` (g and u are kept) and ``recompute``.
+    ``fastbp.linear_act``; the policies are ``preact`` (g and u are kept), ``fp8`` and ``recompute``.
 
     Gradients: ``dg = dy · u · f'(g)``, ``du = dy · f(g)``, then as for two linears of one input.
     """

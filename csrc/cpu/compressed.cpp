@@ -104,8 +104,8 @@ HD Vec<S> slope(Vec<S> y, bool right) {
 // The left side takes more work than the right and has fewer numbers: those of a stretch are put next to one another.
 template <class A, class T, class S, class Row, bool in_bits>
 static void grad_of(int64_t n, const Row* dy, const Row* y, const uint8_t* bits, Row* dz) {
-  constexpr int size = Vec<S>::size, side = 4, stretch = 256;
-  float lefts[stretch + side * size];
+  constexpr int size = Vec<S>::size, side = 6, few = 4, stretch = 576;
+  float lefts[stretch + few * size];
   uint32_t sets[stretch / size];
   for (int64_t begin = 0; begin < n; begin += stretch) {
     const int64_t rest = n - begin < stretch ? n - begin : stretch;
@@ -126,11 +126,11 @@ static void grad_of(int64_t n, const Row* dy, const Row* y, const uint8_t* bits,
       const Vec<S> numbers = kept.read(i, rest - i, right);
       put(numbers, ~high_bits(right) & Vec<S>::first(rest - i));
     }
-    FASTBP_UNROLL for (int j = 0; j < side; ++j) Vec<float>(0.0f).store(lefts + count + j * size);
-    for (i = 0; i < count; i += side * size) {
-      Vec<S> found[side];
-      FASTBP_UNROLL for (int j = 0; j < side; ++j) found[j] = slope<A, S>(Vec<S>::load(lefts + i + j * size), false);
-      FASTBP_UNROLL for (int j = 0; j < side; ++j) found[j].store(lefts + i + j * size);
+    FASTBP_UNROLL for (int j = 0; j < few; ++j) Vec<float>(0.0f).store(lefts + count + j * size);
+    for (i = 0; i < count; i += few * size) {
+      Vec<S> found[few];
+      FASTBP_UNROLL for (int j = 0; j < few; ++j) found[j] = slope<A, S>(Vec<S>::load(lefts + i + j * size), false);
+      FASTBP_UNROLL for (int j = 0; j < few; ++j) found[j].store(lefts + i + j * size);
     }
     count = 0;
     const auto take = [&](Vec<S> numbers, Bits32 right, Vec<S> d) {

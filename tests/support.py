@@ -285,7 +285,8 @@ def special(activation: Bound, dtype: torch.dtype) -> Tensor:
 class RedZones:
     """Allocates as ``fastbp.backends.triton.layers.new`` does, between zones that nobody may write to."""
 
-    SIZE, FILL = 64, -123.0  # numbers on either side; 16 bytes at least, so that the memory stays aligned
+    SIZE, FILL = 64, 123.0  # numbers on either side; 16 bytes at least, so that the memory stays aligned
+    UNWRITTEN = {torch.uint8: 0x7F}  # NaN of e4m3; of all else its own
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
@@ -294,7 +295,8 @@ class RedZones:
         count = torch.Size(shape).numel()
         buffer = torch.full((count + 2 * self.SIZE,), self.FILL, dtype=dtype or like.dtype, device=like.device)
         self.buffers.append(buffer)
-        return buffer[self.SIZE : self.SIZE + count].fill_(float("nan")).view(tuple(shape))
+        unwritten = self.UNWRITTEN.get(buffer.dtype, float("nan"))
+        return buffer[self.SIZE : self.SIZE + count].fill_(unwritten).view(tuple(shape))
 
     def check(self) -> None:
         for buffer in self.buffers:

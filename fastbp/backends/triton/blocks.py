@@ -37,14 +37,14 @@ def tile_mask(row, col, num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constex
 @triton.jit
 def load_tile(
     source, stride_row, stride_col, row, col, num_rows, num_cols,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr, BEYOND: tl.constexpr = 0.0,
 ):  # fmt: skip
-    """A tile of a matrix, 0 beyond its edges."""
+    """A tile of a matrix, BEYOND its edges another number: 0, which is all that TMA has."""
     if TMA:
         tile = source.load([row, col])
     else:
         pointers = tile_pointers(source, stride_row, stride_col, row, col, ROWS, COLS)
-        tile = tl.load(pointers, mask=tile_mask(row, col, num_rows, num_cols, ROWS, COLS), other=0.0)
+        tile = tl.load(pointers, mask=tile_mask(row, col, num_rows, num_cols, ROWS, COLS), other=BEYOND)
     return tile
 
 

@@ -1,0 +1,178 @@
+"""What the compressed save policies keep, written and read by the kernels: the bits of ``fastbp/compression.py``.
+
+CODE says what a kernel keeps, or what it reads: ``""`` for numbers of the dtype (z, or the output), else ``bits``,
+``lsb`` or ``fp8``. Codes lie row after row without gaps, and are reached by pointers: a row of codes need not begin at
+16 bytes. All arithmetic on them is on integers of 32 bits, so no architecture needs instructions for e4m3.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastbp.backends.triton.blocks import beside, load_tile, rounded, store_tile
+
+BLOCK = tl.constexpr(32)  # numbers that share a scale
+# A byte of two numbers whose y is 0: with dh = 0 beside it, as beyond the last row, dz is 0. Two zeros would be NaN.
+BEYOND = tl.constexpr(0x44)
+
+
+@triton.jit
+def integer(x):
+    """The bits of float32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def number(bits):
+    """float32 of these bits."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.constexpr_function
+def spare_bits(dtype):
+    """The mantissa bits of float32 that a dtype lacks."""
+    return tl.float32.fp_mantissa_width - dtype.fp_mantissa_width
+
+
+@triton.jit
+def mark_side(y, z, AT: tl.constexpr, DTYPE: tl.constexpr):
+    """y with the side of the minimum in the lowest bit where it is negative; a right y of -0.0 becomes +0.0."""
+    wide, right = y.to(tl.float32), z.to(tl.float32) >= AT
+    whole = integer(y) if tl.float32 == DTYPE else y.to(tl.int16, bitcast=True)
+    marked = (whole & ~1) | right.to(whole.dtype)
+    return tl.where(wide < 0.0, marked, tl.where(right & (wide == 0.0), 0, whole)).to(y.dtype, bitcast=True)
+
+
+@triton.jit
+def store_bits(
+    target, z, wide_y, y, m, n, M, N, AT: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """The side of the minimum and the next three bits of y, two numbers a byte, into target (M, ceil(N / 2))."""
+    spare: tl.constexpr = spare_bits(DTYPE)
+    code = (z.to(tl.float32) >= AT).to(tl.int32) << 3
+    if spare > 0:
+        beyond = integer(wide_y) - integer(y.to(tl.float32)) + (1 << (spare - 1))
+        code += tl.minimum(tl.maximum(beyond >> (spare - 3), 0), 7)
+    code = tl.where((n + tl.arange(0, COLS) < N)[None, :], code, 0)
+    low, high = tl.split(tl.reshape(code, (ROWS, COLS // 2, 2)))
+    pitch = tl.cdiv(N, 2)
+    store_tile(target, pitch, (low | (high << 4)).to(tl.uint8), m, n // 2, M, pitch, ROWS, COLS // 2, False)
+
+
+@triton.jit
+def load_bits(source, m, n, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The codes of ``store_bits``, a number each."""
+    pitch = tl.cdiv(N, 2)
+    pair = load_tile(source, pitch, 1, m, n // 2, M, pitch, ROWS, COLS // 2, False, BEYOND).to(tl.int32)
+    return tl.reshape(tl.join(pair & 15, pair >> 4), (ROWS, COLS))
+
+
+@triton.jit
+def side_of(y, DTYPE: tl.constexpr):
+    """1 where y, marked by ``mark_side``, is not left of the minimum."""
+    whole = integer(y) if tl.float32 == DTYPE else y.to(tl.int16, bitcast=True).to(tl.int32)
+    return tl.where(whole >= 0, 1, whole & 1)
+
+
+@triton.jit
+def store_fp8(codes, scales, z, m, n, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """z as e4m3 into codes (M, N), and a power of two for each 32 numbers into scales (M, ceil(N / 32))."""
+    blocks: tl.constexpr = COLS // BLOCK
+    size = integer(z.to(tl.float32)) & 0x7FFFFFFF
+    finite = size < 0x7F800000
+    largest = tl.max(tl.reshape(tl.where(finite, size, 0), (ROWS, blocks, BLOCK)), 2)
+    scale = tl.maximum((largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000).to(tl.int32), 1)
+    pitch = tl.cdiv(N, BLOCK)
+    store_tile(scales, pitch, scale.to(tl.uint8), m, n // BLOCK, M, pitch, ROWS, blocks, False)
+    # |z| as it is in e4m3: rounded by adding 2¹⁴, whose unit is that of the smallest numbers, or half a unit.
+    scaled = number(size) * per_element(number((254 - scale) << 23), ROWS, COLS)
+    bits = integer(scaled)
+    small = integer(scaled + 16384.0) - 0x46800000
+    whole = (bits + 0x7FFFF + ((bits >> 20) & 1) - (120 << 23)) >> 20
+    code = tl.where(bits < (121 << 23), small, whole) | ((integer(z.to(tl.float32)) >> 24) & 0x80)
+    code = tl.where(finite, code, 0x7F).to(tl.uint8)
+    store_tile(codes, N, code, m, n, M, N, ROWS, COLS, False)
+
+
+@triton.jit
+def load_fp8(codes, scales, stride, m, n, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """z of ``store_fp8`` again, rounded to the dtype, in float32. A tile of fewer columns than a block lies in one."""
+    blocks: tl.constexpr = (COLS + BLOCK - 1) // BLOCK
+    pitch = tl.cdiv(N, BLOCK)
+    code = load_tile(codes, stride, 1, m, n, M, N, ROWS, COLS, False, 0).to(tl.int32)
+    scale = load_tile(scales, pitch, 1, m, n // BLOCK, M, pitch, ROWS, blocks, False, 0).to(tl.int32)
+    # Seven bits as the end of an exponent and the beginning of a mantissa, which 2¹²⁰ puts where they belong.
+    size = number((code & 0x7F) << 20) * 1.329227995784916e36 * per_element(number(scale << 23), ROWS, COLS)
+    size = tl.where((code & 0x7F) == 0x7F, float("nan"), size)
+    return rounded(tl.where(code >= 0x80, -size, size), DTYPE).to(tl.float32)
+
+
+@triton.jit
+def per_element(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A number for each block as a number for each element."""
+    blocks: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.broadcast_to(x[:, :, None], (ROWS, blocks, COLS // blocks)), (ROWS, COLS))
+
+
+@triton.jit
+def store_kept(
+    kept, scales, z, stride, m, n, M, N,
+    CODE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """What is kept of a tile of z alone: z, rows ``stride`` apart, or e4m3; nothing where ``kept`` is None."""
+    if kept is not None:
+        if CODE == "fp8":
+            store_fp8(kept, scales, z, m, n, M, N, ROWS, COLS)
+        elif CODE != "bits":
+            store_tile(kept, stride, z, m, n, M, N, ROWS, COLS, TMA)
+
+
+@triton.jit
+def finish_value(
+    wide_y, z, bits, m, n, M, N,
+    CODE: tl.constexpr, AT: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """f(z) as it is stored: rounded, with its bits stored beside it, or the side of the minimum in it."""
+    y = rounded(wide_y, DTYPE)
+    if CODE == "bits":
+        store_bits(bits, z, wide_y, y, m, n, M, N, AT, DTYPE, ROWS, COLS)
+    elif CODE == "lsb":
+        y = mark_side(y, z, AT, DTYPE)
+    return y
+
+
+@triton.jit
+def load_kept(
+    kept, extra, acc, stride, m, n, M, N,
+    CODE: tl.constexpr, FLOOR: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """What the slope of a tile is computed from: z or y, or y and its side of the minimum.
+
+    ``extra`` is what lies beside the rows of ``kept``: bits, or scales. With ``acc``, which is there for results of 16
+    bits, all lies where its elements do.
+    """
+    if CODE == "bits" or CODE == "lsb":
+        y = load_tile(kept, stride, 1, m, n, M, N, ROWS, COLS, TMA)
+        code = load_bits(extra, m, n, M, N, ROWS, COLS) if CODE == "bits" else side_of(y, DTYPE)
+        whole = integer(y.to(tl.float32))
+        if acc is not None:  # the code in the bits that y lacks, for one register
+            whole = integer(beside(number(whole | code), acc))
+            code, whole = whole & 15, whole & ~15
+        right = code
+        if CODE == "bits":
+            right = code >> 3
+            spare: tl.constexpr = spare_bits(DTYPE)
+            if spare > 0:
+                whole += ((code & 7) << (spare - 3)) + ((1 << (spare - 4)) - (1 << (spare - 1)))
+        wide = number(whole)
+        return (tl.where(wide < FLOOR, FLOOR, wide), right.to(tl.float32))
+    else:
+        if CODE == "fp8":
+            z = load_fp8(kept, extra, stride, m, n, M, N, DTYPE, ROWS, COLS)
+        else:
+            z = load_tile(kept, stride, 1, m, n, M, N, ROWS, COLS, TMA).to(COMPUTE)
+        if acc is not None:
+            z = beside(z, acc)
+        return (z,)

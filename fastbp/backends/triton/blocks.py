@@ -94,13 +94,14 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def beside(x, acc):
-    """x in the registers of those threads that hold the same elements of ``acc``.
+    """x, of float32 or int32, in the registers of those threads that hold the same elements of ``acc``.
 
     Left to itself, the compiler computes an activation once in the layout in which x was loaded and again in that of
     the product. The instruction that pretends to read both, and may not be repeated, makes it settle on one.
     """
     if not INTERPRETED:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f,f", [x, acc], dtype=tl.float32, is_pure=False, pack=1)
+        kinds: tl.constexpr = "=r,r,f" if x.dtype == tl.int32 else "=f,f,f"
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", kinds, [x, acc], dtype=x.dtype, is_pure=False, pack=1)
     return x
 
 

@@ -55,16 +55,18 @@ def store_bits(
         beyond = integer(wide_y) - integer(y.to(tl.float32)) + (1 << (spare - 1))
         code += tl.minimum(tl.maximum(beyond >> (spare - 3), 0), 7)
     code = tl.where((n + tl.arange(0, COLS) < N)[None, :], code, 0)
-    low, high = tl.split(tl.reshape(code, (ROWS, COLS // 2, 2)))
+    low, high = tl.split(tl.reshape(beside(code, wide_y), (ROWS, COLS // 2, 2)))
     pitch = tl.cdiv(N, 2)
     store_tile(target, pitch, (low | (high << 4)).to(tl.uint8), m, n // 2, M, pitch, ROWS, COLS // 2, False)
 
 
 @triton.jit
-def load_bits(source, m, n, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
+def load_bits(source, acc, m, n, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The codes of ``store_bits``, a number each."""
     pitch = tl.cdiv(N, 2)
     pair = load_tile(source, pitch, 1, m, n // 2, M, pitch, ROWS, COLS // 2, False, BEYOND).to(tl.int32)
+    if acc is not None:
+        pair = beside(pair, tl.split(tl.reshape(acc, (ROWS, COLS // 2, 2)))[0])
     return tl.reshape(tl.join(pair & 15, pair >> 4), (ROWS, COLS))
 
 
@@ -91,16 +93,20 @@ def store_fp8(codes, scales, z, m, n, M, N, ROWS: tl.constexpr, COLS: tl.constex
     small = integer(scaled + 16384.0) - 0x46800000
     whole = (bits + 0x7FFFF + ((bits >> 20) & 1) - (120 << 23)) >> 20
     code = tl.where(bits < (121 << 23), small, whole) | ((integer(z.to(tl.float32)) >> 24) & 0x80)
-    code = tl.where(finite, code, 0x7F).to(tl.uint8)
+    code = beside(tl.where(finite, code, 0x7F), z.to(tl.float32)).to(tl.uint8)
     store_tile(codes, N, code, m, n, M, N, ROWS, COLS, False)
 
 
 @triton.jit
-def load_fp8(codes, scales, stride, m, n, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def load_fp8(
+    codes, scales, acc, stride, m, n, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
     """z of ``store_fp8`` again, rounded to the dtype, in float32. A tile of fewer columns than a block lies in one."""
     blocks: tl.constexpr = (COLS + BLOCK - 1) // BLOCK
     pitch = tl.cdiv(N, BLOCK)
     code = load_tile(codes, stride, 1, m, n, M, N, ROWS, COLS, False, 0).to(tl.int32)
+    if acc is not None:
+        code = beside(code, acc)
     scale = load_tile(scales, pitch, 1, m, n // BLOCK, M, pitch, ROWS, blocks, False, 0).to(tl.int32)
     # Seven bits as the end of an exponent and the beginning of a mantissa, which 2¹²⁰ puts where they belong.
     size = number((code & 0x7F) << 20) * 1.329227995784916e36 * per_element(number(scale << 23), ROWS, COLS)
@@ -155,11 +161,16 @@ def load_kept(
     """
     if CODE == "bits" or CODE == "lsb":
         y = load_tile(kept, stride, 1, m, n, M, N, ROWS, COLS, TMA)
-        code = load_bits(extra, m, n, M, N, ROWS, COLS) if CODE == "bits" else side_of(y, DTYPE)
         whole = integer(y.to(tl.float32))
-        if acc is not None:  # the code in the bits that y lacks, for one register
-            whole = integer(beside(number(whole | code), acc))
-            code, whole = whole & 15, whole & ~15
+        if CODE == "bits":
+            if acc is not None:
+                whole = beside(whole, acc)
+            code = load_bits(extra, acc, m, n, M, N, ROWS, COLS)
+        else:
+            code = side_of(y, DTYPE)
+            if acc is not None:  # the side in the bits that y lacks, for one register
+                whole = beside(whole | code, acc)
+                code, whole = whole & 1, whole & ~1
         right = code
         if CODE == "bits":
             right = code >> 3
@@ -170,9 +181,9 @@ def load_kept(
         return (tl.where(wide < FLOOR, FLOOR, wide), right.to(tl.float32))
     else:
         if CODE == "fp8":
-            z = load_fp8(kept, extra, stride, m, n, M, N, DTYPE, ROWS, COLS)
+            z = load_fp8(kept, extra, acc, stride, m, n, M, N, DTYPE, ROWS, COLS)
         else:
             z = load_tile(kept, stride, 1, m, n, M, N, ROWS, COLS, TMA).to(COMPUTE)
-        if acc is not None:
-            z = beside(z, acc)
+            if acc is not None:
+                z = beside(z, acc)
         return (z,)

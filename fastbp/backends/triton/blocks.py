@@ -23,10 +23,16 @@ def find_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def tile_pointers(base, stride_row, stride_col, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+def tile_pointers(
+    base, stride_row, stride_col, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr = 0
+):
+    """To a tile's elements. WIDTH: so many in a row, at most, are to be one thread's; 0 leaves that to the compiler."""
     rows = row + tl.arange(0, ROWS).to(tl.int64)
     cols = col + tl.arange(0, COLS).to(tl.int64)
-    return base + rows[:, None] * stride_row + cols[None, :] * stride_col
+    pointers = base + rows[:, None] * stride_row + cols[None, :] * stride_col
+    if WIDTH > 0:
+        pointers = tl.max_contiguous(pointers, (1, WIDTH))
+    return pointers
 
 
 @triton.jit
@@ -37,14 +43,14 @@ def tile_mask(row, col, num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constex
 @triton.jit
 def load_tile(
     source, stride_row, stride_col, row, col, num_rows, num_cols,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr, BEYOND: tl.constexpr = 0.0,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a matrix, BEYOND its edges another number: 0, which is all that TMA has."""
+    """A tile of a matrix, 0 beyond its edges."""
     if TMA:
         tile = source.load([row, col])
     else:
         pointers = tile_pointers(source, stride_row, stride_col, row, col, ROWS, COLS)
-        tile = tl.load(pointers, mask=tile_mask(row, col, num_rows, num_cols, ROWS, COLS), other=BEYOND)
+        tile = tl.load(pointers, mask=tile_mask(row, col, num_rows, num_cols, ROWS, COLS), other=0.0)
     return tile
 
 

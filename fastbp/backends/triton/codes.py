@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastbp.backends.triton.blocks import beside, load_tile, rounded, store_tile
+from fastbp.backends.triton.blocks import beside, load_tile, rounded, store_tile, tile_mask, tile_pointers
 
 BLOCK = tl.constexpr(32)  # numbers that share a scale
 # A byte of two numbers whose y is 0: with dh = 0 beside it, as beyond the last row, dz is 0. Two zeros would be NaN.
@@ -36,6 +36,35 @@ def spare_bits(dtype):
 
 
 @triton.jit
+def store_codes(
+    target, pitch, codes, row, col, num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Bytes into a matrix. WIDTH as in ``load_codes``."""
+    pointers = tile_pointers(target, pitch, 1, row, col, ROWS, COLS, WIDTH)
+    tl.store(pointers, codes.to(tl.uint8), mask=tile_mask(row, col, num_rows, num_cols, ROWS, COLS))
+
+
+@triton.jit
+def load_codes(
+    source, pitch, row, col, num_rows, num_cols, other: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Bytes of a matrix, WIDTH of them a thread's: as many as it takes of the numbers that they belong to.
+
+    It could take more at once. But the compiler would then compute everything twice, once where the codes lie and once
+    where the numbers do.
+    """
+    pointers = tile_pointers(source, pitch, 1, row, col, ROWS, COLS, WIDTH)
+    return tl.load(pointers, mask=tile_mask(row, col, num_rows, num_cols, ROWS, COLS), other=other).to(tl.int32)
+
+
+@triton.constexpr_function
+def adjacent(dtype):
+    """How many numbers of a dtype a thread reads at once: 16 bytes."""
+    return 128 // dtype.primitive_bitwidth
+
+
+@triton.jit
 def mark_side(y, z, AT: tl.constexpr, DTYPE: tl.constexpr):
     """y with the side of the minimum in the lowest bit where it is negative; a right y of -0.0 becomes +0.0."""
     wide, right = y.to(tl.float32), z.to(tl.float32) >= AT
@@ -46,7 +75,19 @@ def mark_side(y, z, AT: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def store_bits(
-    target, z, wide_y, y, m, n, M, N, AT: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    target,
+    pitch,
+    z,
+    wide_y,
+    y,
+    m,
+    n,
+    M,
+    N,
+    AT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     """The side of the minimum and the next three bits of y, two numbers a byte, into target (M, ceil(N / 2))."""
     spare: tl.constexpr = spare_bits(DTYPE)
@@ -56,17 +97,17 @@ def store_bits(
         code += tl.minimum(tl.maximum(beyond >> (spare - 3), 0), 7)
     code = tl.where((n + tl.arange(0, COLS) < N)[None, :], code, 0)
     low, high = tl.split(tl.reshape(beside(code, wide_y), (ROWS, COLS // 2, 2)))
-    pitch = tl.cdiv(N, 2)
-    store_tile(target, pitch, (low | (high << 4)).to(tl.uint8), m, n // 2, M, pitch, ROWS, COLS // 2, False)
+    pair = low | (high << 4)
+    store_codes(target, pitch, pair, m, n // 2, M, tl.cdiv(N, 2), ROWS, COLS // 2, adjacent(DTYPE) // 2)
 
 
 @triton.jit
-def load_bits(source, acc, m, n, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
+def load_bits(source, pitch, acc, m, n, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The codes of ``store_bits``, a number each."""
-    pitch = tl.cdiv(N, 2)
-    pair = load_tile(source, pitch, 1, m, n // 2, M, pitch, ROWS, COLS // 2, False, BEYOND).to(tl.int32)
+    half: tl.constexpr = COLS // 2
+    pair = load_codes(source, pitch, m, n // 2, M, tl.cdiv(N, 2), BEYOND, ROWS, half, adjacent(DTYPE) // 2)
     if acc is not None:
-        pair = beside(pair, tl.split(tl.reshape(acc, (ROWS, COLS // 2, 2)))[0])
+        pair = beside(pair, tl.split(tl.reshape(acc, (ROWS, half, 2)))[0])
     return tl.reshape(tl.join(pair & 15, pair >> 4), (ROWS, COLS))
 
 
@@ -78,36 +119,38 @@ def side_of(y, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_fp8(codes, scales, z, m, n, M, N, ROWS: tl.constexpr, COLS: tl.constexpr):
+def store_fp8(
+    codes, scales, pitch, z, m, n, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
     """z as e4m3 into codes (M, N), and a power of two for each 32 numbers into scales (M, ceil(N / 32))."""
     blocks: tl.constexpr = COLS // BLOCK
     size = integer(z.to(tl.float32)) & 0x7FFFFFFF
     finite = size < 0x7F800000
     largest = tl.max(tl.reshape(tl.where(finite, size, 0), (ROWS, blocks, BLOCK)), 2)
     scale = tl.maximum((largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000).to(tl.int32), 1)
-    pitch = tl.cdiv(N, BLOCK)
-    store_tile(scales, pitch, scale.to(tl.uint8), m, n // BLOCK, M, pitch, ROWS, blocks, False)
+    scales_pitch = tl.cdiv(N, BLOCK)
+    store_tile(scales, scales_pitch, scale.to(tl.uint8), m, n // BLOCK, M, scales_pitch, ROWS, blocks, False)
     # |z| as it is in e4m3: rounded by adding 2¹⁴, whose unit is that of the smallest numbers, or half a unit.
     scaled = number(size) * per_element(number((254 - scale) << 23), ROWS, COLS)
     bits = integer(scaled)
     small = integer(scaled + 16384.0) - 0x46800000
     whole = (bits + 0x7FFFF + ((bits >> 20) & 1) - (120 << 23)) >> 20
     code = tl.where(bits < (121 << 23), small, whole) | ((integer(z.to(tl.float32)) >> 24) & 0x80)
-    code = beside(tl.where(finite, code, 0x7F), z.to(tl.float32)).to(tl.uint8)
-    store_tile(codes, N, code, m, n, M, N, ROWS, COLS, False)
+    code = beside(tl.where(finite, code, 0x7F), z.to(tl.float32))
+    store_codes(codes, pitch, code, m, n, M, N, ROWS, COLS, adjacent(DTYPE))
 
 
 @triton.jit
 def load_fp8(
-    codes, scales, acc, stride, m, n, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    codes, scales, pitch, scales_pitch, acc, m, n, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
     """z of ``store_fp8`` again, rounded to the dtype, in float32. A tile of fewer columns than a block lies in one."""
     blocks: tl.constexpr = (COLS + BLOCK - 1) // BLOCK
-    pitch = tl.cdiv(N, BLOCK)
-    code = load_tile(codes, stride, 1, m, n, M, N, ROWS, COLS, False, 0).to(tl.int32)
+    code = load_codes(codes, pitch, m, n, M, N, 0, ROWS, COLS, adjacent(DTYPE))
     if acc is not None:
         code = beside(code, acc)
-    scale = load_tile(scales, pitch, 1, m, n // BLOCK, M, pitch, ROWS, blocks, False, 0).to(tl.int32)
+    edge = tl.cdiv(N, BLOCK)
+    scale = load_tile(scales, scales_pitch, 1, m, n // BLOCK, M, edge, ROWS, blocks, False).to(tl.int32)
     # Seven bits as the end of an exponent and the beginning of a mantissa, which 2¹²⁰ puts where they belong.
     size = number((code & 0x7F) << 20) * 1.329227995784916e36 * per_element(number(scale << 23), ROWS, COLS)
     size = tl.where((code & 0x7F) == 0x7F, float("nan"), size)
@@ -123,26 +166,26 @@ def per_element(x, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def store_kept(
-    kept, scales, z, stride, m, n, M, N,
-    CODE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr,
+    kept, scales, pitch, z, m, n, M, N,
+    CODE: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """What is kept of a tile of z alone: z, rows ``stride`` apart, or e4m3; nothing where ``kept`` is None."""
+    """What is kept of a tile of z alone: z or e4m3, rows ``pitch`` apart; nothing where ``kept`` is None."""
     if kept is not None:
         if CODE == "fp8":
-            store_fp8(kept, scales, z, m, n, M, N, ROWS, COLS)
+            store_fp8(kept, scales, pitch, z, m, n, M, N, DTYPE, ROWS, COLS)
         elif CODE != "bits":
-            store_tile(kept, stride, z, m, n, M, N, ROWS, COLS, TMA)
+            store_tile(kept, pitch, z, m, n, M, N, ROWS, COLS, TMA)
 
 
 @triton.jit
 def finish_value(
-    wide_y, z, bits, m, n, M, N,
+    wide_y, z, bits, pitch, m, n, M, N,
     CODE: tl.constexpr, AT: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """f(z) as it is stored: rounded, with its bits stored beside it, or the side of the minimum in it."""
     y = rounded(wide_y, DTYPE)
     if CODE == "bits":
-        store_bits(bits, z, wide_y, y, m, n, M, N, AT, DTYPE, ROWS, COLS)
+        store_bits(bits, pitch, z, wide_y, y, m, n, M, N, AT, DTYPE, ROWS, COLS)
     elif CODE == "lsb":
         y = mark_side(y, z, AT, DTYPE)
     return y
@@ -150,7 +193,7 @@ def finish_value(
 
 @triton.jit
 def load_kept(
-    kept, extra, acc, stride, m, n, M, N,
+    kept, extra, stride, stride_e, acc, m, n, M, N,
     CODE: tl.constexpr, FLOOR: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +208,7 @@ def load_kept(
         if CODE == "bits":
             if acc is not None:
                 whole = beside(whole, acc)
-            code = load_bits(extra, acc, m, n, M, N, ROWS, COLS)
+            code = load_bits(extra, stride_e, acc, m, n, M, N, DTYPE, ROWS, COLS)
         else:
             code = side_of(y, DTYPE)
             if acc is not None:  # the side in the bits that y lacks, for one register
@@ -181,7 +224,7 @@ def load_kept(
         return (tl.where(wide < FLOOR, FLOOR, wide), right.to(tl.float32))
     else:
         if CODE == "fp8":
-            z = load_fp8(kept, extra, acc, stride, m, n, M, N, DTYPE, ROWS, COLS)
+            z = load_fp8(kept, extra, stride, stride_e, acc, m, n, M, N, DTYPE, ROWS, COLS)
         else:
             z = load_tile(kept, stride, 1, m, n, M, N, ROWS, COLS, TMA).to(COMPUTE)
             if acc is not None:

@@ -30,7 +30,7 @@ def activation_kernel(
 
 @triton.jit
 def compress_kernel(
-    gate, up, y, gate_kept, gate_scales, up_kept, up_scales, p0: tl.float64, p1: tl.float64, M, N, rows_each,
+    gate, up, y, gate_kept, gate_scales, up_kept, up_scales, p0: tl.float64, p1: tl.float64, M, N, rows_each, stride_k,
     VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
     CODE: tl.constexpr, AT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -44,19 +44,19 @@ def compress_kernel(
     for m in tl.range(first, last, BLOCK_M):
         z = load_tile(gate, N, 1, m, n, last, N, BLOCK_M, BLOCK_N, False)
         value = VALUE(z.to(COMPUTE), *params)
-        store_kept(gate_kept, gate_scales, z, N, m, n, last, N, CODE, BLOCK_M, BLOCK_N, False)
+        store_kept(gate_kept, gate_scales, stride_k, z, m, n, last, N, CODE, DTYPE, BLOCK_M, BLOCK_N, False)
         if up is not None:
             u = load_tile(up, N, 1, m, n, last, N, BLOCK_M, BLOCK_N, False)
-            store_kept(up_kept, up_scales, u, N, m, n, last, N, CODE, BLOCK_M, BLOCK_N, False)
+            store_kept(up_kept, up_scales, stride_k, u, m, n, last, N, CODE, DTYPE, BLOCK_M, BLOCK_N, False)
             value = value * u.to(COMPUTE)
-        value = finish_value(value, z, gate_kept, m, n, last, N, CODE, AT, DTYPE, BLOCK_M, BLOCK_N)
+        value = finish_value(value, z, gate_kept, stride_k, m, n, last, N, CODE, AT, DTYPE, BLOCK_M, BLOCK_N)
         store_tile(y, N, value, m, n, last, N, BLOCK_M, BLOCK_N, False)
 
 
 @triton.jit
 def chain_rule_kernel(
     dh, kept, extra, dz, h, sums, p0: tl.float64, p1: tl.float64, M, N, rows_each,
-    stride_dm, stride_dn, stride_r,
+    stride_dm, stride_dn, stride_r, stride_e,
     GRAD: tl.constexpr, VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
     CODE: tl.constexpr, FLOOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,9 @@ def chain_rule_kernel(
     for m in tl.range(first, last, BLOCK_M):
         if dz is not None:
             d = load_tile(dh, stride_dm, stride_dn, m, n, last, N, BLOCK_M, BLOCK_N, False).to(COMPUTE)
-        r = load_kept(kept, extra, None, stride_r, m, n, last, N, CODE, FLOOR, DTYPE, COMPUTE, BLOCK_M, BLOCK_N, False)
+        r = load_kept(
+            kept, extra, stride_r, stride_e, None, m, n, last, N, CODE, FLOOR, DTYPE, COMPUTE, BLOCK_M, BLOCK_N, False
+        )
         if h is not None:
             store_tile(h, N, rounded(VALUE(r[0], *params), DTYPE), m, n, last, N, BLOCK_M, BLOCK_N, False)
         if dz is not None:
@@ -90,7 +92,7 @@ def chain_rule_kernel(
 def gated_chain_rule_kernel(
     dh, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums,
     p0: tl.float64, p1: tl.float64, M, N, rows_each,
-    stride_dm, stride_dn, stride_r,
+    stride_dm, stride_dn, stride_r, stride_e,
     GRAD: tl.constexpr, VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
     CODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -107,12 +109,42 @@ def gated_chain_rule_kernel(
         if dh is not None:
             d = load_tile(dh, stride_dm, stride_dn, m, n, last, N, BLOCK_M, BLOCK_N, False).to(COMPUTE)
         g = load_kept(
-            gate, gate_scales, None, stride_r, m, n, last, N, CODE, 0.0, DTYPE, COMPUTE, BLOCK_M, BLOCK_N, False
+            gate,
+            gate_scales,
+            stride_r,
+            stride_e,
+            None,
+            m,
+            n,
+            last,
+            N,
+            CODE,
+            0.0,
+            DTYPE,
+            COMPUTE,
+            BLOCK_M,
+            BLOCK_N,
+            False,
         )[0]
         value = VALUE(g, *params)
         if up is not None:
             u = load_kept(
-                up, up_scales, None, stride_r, m, n, last, N, CODE, 0.0, DTYPE, COMPUTE, BLOCK_M, BLOCK_N, False
+                up,
+                up_scales,
+                stride_r,
+                stride_e,
+                None,
+                m,
+                n,
+                last,
+                N,
+                CODE,
+                0.0,
+                DTYPE,
+                COMPUTE,
+                BLOCK_M,
+                BLOCK_N,
+                False,
             )[0]
             if h is not None:
                 store_tile(h, N, rounded(value * u, DTYPE), m, n, last, N, BLOCK_M, BLOCK_N, False)

@@ -24,7 +24,7 @@ def add_bias(acc, bias, col, N, COLS: tl.constexpr):
 
 @triton.jit
 def finish_forward(
-    acc, bias, y, kept, scales, stride_y, params, m, n, M, N,
+    acc, bias, y, kept, scales, stride_y, stride_k, params, m, n, M, N,
     VALUE: tl.constexpr, DTYPE: tl.constexpr, CODE: tl.constexpr, AT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -33,23 +33,25 @@ def finish_forward(
         left, right = split_columns(acc, ROWS, COLS)
         half: tl.constexpr = COLS // 2
         finish_forward(
-            left, bias, y, kept, scales, stride_y, params, m, n, M, N,
+            left, bias, y, kept, scales, stride_y, stride_k, params, m, n, M, N,
             VALUE, DTYPE, CODE, AT, ROWS, half, PARTS // 2, TMA,
         )  # fmt: skip
         finish_forward(
-            right, bias, y, kept, scales, stride_y, params, m, n + half, M, N,
+            right, bias, y, kept, scales, stride_y, stride_k, params, m, n + half, M, N,
             VALUE, DTYPE, CODE, AT, ROWS, half, PARTS // 2, TMA,
         )  # fmt: skip
     else:
         pre = rounded(add_bias(acc, bias, n, N, COLS), DTYPE)
-        store_kept(kept, scales, pre, stride_y, m, n, M, N, CODE, ROWS, COLS, TMA)
-        value = finish_value(VALUE(pre.to(tl.float32), *params), pre, kept, m, n, M, N, CODE, AT, DTYPE, ROWS, COLS)
+        store_kept(kept, scales, stride_k, pre, m, n, M, N, CODE, DTYPE, ROWS, COLS, TMA)
+        value = finish_value(
+            VALUE(pre.to(tl.float32), *params), pre, kept, stride_k, m, n, M, N, CODE, AT, DTYPE, ROWS, COLS
+        )
         store_tile(y, stride_y, value, m, n, M, N, ROWS, COLS, TMA)
 
 
 @triton.jit
 def finish_gated_forward(
-    gate_acc, up_acc, gate_bias, up_bias, y, gate, up, gate_scales, up_scales, stride_y, params, m, n, M, N,
+    gate_acc, up_acc, gate_bias, up_bias, y, gate, up, gate_scales, up_scales, stride_y, stride_k, params, m, n, M, N,
     VALUE: tl.constexpr, DTYPE: tl.constexpr, CODE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -59,18 +61,18 @@ def finish_gated_forward(
         up_left, up_right = split_columns(up_acc, ROWS, COLS)
         half: tl.constexpr = COLS // 2
         finish_gated_forward(
-            gate_left, up_left, gate_bias, up_bias, y, gate, up, gate_scales, up_scales, stride_y, params, m, n, M, N,
-            VALUE, DTYPE, CODE, ROWS, half, PARTS // 2, TMA,
+            gate_left, up_left, gate_bias, up_bias, y, gate, up, gate_scales, up_scales, stride_y, stride_k, params,
+            m, n, M, N, VALUE, DTYPE, CODE, ROWS, half, PARTS // 2, TMA,
         )  # fmt: skip
         finish_gated_forward(
-            gate_right, up_right, gate_bias, up_bias, y, gate, up, gate_scales, up_scales, stride_y, params,
+            gate_right, up_right, gate_bias, up_bias, y, gate, up, gate_scales, up_scales, stride_y, stride_k, params,
             m, n + half, M, N, VALUE, DTYPE, CODE, ROWS, half, PARTS // 2, TMA,
         )  # fmt: skip
     else:
         g = rounded(add_bias(gate_acc, gate_bias, n, N, COLS), DTYPE)
         u = rounded(add_bias(up_acc, up_bias, n, N, COLS), DTYPE)
-        store_kept(gate, gate_scales, g, stride_y, m, n, M, N, CODE, ROWS, COLS, TMA)
-        store_kept(up, up_scales, u, stride_y, m, n, M, N, CODE, ROWS, COLS, TMA)
+        store_kept(gate, gate_scales, stride_k, g, m, n, M, N, CODE, DTYPE, ROWS, COLS, TMA)
+        store_kept(up, up_scales, stride_k, u, m, n, M, N, CODE, DTYPE, ROWS, COLS, TMA)
         value = VALUE(g.to(tl.float32), *params) * u.to(tl.float32)
         store_tile(y, stride_y, rounded(value, DTYPE), m, n, M, N, ROWS, COLS, TMA)
 
@@ -93,7 +95,7 @@ def store_sums(sums, dz, row, n, N, COLS: tl.constexpr):
 
 @triton.jit
 def finish_dgrad(
-    acc, kept, extra, dz, h, sums, stride_r, stride_d, params, row, m, n, M, N,
+    acc, kept, extra, dz, h, sums, stride_r, stride_e, stride_d, params, row, m, n, M, N,
     GRAD: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr, CODE: tl.constexpr, FLOOR: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -102,15 +104,15 @@ def finish_dgrad(
         left, right = split_columns(acc, ROWS, COLS)
         half: tl.constexpr = COLS // 2
         finish_dgrad(
-            left, kept, extra, dz, h, sums, stride_r, stride_d, params, row, m, n, M, N,
+            left, kept, extra, dz, h, sums, stride_r, stride_e, stride_d, params, row, m, n, M, N,
             GRAD, VALUE, DTYPE, CODE, FLOOR, ROWS, half, PARTS // 2, TMA,
         )  # fmt: skip
         finish_dgrad(
-            right, kept, extra, dz, h, sums, stride_r, stride_d, params, row, m, n + half, M, N,
+            right, kept, extra, dz, h, sums, stride_r, stride_e, stride_d, params, row, m, n + half, M, N,
             GRAD, VALUE, DTYPE, CODE, FLOOR, ROWS, half, PARTS // 2, TMA,
         )  # fmt: skip
     else:
-        r = load_kept(kept, extra, acc, stride_r, m, n, M, N, CODE, FLOOR, DTYPE, tl.float32, ROWS, COLS, TMA)
+        r = load_kept(kept, extra, stride_r, stride_e, acc, m, n, M, N, CODE, FLOOR, DTYPE, tl.float32, ROWS, COLS, TMA)
         if h is not None:
             value = rounded(VALUE(r[0], *params), DTYPE)
             store_tile(h, stride_d, value, m, n, M, N, ROWS, COLS, TMA)
@@ -121,7 +123,7 @@ def finish_dgrad(
 
 @triton.jit
 def finish_gated_dgrad(
-    acc, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums, stride_r, stride_d, params, row,
+    acc, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums, stride_r, stride_e, stride_d, params, row,
     m, n, M, N,
     GRAD: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr, CODE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
@@ -131,17 +133,21 @@ def finish_gated_dgrad(
         left, right = split_columns(acc, ROWS, COLS)
         half: tl.constexpr = COLS // 2
         finish_gated_dgrad(
-            left, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums, stride_r, stride_d, params, row,
-            m, n, M, N, GRAD, VALUE, DTYPE, CODE, ROWS, half, PARTS // 2, TMA,
+            left, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums, stride_r, stride_e, stride_d,
+            params, row, m, n, M, N, GRAD, VALUE, DTYPE, CODE, ROWS, half, PARTS // 2, TMA,
         )  # fmt: skip
         finish_gated_dgrad(
-            right, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums, stride_r, stride_d, params, row,
-            m, n + half, M, N, GRAD, VALUE, DTYPE, CODE, ROWS, half, PARTS // 2, TMA,
+            right, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums, stride_r, stride_e, stride_d,
+            params, row, m, n + half, M, N, GRAD, VALUE, DTYPE, CODE, ROWS, half, PARTS // 2, TMA,
         )  # fmt: skip
     else:
         dh = narrowed(acc, DTYPE)
-        g = load_kept(gate, gate_scales, dh, stride_r, m, n, M, N, CODE, 0.0, DTYPE, tl.float32, ROWS, COLS, TMA)[0]
-        u = load_kept(up, up_scales, dh, stride_r, m, n, M, N, CODE, 0.0, DTYPE, tl.float32, ROWS, COLS, TMA)[0]
+        g = load_kept(
+            gate, gate_scales, stride_r, stride_e, dh, m, n, M, N, CODE, 0.0, DTYPE, tl.float32, ROWS, COLS, TMA
+        )[0]
+        u = load_kept(up, up_scales, stride_r, stride_e, dh, m, n, M, N, CODE, 0.0, DTYPE, tl.float32, ROWS, COLS, TMA)[
+            0
+        ]
         value = VALUE(g, *params)
         if h is not None:
             store_tile(h, stride_d, rounded(value * u, DTYPE), m, n, M, N, ROWS, COLS, TMA)

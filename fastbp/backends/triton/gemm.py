@@ -43,7 +43,7 @@ def multiply(
 @triton.jit
 def forward_kernel(
     x, weight, bias, y, kept, scales, p0: tl.float64, p1: tl.float64, M, N, K,
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_y,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_y, stride_k,
     VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr, CODE: tl.constexpr, AT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
@@ -61,7 +61,7 @@ def forward_kernel(
             x, stride_xm, stride_xk, weight, stride_wn, stride_wk, m, n, M, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K, TMA
         )
         finish_forward(
-            acc, bias, y, kept, scales, stride_y, params, m, n, M, N,
+            acc, bias, y, kept, scales, stride_y, stride_k, params, m, n, M, N,
             VALUE, DTYPE, CODE, AT, BLOCK_M, BLOCK_N, PARTS, TMA,
         )  # fmt: skip
 
@@ -70,7 +70,7 @@ def forward_kernel(
 def gated_forward_kernel(
     x, gate_weight, up_weight, gate_bias, up_bias, y, gate, up, gate_scales, up_scales,
     p0: tl.float64, p1: tl.float64, M, N, K,
-    stride_xm, stride_xk, stride_gn, stride_gk, stride_un, stride_uk, stride_y,
+    stride_xm, stride_xk, stride_gn, stride_gk, stride_un, stride_uk, stride_y, stride_k,
     VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr, CODE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
@@ -93,15 +93,15 @@ def gated_forward_kernel(
             gate_acc = multiply_add(x_tile, gate_tile.T, gate_acc)
             up_acc = multiply_add(x_tile, up_tile.T, up_acc)
         finish_gated_forward(
-            gate_acc, up_acc, gate_bias, up_bias, y, gate, up, gate_scales, up_scales, stride_y, params, m, n, M, N,
-            VALUE, DTYPE, CODE, BLOCK_M, BLOCK_N, PARTS, TMA,
+            gate_acc, up_acc, gate_bias, up_bias, y, gate, up, gate_scales, up_scales, stride_y, stride_k, params,
+            m, n, M, N, VALUE, DTYPE, CODE, BLOCK_M, BLOCK_N, PARTS, TMA,
         )  # fmt: skip
 
 
 @triton.jit
 def dgrad_kernel(
     d, weight, kept, extra, dz, h, sums, p0: tl.float64, p1: tl.float64, M, N, K,
-    stride_dm, stride_dk, stride_wn, stride_wk, stride_r, stride_out,
+    stride_dm, stride_dk, stride_wn, stride_wk, stride_r, stride_e, stride_out,
     GRAD: tl.constexpr, VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr,
     CODE: tl.constexpr, FLOOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -121,7 +121,7 @@ def dgrad_kernel(
             d, stride_dm, stride_dk, weight, stride_wn, stride_wk, m, n, M, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K, TMA
         )
         finish_dgrad(
-            acc, kept, extra, dz, h, sums, stride_r, stride_out, params, row, m, n, M, N,
+            acc, kept, extra, dz, h, sums, stride_r, stride_e, stride_out, params, row, m, n, M, N,
             GRAD, VALUE, DTYPE, CODE, FLOOR, BLOCK_M, BLOCK_N, PARTS, TMA,
         )  # fmt: skip
 
@@ -130,7 +130,7 @@ def dgrad_kernel(
 def gated_dgrad_kernel(
     d, weight, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums,
     p0: tl.float64, p1: tl.float64, M, N, K,
-    stride_dm, stride_dk, stride_wn, stride_wk, stride_r, stride_out,
+    stride_dm, stride_dk, stride_wn, stride_wk, stride_r, stride_e, stride_out,
     GRAD: tl.constexpr, VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr,
     CODE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -149,6 +149,6 @@ def gated_dgrad_kernel(
             d, stride_dm, stride_dk, weight, stride_wn, stride_wk, m, n, M, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K, TMA
         )
         finish_gated_dgrad(
-            acc, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums, stride_r, stride_out, params, row,
-            m, n, M, N, GRAD, VALUE, DTYPE, CODE, BLOCK_M, BLOCK_N, PARTS, TMA,
+            acc, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums, stride_r, stride_e, stride_out,
+            params, row, m, n, M, N, GRAD, VALUE, DTYPE, CODE, BLOCK_M, BLOCK_N, PARTS, TMA,
         )  # fmt: skip

@@ -119,6 +119,10 @@ def _codes_block(how: Arithmetic, tile: Tile) -> tuple[int, int] | None:
     return None if how.code == "fp8" else _output_block(tile)
 
 
+def _pitch(matrix: Tensor | None) -> int:
+    return 0 if matrix is None else matrix.stride(0)
+
+
 def forward(
     how: Arithmetic, tile: Tile, programs: int,
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, scales: Tensor | None = None,
@@ -138,7 +142,7 @@ def forward(
             y=(y, out), kept=(z, kept), scales=(scales, None),
         ),
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0), stride_wk=weight.stride(1),
-        stride_y=y.stride(0), AT=how.at,
+        stride_y=y.stride(0), stride_k=_pitch(z), AT=how.at,
     )  # fmt: skip
 
 
@@ -158,7 +162,7 @@ def gated_forward(
             gate_scales=(gate_scales, None), up_scales=(up_scales, None),
         ),
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_gn=weights[0].stride(0), stride_gk=weights[0].stride(1),
-        stride_un=weights[1].stride(0), stride_uk=weights[1].stride(1), stride_y=y.stride(0),
+        stride_un=weights[1].stride(0), stride_uk=weights[1].stride(1), stride_y=y.stride(0), stride_k=_pitch(gate),
     )  # fmt: skip
 
 
@@ -180,7 +184,7 @@ def dgrad(
             dz=(dz, out), h=(h, out), sums=(sums, None),
         ),
         stride_dm=d.stride(0), stride_dk=d.stride(1), stride_wn=weight.stride(1), stride_wk=weight.stride(0),
-        stride_r=residual.stride(0), stride_out=dz.stride(0), FLOOR=how.floor,
+        stride_r=residual.stride(0), stride_e=_pitch(extra), stride_out=dz.stride(0), FLOOR=how.floor,
     )  # fmt: skip
 
 
@@ -200,7 +204,7 @@ def gated_dgrad(
             dgate=(dgate, out), dup=(dup, out), h=(h, out), gate_sums=(gate_sums, None), up_sums=(up_sums, None),
         ),
         stride_dm=d.stride(0), stride_dk=d.stride(1), stride_wn=weight.stride(1), stride_wk=weight.stride(0),
-        stride_r=gate.stride(0), stride_out=dgate.stride(0),
+        stride_r=gate.stride(0), stride_e=_pitch(gate_scales), stride_out=dgate.stride(0),
     )  # fmt: skip
 
 
@@ -219,7 +223,7 @@ def compress(
     """``activation`` of matrices, and what a compressed policy keeps of them."""
     arguments = dict(
         gate=gate, up=up, y=y, gate_kept=gate_kept, gate_scales=gate_scales, up_kept=up_kept, up_scales=up_scales,
-        VALUE=how.value, AT=how.at, **_strips(how, strip, gate),
+        stride_k=_pitch(gate_kept), VALUE=how.value, AT=how.at, **_strips(how, strip, gate),
     )  # fmt: skip
     return Launch(elementwise.compress_kernel, strip.grid(*gate.shape), arguments, strip.options)
 
@@ -234,7 +238,7 @@ def chain_rule(
     """
     arguments = dict(
         dh=dh, kept=residual, extra=extra, dz=dz, h=h, sums=sums, GRAD=how.grad, VALUE=how.value, FLOOR=how.floor,
-        **_strips(how, strip, residual), **_strides(dh, residual),
+        **_strips(how, strip, residual), **_strides(dh, residual, extra),
     )  # fmt: skip
     return Launch(elementwise.chain_rule_kernel, strip.grid(*residual.shape), arguments, strip.options)
 
@@ -248,7 +252,7 @@ def gated_chain_rule(
     arguments = dict(
         dh=dh, gate=gate, up=up, gate_scales=gate_scales, up_scales=up_scales, dgate=dgate, dup=dup, h=h,
         gate_sums=gate_sums, up_sums=up_sums, GRAD=how.grad, VALUE=how.value,
-        **_strips(how, strip, gate), **_strides(dh, gate),
+        **_strips(how, strip, gate), **_strides(dh, gate, gate_scales),
     )  # fmt: skip
     return Launch(elementwise.gated_chain_rule_kernel, strip.grid(*gate.shape), arguments, strip.options)
 
@@ -260,9 +264,9 @@ def _strips(how: Arithmetic, strip: Strip, matrix: Tensor) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _strides(dh: Tensor | None, residual: Tensor) -> dict[str, int]:
+def _strides(dh: Tensor | None, residual: Tensor, extra: Tensor | None) -> dict[str, int]:
     stride_dm, stride_dn = (0, 0) if dh is None else dh.stride()
-    return dict(stride_dm=stride_dm, stride_dn=stride_dn, stride_r=residual.stride(0))
+    return dict(stride_dm=stride_dm, stride_dn=stride_dn, stride_r=residual.stride(0), stride_e=_pitch(extra))
 
 
 def column_sum(sums: Tensor, out: Tensor) -> Launch:

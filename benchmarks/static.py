@@ -243,12 +243,14 @@ def compressed_cases(families: list[str], activations: list[str], quick: bool) -
         for kernel in (*configs.KINDS, "compress", "chain_rule", "gated_compress", "gated_chain_rule"):
             policies = [p for p in served["gated_mlp" if "gated" in kernel else "mlp"] if POLICIES[p].compressed]
             fused = kernel in configs.KINDS
-            tiles = [tile for tile in configs.tiles(kernel, family) if not tile.pingpong] if fused else [None]
-            for tile, save in product(tiles, policies):
+            tiles = configs.tiles(kernel, family) if fused else ()
+            for save in policies:
                 if save == "fp8" and activation not in QUICK:
                     continue
-                for dtype in SIXTEEN if fused else compression.DTYPES:
-                    yield Case(family, kernel, tile, activation, dtype, save)
+                shipped = (configs.for_code(tile, kernel, launch.CODES[save]) for tile in tiles)
+                for tile in dict.fromkeys(tile for tile in shipped if tile is not None) if fused else [None]:
+                    for dtype in SIXTEEN if fused else compression.DTYPES:
+                        yield Case(family, kernel, tile, activation, dtype, save)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,6 @@ from torch import Tensor
 from fastbp.backends.triton import configs, tuning
 from fastbp.backends.triton.configs import Tile
 from fastbp.backends.triton.launch import describable
-from fastbp.compression import BLOCK
 
 ROUTES = ("eager", "library", "fused")
 # Numbers of the widest hidden layer below which PyTorch serves: a step of a layer then takes a GPU less than about 0.1
@@ -89,11 +88,7 @@ def tile_for(kind: str, activation: str, sizes: tuple[int, int, int], *operands:
     are not adjacent) is read by pointers. ``code`` is what a compressed policy keeps (codes.py).
     """
     tile = _tile_for(kind, activation, sizes, operands, bool(code))
-    if (
-        code == "fp8" and tile is not None and kind.endswith("forward")
-    ):  # the largest of 32 numbers is asked for at once
-        return replace(tile, parts=min(tile.parts, tile.block_n // BLOCK)) if tile.block_n >= BLOCK else None
-    return tile
+    return configs.for_code(tile, kind, code) if code and tile is not None else tile
 
 
 def _tile_for(

@@ -136,7 +136,7 @@ def store_fp8(
     small = integer(scaled + 16384.0) - 0x46800000
     whole = (bits + 0x7FFFF + ((bits >> 20) & 1) - (120 << 23)) >> 20
     code = tl.where(bits < (121 << 23), small, whole) | ((integer(z.to(tl.float32)) >> 24) & 0x80)
-    code = beside(tl.where(finite, code, 0x7F), z.to(tl.float32))
+    code = tl.where(finite, code, 0x7F)
     store_codes(codes, pitch, code, m, n, M, N, ROWS, COLS, adjacent(DTYPE))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastbp.backends.triton.blocks import rounded, split_columns, store_tile
+from fastbp.backends.triton.blocks import beside, rounded, split_columns, store_tile
 from fastbp.backends.triton.codes import finish_value, load_kept, store_kept
 
 
@@ -43,9 +43,10 @@ def finish_forward(
     else:
         pre = rounded(add_bias(acc, bias, n, N, COLS), DTYPE)
         store_kept(kept, scales, stride_k, pre, m, n, M, N, CODE, DTYPE, ROWS, COLS, TMA)
-        value = finish_value(
-            VALUE(pre.to(tl.float32), *params), pre, kept, stride_k, m, n, M, N, CODE, AT, DTYPE, ROWS, COLS
-        )
+        wide = VALUE(pre.to(tl.float32), *params)
+        if CODE == "bits":
+            wide = beside(wide, acc)  # or f is computed twice: where its bits are stored from, and where y is
+        value = finish_value(wide, pre, kept, stride_k, m, n, M, N, CODE, AT, DTYPE, ROWS, COLS)
         store_tile(y, stride_y, value, m, n, M, N, ROWS, COLS, TMA)
 
 

@@ -286,7 +286,6 @@ class RedZones:
     """Allocates as ``fastbp.backends.triton.layers.new`` does, between zones that nobody may write to."""
 
     SIZE, FILL = 64, 123.0  # numbers on either side; 16 bytes at least, so that the memory stays aligned
-    UNWRITTEN = {torch.uint8: 0x7F}  # NaN of e4m3; of all else its own
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
@@ -295,7 +294,7 @@ class RedZones:
         count = torch.Size(shape).numel()
         buffer = torch.full((count + 2 * self.SIZE,), self.FILL, dtype=dtype or like.dtype, device=like.device)
         self.buffers.append(buffer)
-        unwritten = self.UNWRITTEN.get(buffer.dtype, float("nan"))
+        unwritten = 0x7F if buffer.dtype == torch.uint8 else float("nan")  # which is NaN of e4m3
         return buffer[self.SIZE : self.SIZE + count].fill_(unwritten).view(tuple(shape))
 
     def check(self) -> None:

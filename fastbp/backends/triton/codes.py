@@ -118,6 +118,12 @@ def side_of(y, DTYPE: tl.constexpr):
     return tl.where(whole >= 0, 1, whole & 1)
 
 
+@triton.constexpr_function
+def largest_bits(dtype):
+    """Of the largest number that e4m3 and a scale give back in a dtype: 1.875 times its largest power of two."""
+    return 0x47700000 if dtype.is_fp16() else 0x7F700000
+
+
 @triton.jit
 def store_fp8(
     codes, scales, pitch, z, m, n, M, N, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
@@ -126,7 +132,8 @@ def store_fp8(
     blocks: tl.constexpr = COLS // BLOCK
     size = integer(z.to(tl.float32)) & 0x7FFFFFFF
     finite = size < 0x7F800000
-    largest = tl.max(tl.reshape(tl.where(finite, size, 0), (ROWS, blocks, BLOCK)), 2)
+    size = tl.where(finite, tl.minimum(size, largest_bits(DTYPE)), 0)
+    largest = tl.max(tl.reshape(size, (ROWS, blocks, BLOCK)), 2)
     scale = tl.maximum((largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000).to(tl.int32), 1)
     scales_pitch = tl.cdiv(N, BLOCK)
     store_tile(scales, scales_pitch, scale.to(tl.uint8), m, n // BLOCK, M, scales_pitch, ROWS, blocks, False)

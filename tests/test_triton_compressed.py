@@ -63,7 +63,7 @@ def wide_value(activation, z):
 @each(("form", "activation", "save", "features"), CASES)
 def test_codes_are_those_of_plain_torch(form, activation, save, features, dtype, triton_route):
     """Of z as the same kernels keep it, in the first layer; from far left to far right, with inf and NaN among it."""
-    x, weights, biases = tensors(form, dtype, seed=71, rows=(3, 7), features=features)
+    x, weights, biases = tensors(form, dtype, seed=71, rows=(3, 6), features=features)
     x[0, 1:4] *= 8
     x[1, 0, 0], x[1, 1, 1] = float("inf"), float("nan")
     if form is MLP and save in FROM_OUTPUT:  # layers above see another h under output_lsb
@@ -138,13 +138,13 @@ def check_gradients(form, activation, save, given):
 @each(("form", "activation", "save", "features"), CASES)
 def test_gradients(form, activation, save, features, dtype, triton_route):
     """As good as the reference's, both measured by float64 from the same codes; of rows that no tile divides."""
-    check_gradients(form, activation, save, tensors(form, dtype, seed=73, rows=(3, 7), features=features))
+    check_gradients(form, activation, save, tensors(form, dtype, seed=73, rows=(3, 6), features=features))
 
 
 @each_triton_route("fused by pointers", "fused in parts", "fused, persistent", dtypes=[torch.bfloat16])
 @each(("form", "activation", "save"), ONE_EACH)
 def test_every_route(form, activation, save, dtype, triton_route):
-    given = tensors(form, dtype, seed=74, rows=50, features=(24, 72, 40, 16))
+    given = tensors(form, dtype, seed=74, rows=18, features=(24, 72, 40, 16))
     check_gradients(form, activation, save, given)
     with choice.forced("library"):
         expected = forward(form, activation, save, *given)[1]
@@ -180,12 +180,14 @@ NEEDS = {
 }
 
 
+FROZEN = [(*case, needs) for case in ONE_EACH if case[2] != "output_lsb" for needs in NEEDS]
+
+
 @each_triton_route("library", "fused", dtypes=[torch.bfloat16])
-@each("needs", NEEDS)
-@each(("form", "activation", "save"), ONE_EACH)
+@each(("form", "activation", "save", "needs"), FROZEN)
 def test_frozen_inputs(form, activation, save, needs, dtype, triton_route):
     """The same gradients when fewer are asked for and less is kept."""
-    given = tensors(form, dtype, seed=76, features=EVEN)
+    given = tensors(form, dtype, seed=76, rows=9, features=EVEN)
     config = config_of(form, activation, save)
     saved, dy, every = saved_call(form, activation, save, given)
     expected = ops.backward(config, dy, saved, every)
@@ -199,7 +201,7 @@ def test_frozen_inputs(form, activation, save, needs, dtype, triton_route):
 @each_triton_route("library", "fused", dtypes=[torch.float16])
 @each(("form", "activation", "save"), ONE_EACH)
 def test_through_autograd_the_same_bits_again(form, activation, save, dtype, triton_route):
-    inputs = flatten(*draw(form, dtype, seed=77, features=EVEN, device=TRITON_DEVICE))
+    inputs = flatten(*draw(form, dtype, seed=77, rows=9, features=EVEN, device=TRITON_DEVICE))
     half = 1 + len(inputs) // 2
     y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save, backend="triton")
     first, second = (grads(y, inputs, like(y, 78), retain_graph=True) for _ in range(2))

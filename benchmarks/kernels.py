@@ -172,15 +172,16 @@ def measure_passes(case: Passes, arguments: argparse.Namespace, device: torch.de
 
     m, n = case.sizes
     generator = torch.Generator(device).manual_seed(2)
-    dh, gate, up = (torch.randn(m, n, generator=generator, device=device).to(BFLOAT) for _ in range(3))
+    dh, *z = (torch.randn(m, n, generator=generator, device=device).to(BFLOAT) for _ in range(3))
+    kept = [layers.Kept(t) for t in z]
     form = "gated_linear_act" if case.kernel.startswith("gated") else "linear_act"
     config = configure(form, case.activation, bind(case.activation).params, "preact", "triton")
     both = (True, True)
     step: Callable[[], object] = {
-        "value": lambda: layers.value(config, gate),
-        "gated_value": lambda: layers.value(config, gate, up),
-        "chain_rule": lambda: layers.chain_rule(config, dh, gate, True, True),
-        "gated_chain_rule": lambda: layers.gated_chain_rule(config, dh, gate, up, both, both, True),
+        "value": lambda: layers.value(config, BFLOAT, kept[0]),
+        "gated_value": lambda: layers.value(config, BFLOAT, *kept),
+        "chain_rule": lambda: layers.chain_rule(config, dh, kept[0], True, True),
+        "gated_chain_rule": lambda: layers.gated_chain_rule(config, dh, *kept, both, both, True),
     }[case.kernel]
     size = ELEMENTWISE[case.kernel] * dh.nbytes
     source = torch.zeros(size // 2, dtype=torch.uint8, device=device)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -30,14 +31,19 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from benchmarks import static_cuda
 from benchmarks.environment import progress
-from fastbp.activations import ROWS
+from fastbp import compression
+from fastbp.activations import ROWS, bind
 from fastbp.backends.triton import configs, interpreting, launch
 from fastbp.backends.triton.configs import Tile
 from fastbp.backends.triton.launch import Launch
+from fastbp.compression import BLOCK
+from fastbp.forms import FORMS
 from fastbp.problem import DTYPES, configure
+from fastbp.saving import FROM_OUTPUT, POLICIES, legal_policies
 
 SIXTEEN = tuple(dtype for dtype in DTYPES if dtype.itemsize == 2)
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES |= {torch.uint8: "u8"}
 SHARED_LIMIT = {"sm_80": 99, "sm_90": 227, "sm_100": 227}  # KiB a block may have; of sm_86 and sm_89 in sm_80's place
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}  # instructions of the tensor cores
 QUICK = ("gelu", "softplus", "mish")  # a table look-up would not do: these need the most registers
@@ -53,12 +59,11 @@ class Case(NamedTuple):
     tile: Tile | None  # None for the elementwise kernels
     activation: str
     dtype: torch.dtype
-    from_output: bool = False
+    save: str = "preact"
 
     def __str__(self) -> str:
         tile = self.tile.name if self.tile else ""
-        policy = "output" if self.from_output else ""
-        return f"{self.family:7} {self.kernel:17} {tile:41} {self.activation:12} {TYPES[self.dtype]:5} {policy:6}"
+        return f"{self.family:7} {self.kernel:17} {tile:41} {self.activation:12} {TYPES[self.dtype]:5} {self.save:11}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Found:
         return f"{numbers} {products} {epilogue}" + "".join(f"  FAULT: {fault}" for fault in self.faults)
 
 
-HEAD = f"{'family':7} {'kernel':17} {'tile':41} {'activation':12} {'dtype':5} {'policy':6}"
+HEAD = f"{'family':7} {'kernel':17} {'tile':41} {'activation':12} {'dtype':5} {'policy':11}"
 HEAD += " regs spills    shared  mma form       waits ops/el"
 
 
@@ -92,28 +97,42 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
 def make_launch(case: Case, n: int = N) -> Launch:
     """The launch as a call would make it, on tensors without memory; every optional output is there."""
     params = tuple(default for _, default in ROWS[case.activation].params)
-    save = "output" if case.from_output else "preact"
-    how = launch.arithmetic(configure("linear_act", case.activation, params, save, "triton"), case.dtype)
+    how = launch.arithmetic(configure("linear_act", case.activation, params, case.save, "triton"), case.dtype)
     new: Callable[..., Tensor] = partial(empty, dtype=case.dtype)
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-    h = None if case.from_output else new(M, n)
+    h = None if case.save in FROM_OUTPUT else new(M, n)
     x, weight, bias, out = new(M, K), new(n, K), new(n), new(M, n)
+    # What forward keeps of z and what backward reads, and what lies beside it: bits or scales.
+    kept = {"preact": out, "output": None, "output_lsb": None}.get(case.save, empty(M, n, dtype=torch.uint8))
+    extra = empty(M, -(-n // BLOCK), dtype=torch.uint8) if case.save == "fp8" else None
+    read, beside = (kept, extra) if case.save == "fp8" else (out, None)
+    if case.save == "output_bits":
+        kept = beside = empty(M, -(-n // 2), dtype=torch.uint8)
+    assert read is not None
     if case.tile is None:
         strip = configs.strip(M, n, case.dtype.itemsize, 132)
         sums = empty(strip.strips(M), n, dtype=wide)
         return {
             "activation": lambda: launch.activation(how, out, None, out),
             "gated_activation": lambda: launch.activation(how, out, out, out),
-            "chain_rule": lambda: launch.chain_rule(how, strip, out, out, out, h, sums),
-            "gated_chain_rule": lambda: launch.gated_chain_rule(how, strip, *[out] * 5, h, sums, sums),
+            "compress": lambda: launch.compress(how, strip, out, None, out, kept, extra),
+            "gated_compress": lambda: launch.compress(how, strip, out, out, out, *[kept, extra] * 2),
+            "chain_rule": lambda: launch.chain_rule(how, strip, out, read, out, h, sums, beside),
+            "gated_chain_rule": lambda: launch.gated_chain_rule(
+                how, strip, out, read, read, out, out, h, sums, sums, beside, beside
+            ),
             "column_sum": lambda: launch.column_sum(sums, bias),
         }[case.kernel]()
     sums = empty(-(-M // case.tile.block_m), n, dtype=torch.float32)
     return {
-        "forward": lambda: launch.forward(how, case.tile, 132, x, weight, bias, out, out),
-        "gated_forward": lambda: launch.gated_forward(how, case.tile, 132, x, [weight] * 2, [bias] * 2, out, out, out),
-        "dgrad": lambda: launch.dgrad(how, case.tile, 132, x, new(K, n), out, out, h, sums),
-        "gated_dgrad": lambda: launch.gated_dgrad(how, case.tile, 132, x, new(K, n), *[out] * 4, h, sums, sums),
+        "forward": lambda: launch.forward(how, case.tile, 132, x, weight, bias, out, kept, extra),
+        "gated_forward": lambda: launch.gated_forward(
+            how, case.tile, 132, x, [weight] * 2, [bias] * 2, out, kept, kept, extra, extra
+        ),
+        "dgrad": lambda: launch.dgrad(how, case.tile, 132, x, new(K, n), read, out, h, sums, beside),
+        "gated_dgrad": lambda: launch.gated_dgrad(
+            how, case.tile, 132, x, new(K, n), read, read, out, out, h, sums, sums, beside, beside
+        ),
     }[case.kernel]()
 
 
@@ -206,7 +225,7 @@ def cases(families: list[str], activations: list[str], quick: bool) -> Iterator[
                     for dtype in SIXTEEN[:1] if quick and activation != "gelu" else SIXTEEN:
                         yield Case(family, kernel, tile, activation, dtype)
                         if not quick and kernel == "dgrad" and ROWS[activation].grad_from_output:
-                            yield Case(family, kernel, tile, activation, dtype, from_output=True)
+                            yield Case(family, kernel, tile, activation, dtype, "output")
         for activation in activations[:1] if quick else activations:
             for dtype in DTYPES:
                 yield Case(family, "activation", None, activation, dtype)
@@ -217,6 +236,23 @@ def cases(families: list[str], activations: list[str], quick: bool) -> Iterator[
             yield Case(family, "column_sum", None, activations[0], dtype)
 
 
+def compressed_cases(families: list[str], activations: list[str], quick: bool) -> Iterator[Case]:
+    """The kernels that write or read codes. fp8 reads z as any policy does, so a few activations serve for it."""
+    for family, activation in product(families, activations):
+        served = {form: legal_policies(bind(activation), FORMS[form]) for form in ("mlp", "gated_mlp")}
+        for kernel in (*configs.KINDS, "compress", "chain_rule", "gated_compress", "gated_chain_rule"):
+            policies = [p for p in served["gated_mlp" if "gated" in kernel else "mlp"] if POLICIES[p].compressed]
+            fused = kernel in configs.KINDS
+            tiles = configs.tiles(kernel, family) if fused else ()
+            for save in policies:
+                if save == "fp8" and activation not in QUICK:
+                    continue
+                shipped = (configs.for_code(tile, kernel, launch.CODES[save]) for tile in tiles)
+                for tile in dict.fromkeys(tile for tile in shipped if tile is not None) if fused else [None]:
+                    for dtype in SIXTEEN if fused else compression.DTYPES:
+                        yield Case(family, kernel, tile, activation, dtype, save)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -224,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--family", choices=list(configs.FAMILIES), action="append", help="only this architecture")
     parser.add_argument("--activation", choices=list(ROWS), action="append", help="only this activation")
+    parser.add_argument("--policy", choices=list(POLICIES), action="append", help="only kernels of this save policy")
     parser.add_argument("--verbose", action="store_true", help="print every case, not only faults and one per tile")
     parser.add_argument("--only", choices=["triton", "cuda"], help="only the kernels of one kind")
     options = parser.parse_args(argv)
@@ -232,18 +269,21 @@ def main(argv: list[str] | None = None) -> int:
     if interpreting():
         parser.error("TRITON_INTERPRET is set, so nothing is compiled; unset it")
     activations = options.activation or [*(QUICK if options.quick else ROWS)]
-    todo = list(cases(options.family or list(configs.FAMILIES), activations, options.quick))
+    given = options.family or list(configs.FAMILIES), activations, options.quick
+    todo = [*cases(*given), *compressed_cases(*given)]
+    if options.policy:
+        todo = [case for case in todo if case.save in options.policy]
     print(f"Triton {triton.__version__}: {len(todo)} compilations\n{HEAD}")
     shown = set[Any]()
     failed = 0
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         first = {
-            (c.family, c.kernel, c.tile, c.dtype): c for c in reversed(todo)
+            (c.family, c.kernel, c.tile, c.dtype, c.save): c for c in reversed(todo)
         }  # one of each has its epilogue counted
-        counted = [first[c.family, c.kernel, c.tile, c.dtype] is c for c in todo]
+        counted = [first[c.family, c.kernel, c.tile, c.dtype, c.save] is c for c in todo]
         for case, found in zip(todo, progress(pool.map(examine, todo, counted, chunksize=4), len(todo)), strict=True):
             failed += bool(found.faults)
-            key = (case.family, case.kernel, case.tile, case.dtype)
+            key = (case.family, case.kernel, case.tile, case.dtype, case.save)
             if options.verbose or found.faults or (case.tile and key not in shown and case.dtype == SIXTEEN[0]):
                 print(f"{case} {found}", flush=True)
             shown.add(key)

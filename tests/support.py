@@ -285,7 +285,7 @@ def special(activation: Bound, dtype: torch.dtype) -> Tensor:
 class RedZones:
     """Allocates as ``fastbp.backends.triton.layers.new`` does, between zones that nobody may write to."""
 
-    SIZE, FILL = 64, -123.0  # numbers on either side; 16 bytes at least, so that the memory stays aligned
+    SIZE, FILL = 64, 123.0  # numbers on either side; 16 bytes at least, so that the memory stays aligned
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
@@ -294,7 +294,8 @@ class RedZones:
         count = torch.Size(shape).numel()
         buffer = torch.full((count + 2 * self.SIZE,), self.FILL, dtype=dtype or like.dtype, device=like.device)
         self.buffers.append(buffer)
-        return buffer[self.SIZE : self.SIZE + count].fill_(float("nan")).view(tuple(shape))
+        unwritten = 0x7F if buffer.dtype == torch.uint8 else float("nan")  # which is NaN of e4m3
+        return buffer[self.SIZE : self.SIZE + count].fill_(unwritten).view(tuple(shape))
 
     def check(self) -> None:
         for buffer in self.buffers:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from fastbp.problem import Config, Problem
-from fastbp.saving import POLICIES
 
 ACCUMULATES = True
 CHECKS_TENSORS = False  # the products are PyTorch's, which broadcast and promote what a call must refuse
@@ -59,8 +58,6 @@ def interpreting() -> bool:
 def supports(problem: Problem) -> str | None:
     """Why this backend cannot serve the problem, or None."""
     device = problem.device
-    if POLICIES[problem.config.save].compressed:
-        return f"the Triton kernels do not serve save={problem.config.save!r}"
     if interpreting():
         if device.type != "cpu":
             return f"TRITON_INTERPRET interprets the kernels on the CPU, and x is on {device}; unset it"

@@ -7,7 +7,7 @@ kernel that nobody has proven on this GPU may be tried. ``tuning.remember`` make
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from fastbp.activations import bind
 from fastbp.backends.triton import choice, configs, interpreting, launch, layers, tuning
 from fastbp.backends.triton.configs import Tile
+from fastbp.backends.triton.layers import Kept
 from fastbp.problem import Config, configure
 
 Clock = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, float]]  # milliseconds of each, taken in turn
@@ -85,10 +86,10 @@ def tune(
     return Outcome(times, errors, refused)
 
 
-def _under(tile: Tile | None, run: Callable[[], tuple[Tensor | None, ...]]) -> Callable[[], tuple[Tensor | None, ...]]:
+def _under(tile: Tile | None, run: Callable[[], Sequence[Tensor | None]]) -> Callable[[], Sequence[Tensor | None]]:
     route = "library" if tile is None else "fused"
 
-    def step() -> tuple[Tensor | None, ...]:
+    def step() -> Sequence[Tensor | None]:
         with choice.forced(route, tile):
             return run()
 
@@ -97,7 +98,7 @@ def _under(tile: Tile | None, run: Callable[[], tuple[Tensor | None, ...]]) -> C
 
 class _Product(NamedTuple):
     operands: list[Tensor]
-    run: Callable[[], tuple[Tensor | None, ...]]
+    run: Callable[[], Sequence[Tensor | None]]
 
 
 def _product(
@@ -128,11 +129,12 @@ def _product(
     if kind == "gated_forward":
         return _Product(operands, lambda: layers.gated_forward(config, first, rest[:2], rest[2:], keep=True))
     if kind == "dgrad":
-        return _Product(operands, lambda: tuple(layers.dgrad(config, first, rest[0], rest[1], True, True, False)))
+        return _Product(operands, lambda: tuple(layers.dgrad(config, first, rest[0], Kept(rest[1]), True, True, False)))
 
-    def gated_dgrad() -> tuple[Tensor | None, ...]:
+    def gated_dgrad() -> Sequence[Tensor | None]:
         both = (True, True)
-        return tuple(layers.gated_dgrad(config, first, rest[0], rest[1], rest[2], both, both, True, False))
+        gate, up = map(Kept, rest[1:3])
+        return tuple(layers.gated_dgrad(config, first, rest[0], gate, up, both, both, True, False))
 
     return _Product(operands, gated_dgrad)
 

@@ -23,10 +23,16 @@ def find_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def tile_pointers(base, stride_row, stride_col, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+def tile_pointers(
+    base, stride_row, stride_col, row, col, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr = 0
+):
+    """To a tile's elements. WIDTH: so many in a row, at most, are to be one thread's; 0 leaves that to the compiler."""
     rows = row + tl.arange(0, ROWS).to(tl.int64)
     cols = col + tl.arange(0, COLS).to(tl.int64)
-    return base + rows[:, None] * stride_row + cols[None, :] * stride_col
+    pointers = base + rows[:, None] * stride_row + cols[None, :] * stride_col
+    if WIDTH > 0:
+        pointers = tl.max_contiguous(pointers, (1, WIDTH))
+    return pointers
 
 
 @triton.jit
@@ -94,13 +100,14 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def beside(x, acc):
-    """x in the registers of those threads that hold the same elements of ``acc``.
+    """x, of float32 or int32, in the registers of those threads that hold the same elements of ``acc``.
 
     Left to itself, the compiler computes an activation once in the layout in which x was loaded and again in that of
     the product. The instruction that pretends to read both, and may not be repeated, makes it settle on one.
     """
     if not INTERPRETED:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f,f", [x, acc], dtype=tl.float32, is_pure=False, pack=1)
+        kinds: tl.constexpr = "=r,r,f" if x.dtype == tl.int32 else "=f,f,f"
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", kinds, [x, acc], dtype=x.dtype, is_pure=False, pack=1)
     return x
 
 

@@ -15,9 +15,10 @@ from fastbp import reference
 from fastbp.accumulation import add_product
 from fastbp.backends.triton import layers
 from fastbp.backends.triton.choice import stays_eager
+from fastbp.backends.triton.layers import Kept
 from fastbp.problem import Config
 from fastbp.reference import Saved, unflatten
-from fastbp.saving import kept, needed_below
+from fastbp.saving import FROM_OUTPUT, kept, needed_below
 
 Maybe = Tensor | None
 
@@ -51,11 +52,8 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor]]:
     h, residuals, projected = x, list[Tensor](), config.form.projected
     for i in range(len(weights) - projected):
-        h, z = layers.forward(config, h, weights[i], biases[i], keep=config.save == "preact")
-        if z is not None:
-            residuals.append(z)
-        elif config.save == "output" and projected:
-            residuals.append(h)
+        h, *kept_ones = layers.forward(config, h, weights[i], biases[i], keep=config.save == "preact")
+        residuals += [h, *kept_ones] if projected and config.save in FROM_OUTPUT else kept_ones
     return (F.linear(h, weights[-1], biases[-1]) if projected else h), residuals
 
 
@@ -63,8 +61,7 @@ def _gated_forward(
     config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Maybe]
 ) -> tuple[Tensor, list[Tensor]]:
     keep = config.save == "preact"
-    h, *kept_ones = layers.gated_forward(config, x, weights[:2], biases[:2], keep)
-    residuals = [r for r in kept_ones if r is not None]
+    h, *residuals = layers.gated_forward(config, x, weights[:2], biases[:2], keep)
     return (F.linear(h, weights[2], biases[2]) if config.form.projected else h), residuals
 
 
@@ -89,13 +86,20 @@ def backward(
         if config.save == "recompute":
             replay = reference.replay if config.form.gated else _replay
             residuals, overwrite = replay(config, parts, needs), True
-        elif config.save == "output" and not config.form.projected:
-            residuals = (y,)
+        elif config.save in FROM_OUTPUT and not config.form.projected:
+            residuals = (y, *residuals)
         flat = [None if r is None else layers.rows_of(r).contiguous() for r in residuals]
-        given = Saved(None if x is None else layers.rows_of(x), None, weights, biases, flat)
+        given = Saved(None if x is None else layers.rows_of(x), None, weights, biases, _by_linear(config, flat))
         run = _gated_backward if config.form.gated else _backward
         dx, *grads = run(config, layers.rows_of(dy), given, needs, overwrite, into)
         return [None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), *grads]
+
+
+def _by_linear(config: Config, residuals: Sequence[Maybe]) -> list[Kept]:
+    """What was kept, of each hidden linear."""
+    if config.save in ("output_bits", "fp8"):
+        return [Kept(*pair) for pair in zip(residuals[0::2], residuals[1::2], strict=True)]
+    return [Kept(r) for r in residuals]
 
 
 def _backward(
@@ -103,25 +107,25 @@ def _backward(
 ) -> list[Maybe]:
     """linear_act and mlp: dz_{l-1} = (dz_l W_l) · f'(z_{l-1}), from the last linear to the first."""
     x, _, weights, _, residuals = saved
-    count, from_output = len(weights), config.save == "output"
+    count, from_output = len(weights), config.save in FROM_OUTPUT
     overwrite = overwrite and not from_output
     below = needed_below(config.form, needs)
     grads: list[Maybe] = [None] * len(needs)
     d, db = dy, None
     if not config.form.projected:
-        over = residuals[0] if overwrite else None
+        over = residuals[0].main if overwrite else None
         d, _, db = layers.chain_rule(config, dy, residuals[0], False, needs[1 + count], over)
     for i in range(count - 1, -1, -1):
         if needs[1 + count + i]:
             grads[1 + count + i] = d.sum(0) if db is None else db
-        h: Maybe = x if i == 0 else residuals[i - 1] if from_output else None
+        h: Maybe = x if i == 0 else residuals[i - 1].main if from_output else None
         following: layers.Slope | None = None
         rebuild = needs[1 + i] and h is None
         if i > 0 and below[i]:
             following = layers.dgrad(config, d, weights[i], residuals[i - 1], rebuild, needs[count + i], overwrite)
             h = following.h if rebuild else h
         elif rebuild:
-            h = layers.value(config, residuals[i - 1])
+            h = layers.value(config, d.dtype, residuals[i - 1])
         if needs[1 + i]:
             grads[1 + i] = d.mT.mm(h) if into is None else add_product(into[i], d, h)  # type: ignore[arg-type]
         if i == 0 and needs[0]:
@@ -147,7 +151,7 @@ def _gated_backward(
             slope = layers.gated_dgrad(config, dy, weights[2], gate, up, wanted, biases, rebuild, overwrite)
             h = slope.h
         elif rebuild:
-            h = layers.value(config, gate, up)
+            h = layers.value(config, dy.dtype, gate, up)
         if rebuild:
             grads[3] = dy.mT.mm(h) if into is None else add_product(into[2], dy, h)  # type: ignore[arg-type]
         if needs[6]:
@@ -155,7 +159,7 @@ def _gated_backward(
         if not any(wanted):
             return grads
     else:
-        over = (gate, up) if overwrite else (None, None)
+        over = (gate.main, up.main) if overwrite else (None, None)
         slope = layers.gated_chain_rule(config, dy, gate, up, wanted, biases, False, *over)
     for i, (dz, db) in enumerate(((slope.dgate, slope.dgate_bias), (slope.dup, slope.dup_bias))):
         if dz is None:

@@ -10,7 +10,7 @@ Nothing is ever measured in a call: ``tuning`` does that, on request, and rememb
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -81,11 +81,23 @@ def stays_eager(numbers: int) -> bool:
     return _forced.route == "eager" if _forced else numbers < SMALL
 
 
-def tile_for(kind: str, activation: str, sizes: tuple[int, int, int], *operands: Tensor) -> Tile | None:
+def tile_for(kind: str, activation: str, sizes: tuple[int, int, int], *operands: Tensor, code: str = "") -> Tile | None:
     """The tile with which a product (m, n, k) runs as a kernel of ours, or None for PyTorch's and a pass of its own.
 
     ``operands`` are the matrices it reads. What TMA cannot describe (rows that do not begin at 16 bytes, columns that
-    are not adjacent) is read by pointers.
+    are not adjacent) is read by pointers. ``code`` is what a compressed policy keeps (codes.py).
+    """
+    tile = _tile_for(kind, activation, sizes, operands, bool(code))
+    return configs.for_code(tile, kind, code) if code and tile is not None else tile
+
+
+def _tile_for(
+    kind: str, activation: str, sizes: tuple[int, int, int], operands: Sequence[Tensor], compressed: bool
+) -> Tile | None:
+    """What was measured counts for every policy, for what is kept is a small part of a product.
+
+    But the ping-pong kernel knows no codes. Where it was the fastest, a compressed policy takes what an unmeasured call
+    would.
     """
     dtype, device = operands[0].dtype, operands[0].device
     if dtype.itemsize != 2:
@@ -96,10 +108,12 @@ def tile_for(kind: str, activation: str, sizes: tuple[int, int, int], *operands:
     if _forced:
         if _forced.route != "fused":
             return None
-        forced_tile = _forced.tile or configs.rule(kind, family if described else "sm_80", m, n, processors)
+        forced_tile = _forced.tile
+        if forced_tile is None or (compressed and forced_tile.pingpong):
+            forced_tile = configs.rule(kind, family if described else "sm_80", m, n, processors)
         return forced_tile if described else replace(forced_tile, tma=False)
     found = tuning.recall(device, kind, activation, dtype, sizes)
-    if found is not None:
+    if found is not None and not (compressed and found.tile is not None and found.tile.pingpong):
         return found.tile if described or found.tile is None or not found.tile.tma else None
     if (family, kind) in PROVEN and described and configs.worthwhile(kind, m, n, k, family, processors):
         return configs.rule(kind, family, m, n, processors)

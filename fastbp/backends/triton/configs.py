@@ -6,8 +6,10 @@ activation (``python -m benchmarks.static``); which of them is the fastest only 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from fastbp.compression import BLOCK
 
 KINDS = ("forward", "gated_forward", "dgrad", "gated_dgrad")  # the products with an epilogue of ours
 
@@ -160,6 +162,27 @@ def tiles(kind: str, family: str) -> tuple[Tile, ...]:
 def every_tile(kind: str) -> list[Tile]:
     """The shipped tiles of a product on every architecture, each once."""
     return list(dict.fromkeys(tile for family in FAMILIES for tile in tiles(kind, family)))
+
+
+def for_code(tile: Tile, kind: str, code: str) -> Tile | None:
+    """The tile as a compressed policy takes it (codes.py): 32 columns at a time, which share a scale of e4m3.
+
+    None where the kernel of the tile does not serve. lsb asks for no registers, and takes the tile as it is.
+    """
+    if tile.pingpong:
+        return None  # its epilogue stores 16-bit numbers by TMA, and nothing else
+    if code == "lsb":
+        return tile
+    wide, writes = tile.block_n >= BLOCK, kind.endswith("forward")
+    if code == "fp8" and writes and not wide:
+        return None
+    least = tile.block_n // BLOCK if wide else tile.parts
+    tile = replace(tile, parts=least if writes else max(tile.parts, least))
+    if code == "fp8" and writes:  # which asks for more registers than z does
+        if tile.block_m > 16 * tile.warps:
+            return replace(tile, warps=2 * tile.warps, blocks_per_sm=1)
+        return replace(tile, blocks_per_sm=min(2, tile.blocks_per_sm))
+    return tile
 
 
 def rule(kind: str, family: str, m: int, n: int, processors: int) -> Tile:

@@ -19,9 +19,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastbp.activations import rounded, wide
 from fastbp.backends.triton import _activations, _activations_16, elementwise, gemm
 from fastbp.backends.triton.configs import Strip, Tile, flat_block
+from fastbp.compression import floor
 from fastbp.problem import Config
 
 ELEMENTWISE = dict(num_warps=4, enable_fp_fusion=True)
+CODES = {"output_bits": "bits", "output_lsb": "lsb", "fp8": "fp8"}  # what the kernels call what is kept
 _TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -32,20 +34,31 @@ class Arithmetic(NamedTuple):
     grad: Callable[..., Any]
     params: dict[str, Any]  # p0, p1 and how many of them count
     types: dict[str, Any]  # the dtype of results, and of elementwise arithmetic
+    code: str = ""  # what is kept, if it is not z or the output as they are (codes.py)
+    at: float = 0.0  # the z that parts the sides of the minimum
+    floor: float = 0.0  # the least y that is read back
 
 
 @lru_cache(maxsize=1024)
 def arithmetic(config: Config, dtype: torch.dtype) -> Arithmetic:
-    """The activation of a config for tensors of this dtype; ``grad`` reads y under policy output, else z."""
+    """The activation of a config for tensors of this dtype; ``grad`` reads what the policy's backward reads."""
     source = _activations_16 if dtype.itemsize == 2 else _activations
     from_output = config.save == "output"
     params = rounded(config.params, dtype) if from_output and config.row.limits else config.params
     p0, p1 = (*params, 0.0, 0.0)[:2]
+    code, at, least = CODES.get(config.save, ""), 0.0, 0.0
+    if code in ("bits", "lsb"):
+        assert config.row.minimum_at is not None and config.row.lowest is not None, config.row.name
+        at, least = config.row.minimum_at, floor(config.row.lowest, dtype, config.save)
+    origin = "_from_output" if from_output else "_from_side" if code in ("bits", "lsb") else ""
     return Arithmetic(
         getattr(source, f"{config.row.name}_value"),
-        getattr(source, f"{config.row.name}_grad{'_from_output' if from_output else ''}"),
+        getattr(source, f"{config.row.name}_grad{origin}"),
         dict(p0=p0, p1=p1, NUM_PARAMS=len(params)),
         dict(DTYPE=_TYPES[dtype], COMPUTE=_TYPES[wide(dtype)]),
+        code,
+        at,
+        least,
     )
 
 
@@ -88,7 +101,7 @@ def _fused(
     else:
         described = {name: t for name, (t, _) in tensors.items()}
     arguments = dict(
-        described, **others, **how.params, M=m, N=n, K=k, DTYPE=how.types["DTYPE"],
+        described, **others, **how.params, M=m, N=n, K=k, DTYPE=how.types["DTYPE"], CODE=how.code,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         PARTS=tile.parts, TMA=tile.tma, FLATTEN=tile.persistent,
     )  # fmt: skip
@@ -101,25 +114,35 @@ def _output_block(tile: Tile) -> tuple[int, int]:
     return tile.block_m, tile.block_n // tile.parts
 
 
+def _codes_block(how: Arithmetic, tile: Tile) -> tuple[int, int] | None:
+    """The block of what may be e4m3, which is reached by pointers (codes.py)."""
+    return None if how.code == "fp8" else _output_block(tile)
+
+
+def _pitch(matrix: Tensor | None) -> int:
+    return 0 if matrix is None else matrix.stride(0)
+
+
 def forward(
     how: Arithmetic, tile: Tile, programs: int,
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, scales: Tensor | None = None,
 ) -> Launch:  # fmt: skip
-    """y = f(x Wᵀ + b), and z unless it is None."""
+    """y = f(x Wᵀ + b), and z unless it is None; or, by the policy, the bits or the e4m3 of z, and their scales."""
     if tile.pingpong:
+        assert not how.code, how.code
         from fastbp.backends.triton import pingpong  # Gluon, which the interpreter does not know
 
         arguments = pingpong.arguments(x, weight, bias, y, z, how.value) | how.params
         return Launch(pingpong.forward_kernel, (min(programs, tile.count(*y.shape)),), arguments, tile.options)
-    out = _output_block(tile)
+    out, kept = _output_block(tile), None if how.code else _output_block(tile)
     return _fused(
         gemm.forward_kernel, how, tile, (*y.shape, x.shape[1]), programs, ("VALUE",),
         dict(
             x=(x, (tile.block_m, tile.block_k)), weight=(weight, (tile.block_n, tile.block_k)), bias=(bias, None),
-            y=(y, out), z=(z, out),
+            y=(y, out), kept=(z, kept), scales=(scales, None),
         ),
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_wn=weight.stride(0), stride_wk=weight.stride(1),
-        stride_y=y.stride(0),
+        stride_y=y.stride(0), stride_k=_pitch(z), AT=how.at,
     )  # fmt: skip
 
 
@@ -127,34 +150,41 @@ def gated_forward(
     how: Arithmetic, tile: Tile, programs: int,
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
     y: Tensor, gate: Tensor | None, up: Tensor | None,
+    gate_scales: Tensor | None = None, up_scales: Tensor | None = None,
 ) -> Launch:  # fmt: skip
-    """y = f(g) · u, and g and u unless they are None."""
-    out, block = _output_block(tile), (tile.block_n, tile.block_k)
+    """y = f(g) · u, and g and u, or their e4m3 with scales, unless they are None."""
+    out, kept, block = _output_block(tile), _codes_block(how, tile), (tile.block_n, tile.block_k)
     return _fused(
         gemm.gated_forward_kernel, how, tile, (*y.shape, x.shape[1]), programs, ("VALUE",),
         dict(
             x=(x, (tile.block_m, tile.block_k)), gate_weight=(weights[0], block), up_weight=(weights[1], block),
-            gate_bias=(biases[0], None), up_bias=(biases[1], None), y=(y, out), gate=(gate, out), up=(up, out),
+            gate_bias=(biases[0], None), up_bias=(biases[1], None), y=(y, out), gate=(gate, kept), up=(up, kept),
+            gate_scales=(gate_scales, None), up_scales=(up_scales, None),
         ),
         stride_xm=x.stride(0), stride_xk=x.stride(1), stride_gn=weights[0].stride(0), stride_gk=weights[0].stride(1),
-        stride_un=weights[1].stride(0), stride_uk=weights[1].stride(1), stride_y=y.stride(0),
+        stride_un=weights[1].stride(0), stride_uk=weights[1].stride(1), stride_y=y.stride(0), stride_k=_pitch(gate),
     )  # fmt: skip
 
 
 def dgrad(
     how: Arithmetic, tile: Tile, programs: int,
     d: Tensor, weight: Tensor, residual: Tensor, dz: Tensor, h: Tensor | None, sums: Tensor | None,
+    extra: Tensor | None = None,
 ) -> Launch:  # fmt: skip
-    """dz = dz(d W, r), h = f(r) unless it is None, and a row of column sums for each row of tiles."""
+    """dz = dz(d W, r), h = f(r) unless it is None, and a row of column sums for each row of tiles.
+
+    ``extra`` are the bits beside an output, or the scales of e4m3.
+    """
     out = _output_block(tile)
     return _fused(
         gemm.dgrad_kernel, how, tile, (*dz.shape, d.shape[1]), programs, ("GRAD", "VALUE"),
         dict(
             d=(d, (tile.block_m, tile.block_k)), weight=(weight, (tile.block_k, tile.block_n)),
-            residual=(residual, out), dz=(dz, out), h=(h, out), sums=(sums, None),
+            kept=(residual, _codes_block(how, tile)), extra=(extra, None),
+            dz=(dz, out), h=(h, out), sums=(sums, None),
         ),
         stride_dm=d.stride(0), stride_dk=d.stride(1), stride_wn=weight.stride(1), stride_wk=weight.stride(0),
-        stride_r=residual.stride(0), stride_out=dz.stride(0),
+        stride_r=residual.stride(0), stride_e=_pitch(extra), stride_out=dz.stride(0), FLOOR=how.floor,
     )  # fmt: skip
 
 
@@ -162,18 +192,19 @@ def gated_dgrad(
     how: Arithmetic, tile: Tile, programs: int,
     d: Tensor, weight: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor,
     h: Tensor | None, gate_sums: Tensor | None, up_sums: Tensor | None,
+    gate_scales: Tensor | None = None, up_scales: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """dg = dh · u · f'(g) and du = dh · f(g) with dh = d W; h = f(g) · u unless it is None; sums as in ``dgrad``."""
-    out = _output_block(tile)
+    out, kept = _output_block(tile), _codes_block(how, tile)
     return _fused(
         gemm.gated_dgrad_kernel, how, tile, (*dgate.shape, d.shape[1]), programs, ("GRAD", "VALUE"),
         dict(
             d=(d, (tile.block_m, tile.block_k)), weight=(weight, (tile.block_k, tile.block_n)),
-            gate=(gate, out), up=(up, out), dgate=(dgate, out), dup=(dup, out), h=(h, out),
-            gate_sums=(gate_sums, None), up_sums=(up_sums, None),
+            gate=(gate, kept), up=(up, kept), gate_scales=(gate_scales, None), up_scales=(up_scales, None),
+            dgate=(dgate, out), dup=(dup, out), h=(h, out), gate_sums=(gate_sums, None), up_sums=(up_sums, None),
         ),
         stride_dm=d.stride(0), stride_dk=d.stride(1), stride_wn=weight.stride(1), stride_wk=weight.stride(0),
-        stride_r=gate.stride(0), stride_out=dgate.stride(0),
+        stride_r=gate.stride(0), stride_e=_pitch(gate_scales), stride_out=dgate.stride(0),
     )  # fmt: skip
 
 
@@ -184,34 +215,58 @@ def activation(how: Arithmetic, gate: Tensor, up: Tensor | None, y: Tensor) -> L
     return Launch(elementwise.activation_kernel, (-(-y.numel() // block),), arguments, ELEMENTWISE)
 
 
-def chain_rule(
-    how: Arithmetic, strip: Strip, dh: Tensor, residual: Tensor, dz: Tensor, h: Tensor | None, sums: Tensor | None
-) -> Launch:
-    """dz = dz(dh, r) and h = f(r) unless it is None; column sums, a row for each strip of rows. dz and h contiguous."""
+def compress(
+    how: Arithmetic, strip: Strip, gate: Tensor, up: Tensor | None, y: Tensor,
+    gate_kept: Tensor | None, gate_scales: Tensor | None,
+    up_kept: Tensor | None = None, up_scales: Tensor | None = None,
+) -> Launch:  # fmt: skip
+    """``activation`` of matrices, and what a compressed policy keeps of them."""
     arguments = dict(
-        dh=dh, residual=residual, dz=dz, h=h, sums=sums, stride_r=residual.stride(0),
-        GRAD=how.grad, VALUE=how.value, **_strips(how, strip, dh),
+        gate=gate, up=up, y=y, gate_kept=gate_kept, gate_scales=gate_scales, up_kept=up_kept, up_scales=up_scales,
+        stride_k=_pitch(gate_kept), VALUE=how.value, AT=how.at, **_strips(how, strip, gate),
     )  # fmt: skip
-    return Launch(elementwise.chain_rule_kernel, strip.grid(*dh.shape), arguments, strip.options)
+    return Launch(elementwise.compress_kernel, strip.grid(*gate.shape), arguments, strip.options)
+
+
+def chain_rule(
+    how: Arithmetic, strip: Strip, dh: Tensor | None, residual: Tensor, dz: Tensor | None, h: Tensor | None,
+    sums: Tensor | None, extra: Tensor | None = None,
+) -> Launch:  # fmt: skip
+    """dz = dz(dh, r) and h = f(r), each unless it is None; column sums, a row for each strip of rows.
+
+    dz and h contiguous; ``extra`` as in ``dgrad``.
+    """
+    arguments = dict(
+        dh=dh, kept=residual, extra=extra, dz=dz, h=h, sums=sums, GRAD=how.grad, VALUE=how.value, FLOOR=how.floor,
+        **_strips(how, strip, residual), **_strides(dh, residual, extra),
+    )  # fmt: skip
+    return Launch(elementwise.chain_rule_kernel, strip.grid(*residual.shape), arguments, strip.options)
 
 
 def gated_chain_rule(
-    how: Arithmetic, strip: Strip, dh: Tensor, gate: Tensor, up: Tensor | None,
+    how: Arithmetic, strip: Strip, dh: Tensor | None, gate: Tensor, up: Tensor | None,
     dgate: Tensor | None, dup: Tensor | None, h: Tensor | None, gate_sums: Tensor | None, up_sums: Tensor | None,
+    gate_scales: Tensor | None = None, up_scales: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """dg = dh · u · f'(g), du = dh · f(g), h = f(g) · u, each unless it is None."""
     arguments = dict(
-        dh=dh, gate=gate, up=up, dgate=dgate, dup=dup, h=h, gate_sums=gate_sums, up_sums=up_sums,
-        stride_r=gate.stride(0), GRAD=how.grad, VALUE=how.value, **_strips(how, strip, dh),
+        dh=dh, gate=gate, up=up, gate_scales=gate_scales, up_scales=up_scales, dgate=dgate, dup=dup, h=h,
+        gate_sums=gate_sums, up_sums=up_sums, GRAD=how.grad, VALUE=how.value,
+        **_strips(how, strip, gate), **_strides(dh, gate, gate_scales),
     )  # fmt: skip
-    return Launch(elementwise.gated_chain_rule_kernel, strip.grid(*dh.shape), arguments, strip.options)
+    return Launch(elementwise.gated_chain_rule_kernel, strip.grid(*gate.shape), arguments, strip.options)
 
 
-def _strips(how: Arithmetic, strip: Strip, dh: Tensor) -> dict[str, Any]:
+def _strips(how: Arithmetic, strip: Strip, matrix: Tensor) -> dict[str, Any]:
     return dict(
-        M=dh.shape[0], N=dh.shape[1], rows_each=strip.rows, stride_dm=dh.stride(0), stride_dn=dh.stride(1),
+        M=matrix.shape[0], N=matrix.shape[1], rows_each=strip.rows, CODE=how.code,
         BLOCK_M=strip.block_m, BLOCK_N=strip.block_n, **how.params, **how.types,
     )  # fmt: skip
+
+
+def _strides(dh: Tensor | None, residual: Tensor, extra: Tensor | None) -> dict[str, int]:
+    stride_dm, stride_dn = (0, 0) if dh is None else dh.stride()
+    return dict(stride_dm=stride_dm, stride_dn=stride_dn, stride_r=residual.stride(0), stride_e=_pitch(extra))
 
 
 def column_sum(sums: Tensor, out: Tensor) -> Launch:

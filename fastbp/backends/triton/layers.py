@@ -17,6 +17,7 @@ from torch import Tensor
 from fastbp.activations import wide
 from fastbp.backends.triton import configs, launch
 from fastbp.backends.triton.choice import device_of, tile_for
+from fastbp.compression import BLOCK
 from fastbp.problem import Config
 
 Maybe = Tensor | None
@@ -47,44 +48,80 @@ def _packed(bias: Maybe) -> Maybe:
     return None if bias is None else bias.contiguous()
 
 
-def forward(config: Config, x: Tensor, weight: Tensor, bias: Maybe, keep: bool) -> tuple[Tensor, Maybe]:
-    """y = f(x Wᵀ + b) and, with ``keep``, z; x (..., K), y and z (..., N)."""
+class Kept(NamedTuple):
+    """What one hidden linear left for backward: z, its output or its e4m3, and beside it bits or scales."""
+
+    main: Maybe
+    extra: Maybe = None
+
+
+def _kept_of(code: str, shape: Sequence[int], x: Tensor, keep: bool) -> Kept:
+    """Memory for what forward keeps of a z of this shape: z itself with ``keep``, or what the policy makes of it."""
+    if code in ("bits", "fp8"):
+        rows, n = shape[:-1], shape[-1]
+        bytes_of = new((*rows, n if code == "fp8" else -(-n // 2)), x, torch.uint8)
+        return Kept(bytes_of, new((*rows, -(-n // BLOCK)), x, torch.uint8) if code == "fp8" else None)
+    return Kept(new(shape, x) if keep else None)
+
+
+def _listed(kept: Sequence[Kept]) -> list[Tensor]:
+    return [t for each in kept for t in each if t is not None]
+
+
+def _as_matrix(t: Maybe, m: int) -> Maybe:
+    return None if t is None else t.view(m, t.shape[-1])
+
+
+def forward(config: Config, x: Tensor, weight: Tensor, bias: Maybe, keep: bool) -> list[Tensor]:
+    """y = f(x Wᵀ + b) and, with ``keep``, z, or what a compressed policy keeps; x (..., K), y and z (..., N)."""
     rows = rows_of(x)
     (m, k), n = rows.shape, weight.shape[0]
-    tile = tile_for("forward", config.row.name, (m, n, k), rows, weight)
     how, shape = launch.arithmetic(config, x.dtype), (*x.shape[:-1], n)
+    tile = tile_for("forward", config.row.name, (m, n, k), rows, weight, code=how.code)
+    processors = device_of(x.device).processors
     if tile is not None:
-        y, z = new(shape, x), new(shape, x) if keep else None
-        out = None if z is None else z.view(m, n)
-        launch.forward(how, tile, device_of(x.device).processors, rows, weight, _packed(bias), y.view(m, n), out)()
-        return y, z
+        y, kept = new(shape, x), _kept_of(how.code, shape, x, keep)
+        out = [_as_matrix(t, m) for t in kept]
+        launch.forward(how, tile, processors, rows, weight, _packed(bias), y.view(m, n), *out)()
+        return [y, *_listed([kept])]
     z = F.linear(x, weight, bias)  # where cuBLASLt is used, it adds the bias in its epilogue
     if _is_identity(config):
-        return (z.clone() if keep else z), z if keep else None  # one tensor must not be returned twice
+        return [z.clone(), z] if keep else [z]  # one tensor must not be returned twice
+    if how.code:
+        kept, flat = _kept_of(how.code, shape, x, keep), z.view(m, n)
+        strip = configs.strip(m, n, z.itemsize, processors)
+        launch.compress(how, strip, flat, None, flat, *(_as_matrix(t, m) for t in kept))()
+        return [z, *_listed([kept])]
     y = new(shape, x) if keep else z
     launch.activation(how, z, None, y)()
-    return y, z if keep else None
+    return [y, z] if keep else [y]
 
 
 def gated_forward(
     config: Config, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Maybe], keep: bool
-) -> tuple[Tensor, Maybe, Maybe]:
-    """y = f(g) · u and, with ``keep``, g and u; x (..., K), the others (..., N)."""
+) -> list[Tensor]:
+    """y = f(g) · u and, with ``keep``, g and u, or what a compressed policy keeps; x (..., K), the others (..., N)."""
     rows = rows_of(x)
     (m, k), n = rows.shape, weights[0].shape[0]
-    tile = tile_for("gated_forward", config.row.name, (m, n, k), rows, *weights)
     how, shape = launch.arithmetic(config, x.dtype), (*x.shape[:-1], n)
+    tile = tile_for("gated_forward", config.row.name, (m, n, k), rows, *weights, code=how.code)
+    processors = device_of(x.device).processors
+    if tile is not None or how.code:
+        kept = [_kept_of(how.code, shape, x, keep) for _ in range(2)]
+        (gate, gate_scales), (up, up_scales) = ((_as_matrix(t, m) for t in pair) for pair in kept)
     if tile is not None:
         y = new(shape, x)
-        gate, up = (new(shape, x), new(shape, x)) if keep else (None, None)
-        flat = [None if t is None else t.view(m, n) for t in (gate, up)]
-        packed = [_packed(bias) for bias in biases]
-        launch.gated_forward(how, tile, device_of(x.device).processors, rows, weights, packed, y.view(m, n), *flat)()
-        return y, gate, up
+        packed, out = [_packed(bias) for bias in biases], (gate, up, gate_scales, up_scales)
+        launch.gated_forward(how, tile, processors, rows, weights, packed, y.view(m, n), *out)()
+        return [y, *_listed(kept)]
     g, u = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    if how.code:
+        strip, flat = configs.strip(m, n, g.itemsize, processors), g.view(m, n)
+        launch.compress(how, strip, flat, u.view(m, n), flat, gate, gate_scales, up, up_scales)()
+        return [g, *_listed(kept)]
     y = new(shape, x) if keep else g
     launch.activation(how, g, u, y)()
-    return (y, g, u) if keep else (y, None, None)
+    return [y, g, u] if keep else [y]
 
 
 class Slope(NamedTuple):
@@ -114,38 +151,46 @@ def _total(sums: Maybe, dtype: torch.dtype) -> Maybe:
     return total
 
 
-def chain_rule(config: Config, dh: Tensor, residual: Tensor, rebuild: bool, bias: bool, over: Maybe = None) -> Slope:
+def _main(kept: Kept) -> Tensor:
+    """Of what backward is about to read, which is there: ``saving.kept`` says so."""
+    assert kept.main is not None
+    return kept.main
+
+
+def chain_rule(config: Config, dh: Tensor, kept: Kept, rebuild: bool, bias: bool, over: Maybe = None) -> Slope:
     """dz = dz(dh, r), h = f(r) with ``rebuild``, Σ dz with ``bias``; dz is written over ``over`` if that is given."""
-    m, n = dh.shape
+    (m, n), residual = dh.shape, _main(kept)
     if _is_identity(config):
         return Slope(dh, residual if rebuild else None, dh.sum(0) if bias else None)
     strip = configs.strip(m, n, dh.itemsize, device_of(dh.device).processors)
     dz = new((m, n), dh) if over is None else over
     h = new((m, n), dh) if rebuild else None
     sums = new((strip.strips(m), n), dh, wide(dh.dtype)) if bias else None
-    launch.chain_rule(launch.arithmetic(config, dh.dtype), strip, dh, residual, dz, h, sums)()
+    launch.chain_rule(launch.arithmetic(config, dh.dtype), strip, dh, residual, dz, h, sums, kept.extra)()
     return Slope(dz, h, _total(sums, dh.dtype))
 
 
-def dgrad(
-    config: Config, d: Tensor, weight: Tensor, residual: Tensor, rebuild: bool, bias: bool, overwrite: bool
-) -> Slope:
-    """The delta rule from the linear above: ``chain_rule`` of dh = d W. With ``overwrite`` the residual is used up."""
-    (m, k), n = d.shape, weight.shape[1]
-    tile = tile_for("dgrad", config.row.name, (m, n, k), d, weight, residual)
+def _described(how: launch.Arithmetic, *kept: Tensor) -> Sequence[Tensor]:
+    """Those of the kept tensors that TMA is to describe: codes are reached by pointers."""
+    return () if how.code == "fp8" else kept
+
+
+def dgrad(config: Config, d: Tensor, weight: Tensor, kept: Kept, rebuild: bool, bias: bool, overwrite: bool) -> Slope:
+    """The delta rule from the linear above: ``chain_rule`` of dh = d W. With ``overwrite`` the kept z is used up."""
+    (m, k), n, residual, how = d.shape, weight.shape[1], _main(kept), launch.arithmetic(config, d.dtype)
+    tile = tile_for("dgrad", config.row.name, (m, n, k), d, weight, *_described(how, residual), code=how.code)
     if tile is None or _is_identity(config):
         dh = d.mm(weight)
-        return chain_rule(config, dh, residual, rebuild, bias, over=dh)
+        return chain_rule(config, dh, kept, rebuild, bias, over=dh)
     dz = residual if overwrite else new((m, n), d)
     h = new((m, n), d) if rebuild else None
     sums = new((-(-m // tile.block_m), n), d, torch.float32) if bias else None
-    how, processors = launch.arithmetic(config, d.dtype), device_of(d.device).processors
-    launch.dgrad(how, tile, processors, d, weight, residual, dz, h, sums)()
+    launch.dgrad(how, tile, device_of(d.device).processors, d, weight, residual, dz, h, sums, kept.extra)()
     return Slope(dz, h, _total(sums, d.dtype))
 
 
 def gated_chain_rule(
-    config: Config, dh: Tensor, gate: Tensor, up: Maybe, wanted: Sequence[bool], biases: Sequence[bool],
+    config: Config, dh: Tensor, gate: Kept, up: Kept, wanted: Sequence[bool], biases: Sequence[bool],
     rebuild: bool, over_gate: Maybe = None, over_up: Maybe = None,
 ) -> GatedSlope:  # fmt: skip
     """dg = dh · u · f'(g) and du = dh · f(g) as ``wanted``, h = f(g) · u with ``rebuild``, the sums of dg and du."""
@@ -158,34 +203,45 @@ def gated_chain_rule(
     sums = [new((strip.strips(m), n), dh, wide(dh.dtype)) if bias else None for bias in biases]
     how = launch.arithmetic(config, dh.dtype)
     if dgate is None and h is None:
-        up = None
-    launch.gated_chain_rule(how, strip, dh, gate, up, dgate, dup, h, *sums)()
+        up = Kept(None)
+    scales = (gate.extra, up.extra)
+    launch.gated_chain_rule(how, strip, dh, _main(gate), up.main, dgate, dup, h, sums[0], sums[1], *scales)()
     return GatedSlope(dgate, dup, h, *(_total(s, dh.dtype) for s in sums))
 
 
 def gated_dgrad(
-    config: Config, d: Tensor, weight: Tensor, gate: Tensor, up: Maybe, wanted: Sequence[bool],
+    config: Config, d: Tensor, weight: Tensor, gate: Kept, up: Kept, wanted: Sequence[bool],
     biases: Sequence[bool], rebuild: bool, overwrite: bool,
 ) -> GatedSlope:  # fmt: skip
     """``gated_chain_rule`` of dh = d W, W the linear above. With ``overwrite`` gate and up are used up."""
-    (m, k), n = d.shape, weight.shape[1]
-    tile = None
-    if up is not None and all(wanted):
-        tile = tile_for("gated_dgrad", config.row.name, (m, n, k), d, weight, gate, up)
-    if tile is None or up is None:
+    (m, k), n, how = d.shape, weight.shape[1], launch.arithmetic(config, d.dtype)
+    g, u, tile = _main(gate), up.main, None
+    if u is not None and all(wanted):
+        described = _described(how, g, u)
+        tile = tile_for("gated_dgrad", config.row.name, (m, n, k), d, weight, *described, code=how.code)
+    if tile is None or u is None:
         dh = d.mm(weight)
-        over = gate if overwrite else None
+        over = g if overwrite else None
         return gated_chain_rule(config, dh, gate, up, wanted, biases, rebuild, over_gate=over, over_up=dh)
-    dgate, dup = (gate, up) if overwrite else (new((m, n), d), new((m, n), d))
+    dgate, dup = (g, u) if overwrite else (new((m, n), d), new((m, n), d))
     h = new((m, n), d) if rebuild else None
     sums = [new((-(-m // tile.block_m), n), d, torch.float32) if bias else None for bias in biases]
-    how, processors = launch.arithmetic(config, d.dtype), device_of(d.device).processors
-    launch.gated_dgrad(how, tile, processors, d, weight, gate, up, dgate, dup, h, *sums)()
+    scales, processors = (gate.extra, up.extra), device_of(d.device).processors
+    launch.gated_dgrad(how, tile, processors, d, weight, g, u, dgate, dup, h, sums[0], sums[1], *scales)()
     return GatedSlope(dgate, dup, h, *(_total(s, d.dtype) for s in sums))
 
 
-def value(config: Config, gate: Tensor, up: Maybe = None) -> Tensor:
-    """f(z) with z in ``gate``, or f(g) · u; contiguous."""
-    y = new(gate.shape, gate)
-    launch.activation(launch.arithmetic(config, gate.dtype), gate, up, y)()
+def value(config: Config, dtype: torch.dtype, gate: Kept, up: Kept | None = None) -> Tensor:
+    """f(z) with z, or its e4m3, in ``gate``, or f(g) · u; contiguous matrices."""
+    how, z = launch.arithmetic(config, dtype), _main(gate)
+    y = new(z.shape, z, dtype)
+    if not how.code:
+        launch.activation(how, z, None if up is None else _main(up), y)()
+        return y
+    strip = configs.strip(z.shape[0], z.shape[1], y.itemsize, device_of(z.device).processors)
+    if up is None:
+        launch.chain_rule(how, strip, None, z, None, y, None, gate.extra)()
+    else:
+        scales = (gate.extra, up.extra)
+        launch.gated_chain_rule(how, strip, None, z, _main(up), None, None, y, None, None, *scales)()
     return y

@@ -1,0 +1,235 @@
+"""The compressed save policies in the Triton kernels: the codes are those of plain torch, and so are the gradients."""
+
+import functools
+
+import pytest
+import torch
+from routes import TRITON_DEVICE, each_triton_route
+from support import assert_as_good_as_eager, call, each, eager, flatten, grads, like, places, special, stock
+from support import tensors as draw
+
+from fastbp import compression, ops, reference
+from fastbp.activations import TABLE, bind
+from fastbp.backends import triton
+from fastbp.compression import DTYPES
+from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP
+from fastbp.problem import configure
+from fastbp.reference import Saved
+from fastbp.residuals import read_kept
+from fastbp.saving import FROM_OUTPUT, find_residuals, kept
+
+if triton.unavailable is None:
+    from fastbp.backends.triton import choice, configs, launch, layers
+
+pytestmark = pytest.mark.skipif(triton.unavailable is not None, reason=f"triton: {triton.unavailable}")
+tensors = functools.partial(draw, device=TRITON_DEVICE, requires_grad=False)
+
+GELU = bind("gelu")
+SIDED = [bind(row.name) for row in TABLE if row.grad_from_side is not None]
+EVEN, ODD = (24, 40, 32, 16), (19, 35, 17, 11)
+# One activation where the text of the kernels is the same; every one, in odd sizes, where it is its own.
+ONE_EACH = [(MLP, GELU, save) for save in ("output_bits", "output_lsb", "fp8")] + [(GATED_MLP, bind("silu"), "fp8")]
+LAYERS = [(LINEAR_ACT, bind("hardswish"), "fp8"), (GATED_LINEAR_ACT, bind("softplus", (2.0, 20.0)), "fp8")]
+CASES = [(*case, features) for case in ONE_EACH for features in (EVEN, ODD)] + [(*case, ODD) for case in LAYERS]
+CASES += [(LINEAR_ACT, a, save, ODD) for a, save in zip(SIDED, ["output_bits", "output_lsb"] * 3, strict=False)]
+
+
+def config_of(form, activation, save, backend="triton"):
+    return configure(form.name, activation.name, activation.params, save, backend)
+
+
+def forward(form, activation, save, x, weights, biases):
+    y, *residuals = ops.forward(config_of(form, activation, save), x, weights, biases)
+    assert [(r.shape[-1], r.dtype) for r in residuals] == [
+        (r.features(weights[r.linear].shape[0]), r.dtype(x.dtype)) for r in find_residuals(form, save, len(weights))
+    ]
+    return y, residuals
+
+
+def whole(t):
+    return t.view(torch.int16 if t.itemsize == 2 else torch.int32)
+
+
+def wide_value(activation, z):
+    """f(z) as the kernels have it before it is rounded."""
+    how = launch.arithmetic(config_of(LINEAR_ACT, activation, "preact"), z.dtype)
+    types = launch.arithmetic(config_of(LINEAR_ACT, activation, "preact"), torch.float32).types
+    y = torch.empty_like(z, dtype=torch.float32)
+    launch.activation(how._replace(types=types), z.float(), None, y)()
+    return y
+
+
+@each_triton_route("library", "fused", dtypes=DTYPES)
+@each(("form", "activation", "save", "features"), CASES)
+def test_codes_are_those_of_plain_torch(form, activation, save, features, dtype, triton_route):
+    """Of z as the same kernels keep it, in the first layer; from far left to far right, with inf and NaN among it."""
+    x, weights, biases = tensors(form, dtype, seed=71, rows=(3, 6), features=features)
+    x[0, 1:4] *= 8
+    x[1, 0, 0], x[1, 1, 1] = float("inf"), float("nan")
+    if form is MLP and save in FROM_OUTPUT:  # layers above see another h under output_lsb
+        form, weights, biases = LINEAR_ACT, weights[:1], biases[:1]
+    plain, zs = forward(form, activation, "preact", x, weights, biases)
+    y, residuals = forward(form, activation, save, x, weights, biases)
+    z = zs[0]
+    if save == "output_lsb":
+        assert torch.equal(whole(y), whole(compression.encode_lsb(z, plain, activation.row.minimum_at)))
+        return
+    assert torch.equal(whole(y), whole(plain))
+    if save == "fp8":
+        for kept_z, codes, scales in zip(zs, residuals[0::2], residuals[1::2], strict=True):
+            expected = compression.encode_fp8(kept_z)
+            assert torch.equal(codes, expected[0]) and torch.equal(scales, expected[1])
+            assert (codes[0] != 0x7F).all() and (codes[1, :2] == 0x7F).any()
+        return
+    expected = compression.encode_bits(z, wide_value(activation, z), y, activation.row.minimum_at)
+    if z.shape[-1] % 2:
+        assert (residuals[0][..., -1] >> 4 == 0).all()
+    finite = torch.nn.functional.pad(z.isfinite(), (0, z.shape[-1] % 2))
+    finite = finite[..., 0::2] & finite[..., 1::2] | (z.shape[-1] % 2 == 1) & finite[..., 0::2]
+    assert torch.equal((residuals[0] & 0x88)[finite], (expected & 0x88)[finite])
+    steps = [((residuals[0] >> s & 7).int() - (expected >> s & 7).int()).abs()[finite] for s in (0, 4)]
+    # A GPU may fuse a product and a sum in one kernel and not in the other.
+    assert max(step.max() for step in steps) <= 1 and max((step > 0).float().mean() for step in steps) < 0.02
+
+
+def exact(form, activation, save, dy, saved, needs):
+    """The gradients in float64, from what was kept as ``compression`` reads it."""
+    config = config_of(form, activation, save, "reference")
+    wide = [None if t is None else t.double() for t in (saved.x, *saved.weights, *saved.biases)]
+    half = 1 + len(saved.weights)
+    outputs, slopes = read_kept(config, saved.y, saved.residuals, dy.dtype)
+    if save == "fp8":
+        z = [t.double() for t in outputs]
+        return reference.backward(
+            config_of(form, activation, "preact", "reference"), dy.double(),
+            Saved(wide[0], None, wide[1:half], wide[half:], z), needs,
+        )  # fmt: skip
+    rows = [t.double().flatten(0, -2) for t in (wide[0], *outputs)]
+    d, found = dy.double().flatten(0, -2), [None] * len(needs)
+    for i in range(len(saved.weights) - 1, -1, -1):
+        if i < len(slopes):
+            d = activation.row.grad_from_side(d, *(t.double().flatten(0, -2) for t in slopes[i]))
+        found[1 + i], found[half + i] = d.mT @ rows[i], d.sum(0)
+        d = d @ wide[1 + i]
+    found[0] = d.view(saved.x.shape)
+    return found
+
+
+def saved_call(form, activation, save, given, needs=None):
+    """A call's Saved, with all that backward does not ask for left out, a dy, and what is asked for."""
+    x, weights, biases = given
+    needs = (True,) * (1 + 2 * len(weights)) if needs is None else tuple(needs)
+    y, residuals = forward(form, activation, save, x, weights, biases)
+    keep = kept(form, save, True, needs)
+    flat = [t if k else None for t, k in zip((x, y, *weights, *biases, *residuals), keep, strict=True)]
+    return reference.unflatten(flat, len(weights)), like(y, 72), needs
+
+
+def check_gradients(form, activation, save, given):
+    saved, dy, needs = saved_call(form, activation, save, given)
+    found = [
+        ops.backward(config_of(form, activation, save, backend), dy, saved, needs)
+        for backend in ("triton", "reference")
+    ]
+    assert_as_good_as_eager(*found, exact(form, activation, save, dy, saved, needs))
+
+
+@each_triton_route("library", "fused", dtypes=DTYPES)
+@each(("form", "activation", "save", "features"), CASES)
+def test_gradients(form, activation, save, features, dtype, triton_route):
+    """As good as the reference's, both measured by float64 from the same codes; of rows that no tile divides."""
+    check_gradients(form, activation, save, tensors(form, dtype, seed=73, rows=(3, 6), features=features))
+
+
+@each_triton_route("fused by pointers", "fused in parts", "fused, persistent", dtypes=[torch.bfloat16])
+@each(("form", "activation", "save"), ONE_EACH)
+def test_every_route(form, activation, save, dtype, triton_route):
+    given = tensors(form, dtype, seed=74, rows=18, features=(24, 72, 40, 16))
+    check_gradients(form, activation, save, given)
+    with choice.forced("library"):
+        expected = forward(form, activation, save, *given)[1]
+    found = forward(form, activation, save, *given)[1]
+    differ = [(a != b).float().mean() for a, b in zip(found, expected, strict=True)]
+    assert max(differ) < 0.02, "another order of summation moves a few roundings, and their codes, no more"
+
+
+@each_triton_route("library", "fused", dtypes=DTYPES)
+@each(("form", "save"), [(LINEAR_ACT, "output_bits"), (LINEAR_ACT, "output_lsb"), (LINEAR_ACT, "fp8"),
+                         (GATED_LINEAR_ACT, "fp8")])  # fmt: skip
+def test_nan_and_inf(form, save, dtype, triton_route):
+    """What is finite in eager is finite here; where z is not finite no number comes out where eager has NaN."""
+    activation = GELU
+    x = special(activation, dtype).to(TRITON_DEVICE)[:, None].requires_grad_()
+    weights, biases = [torch.ones(64, 1, dtype=dtype, device=TRITON_DEVICE)] * form.width, [None] * form.width
+    ours = call(form, x, weights, biases, activation=activation, save=save, backend="triton")
+    theirs = eager(form, x, weights, biases, lambda z: stock(activation)(z.mT).mT)
+    dy = like(ours, 75).abs() / 64
+    (mine,), (others,) = grads(ours, [x], dy), grads(theirs, [x], dy)
+    assert torch.equal(places(ours)[x[:, 0].isfinite()], places(theirs)[x[:, 0].isfinite()])
+    assert mine[x.isfinite() & others.isfinite()].isfinite().all() and mine.isfinite().any()
+    assert not mine[~x.isfinite() & others.isnan()].isfinite().any()
+    assert mine[x.isnan()].isnan().all()
+
+
+NEEDS = {
+    "x alone": lambda count: [True] + [False] * (2 * count),
+    "the last weight": lambda count: [i == count for i in range(1 + 2 * count)],
+    "the first bias": lambda count: [i == 1 + count for i in range(1 + 2 * count)],
+    "up's bias": lambda count: [i == 2 + count for i in range(1 + 2 * count)],
+    "weights": lambda count: [0 < i <= count for i in range(1 + 2 * count)],
+}
+
+
+FROZEN = [(*case, needs) for case in ONE_EACH if case[2] != "output_lsb" for needs in NEEDS]
+
+
+@each_triton_route("library", "fused", dtypes=[torch.bfloat16])
+@each(("form", "activation", "save", "needs"), FROZEN)
+def test_frozen_inputs(form, activation, save, needs, dtype, triton_route):
+    """The same gradients when fewer are asked for and less is kept."""
+    given = tensors(form, dtype, seed=76, rows=9, features=EVEN)
+    config = config_of(form, activation, save)
+    saved, dy, every = saved_call(form, activation, save, given)
+    expected = ops.backward(config, dy, saved, every)
+    saved, dy, needed = saved_call(form, activation, save, given, NEEDS[needs](len(given[1])))
+    found = ops.backward(config, dy, saved, needed)
+    for mine, other, need in zip(found, expected, needed, strict=True):
+        if need:
+            torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-3)
+
+
+@each_triton_route("library", "fused", dtypes=[torch.float16])
+@each(("form", "activation", "save"), ONE_EACH)
+def test_through_autograd_the_same_bits_again(form, activation, save, dtype, triton_route):
+    inputs = flatten(*draw(form, dtype, seed=77, rows=9, features=EVEN, device=TRITON_DEVICE))
+    half = 1 + len(inputs) // 2
+    y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save, backend="triton")
+    first, second = (grads(y, inputs, like(y, 78), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    saved, _, needs = saved_call(form, activation, save, (inputs[0].detach(), inputs[1:half], inputs[half:]))
+    with torch.no_grad():
+        again = ops.backward(config_of(form, activation, save), like(y, 78), saved, needs)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@each("save", ["output_bits", "output_lsb", "fp8"])
+def test_no_code_for_the_ping_pong_kernel(save):
+    """Its epilogue knows none: where it is named, or was the fastest, a compressed policy takes another tile."""
+    (pingpong,) = configs.ONLY_MEASURED["sm_90", "forward"]
+    code = launch.CODES[save]
+    matrices = [torch.empty(256, 256, dtype=torch.bfloat16) for _ in range(2)]
+    with choice.forced("fused", pingpong):
+        assert choice.tile_for("forward", "gelu", (256, 256, 256), *matrices) == pingpong
+        tile = choice.tile_for("forward", "gelu", (256, 256, 256), *matrices, code=code)
+    assert tile is not None and not tile.pingpong
+    assert configs.for_code(pingpong, "forward", code) is None
+
+
+@each("save", ["output_bits", "output_lsb", "fp8"])
+def test_small_calls_are_left_to_pytorch(save, monkeypatch):
+    monkeypatch.setattr(launch.Launch, "__call__", lambda self: pytest.fail("a kernel for a small call"))
+    monkeypatch.setattr(layers, "new", lambda *shape: pytest.fail("memory for a small call"))
+    form, given = MLP, tensors(MLP, torch.bfloat16, seed=79)
+    saved, dy, needs = saved_call(form, GELU, save, given)
+    found = [ops.backward(config_of(form, GELU, save, b), dy, saved, needs) for b in ("triton", "reference")]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -126,7 +126,7 @@ def test_a_second_backward_gives_the_same_bits():
 
 def raw(**changes):
     """A good forward and the arguments of its backward, by the ops alone, with some changed."""
-    t = dict(x=torch.randn(3, 4), weight=torch.randn(5, 4), bias=torch.randn(5), settings=16 * 13, params=[])
+    t = dict(x=torch.randn(3, 4), weight=torch.randn(5, 4), bias=torch.randn(5), settings=32 * 13, params=[])
     t |= {k: v for k, v in changes.items() if k in t}
     y, z = ops.forward(t["x"], [t["weight"], t["bias"]], t["settings"], t["params"])
     t |= dict(dy=torch.randn_like(y), y=ops.absent(), z=z, needs=[True] * 3) | changes
@@ -144,8 +144,9 @@ BAD = {
     "bias of no dimension": dict(bias=torch.randn(())),
     "x of no dimension": dict(x=torch.randn(())),
     "x of integers": dict(x=torch.ones(3, 4, dtype=torch.int64)),
-    "no such activation": dict(settings=16 * 99),
-    "no such policy": dict(settings=12),
+    "no such activation": dict(settings=32 * 63),
+    "no such policy": dict(settings=32 * 13 + 4 * 6),
+    "a policy that does not serve the activation": dict(settings=4 * 4),
     "negative settings": dict(settings=-1),
     "a gated form with one weight": dict(settings=1),
     "too many parameters": dict(params=[1.0, 2.0, 3.0]),

@@ -16,6 +16,25 @@ const int32_t* dtype_numbers() {
   return numbers;
 }
 
+// A contiguous tensor, of PyTorch's number of a dtype whose numbers have so many bytes.
+Tensor empty_strided(const int64_t* leading, int64_t count, int64_t last, int32_t dtype, int64_t bytes, Device device) {
+  constexpr int64_t kUsual = 8;  // dimensions for which no memory is asked
+  const int64_t dims = count + 1;
+  int64_t room[2 * kUsual];
+  std::vector<int64_t> more(dims > kUsual ? 2 * dims : 0);
+  int64_t *sizes = more.empty() ? room : more.data(), *strides = sizes + dims;
+  std::copy_n(leading, count, sizes);
+  sizes[count] = last;
+  int64_t step = 1;
+  for (int64_t i = dims; i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) strides[i] = step;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
+  Tensor made(handle);
+  if (poison && made.is_cpu()) memset(made.mutable_data_ptr(), 0xff, made.numel() * bytes);
+  return made;
+}
+
 }  // namespace
 
 Dtype dtype_of(const Tensor& tensor) {
@@ -37,21 +56,12 @@ Device device_of(const Tensor& tensor) {
 }
 
 Tensor empty(const int64_t* leading, int64_t count, int64_t last, Dtype dtype, Device device) {
-  constexpr int64_t kUsual = 8;  // dimensions for which no memory is asked
-  const int64_t dims = count + 1;
-  int64_t room[2 * kUsual];
-  std::vector<int64_t> more(dims > kUsual ? 2 * dims : 0);
-  int64_t *sizes = more.empty() ? room : more.data(), *strides = sizes + dims;
-  std::copy_n(leading, count, sizes);
-  sizes[count] = last;
-  int64_t step = 1;
-  for (int64_t i = dims; i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) strides[i] = step;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype_numbers()[static_cast<int>(dtype)],
-                                                         device.type, device.index, &handle));
-  Tensor made(handle);
-  if (poison && made.is_cpu()) memset(made.mutable_data_ptr(), 0xff, made.numel() * kItemSize[static_cast<int>(dtype)]);
-  return made;
+  const int d = static_cast<int>(dtype);
+  return empty_strided(leading, count, last, dtype_numbers()[d], kItemSize[d], device);
+}
+
+Tensor empty_bytes(const int64_t* leading, int64_t count, int64_t last, Device device) {
+  return empty_strided(leading, count, last, aoti_torch_dtype_uint8(), 1, device);
 }
 
 Rows::Rows(const Tensor& tensor) : any_(true), data_(tensor.const_data_ptr()), dtype_(dtype_of(tensor)) {

@@ -127,7 +127,7 @@ struct Weight {
 };
 
 enum class Save : int { preact, output, recompute, output_bits, output_lsb, fp8 };  // in the order of saving.py
-constexpr int kSaves = 3;
+constexpr int kSaves = 6;
 
 struct Settings {
   bool gated, projected;
@@ -135,7 +135,35 @@ struct Settings {
   double params[2];
   Save save;
   bool overwrites = false;  // whether z is nobody else's, so that backward may write dz over it
+
+  // Whether backward reads the outputs of the hidden layers; and whether the side of the minimum with them.
+  bool from_output() const { return save == Save::output || from_side(); }
+  bool from_side() const { return save == Save::output_bits || save == Save::output_lsb; }
+  // What is kept besides y, in the order of saving.find_residuals: z of each hidden linear or the output of each hidden
+  // layer (that of a layer alone is y), bits, or codes of fp8 and their scales.
+  bool keeps_z() const { return save == Save::preact; }
+  bool keeps_h() const { return from_output() && projected; }
+  bool keeps_bits() const { return save == Save::output_bits; }
+  bool keeps_fp8() const { return save == Save::fp8; }
+  bool compressed() const { return from_side() || keeps_fp8(); }
 };
+
+// Rows of bytes that a compressed policy keeps, contiguous; nothing where backward does not read them.
+struct Bytes {
+  Maybe tensor;
+  int64_t size = 0, row = 0;  // of a row; the first row
+
+  Bytes() = default;
+  explicit Bytes(const Tensor& bytes) : tensor(bytes), size(bytes.sizes().back()) {}
+  explicit operator bool() const { return tensor.has_value(); }
+  const uint8_t* at(int64_t r, int64_t column) const {
+    return static_cast<const uint8_t*>(tensor->const_data_ptr()) + (row + r) * size + column;
+  }
+};
+// The lengths of rows of bits and of scales, and how many numbers of fp8 share a scale: fastbp/compression.py.
+constexpr int64_t kScaled = 32;
+inline int64_t bits_size(int64_t n) { return (n + 1) / 2; }
+inline int64_t scales_size(int64_t n) { return (n + kScaled - 1) / kScaled; }
 
 // Where tensors are: PyTorch's numbers of the device's type and of the device.
 struct Device {
@@ -154,9 +182,11 @@ struct Call {
   Rows x;
   std::vector<Weight> weights;
   std::vector<Maybe> biases;
-  // Of the hidden layers: z, or their outputs.
+  // Of the hidden layers, by linear: z, or their outputs, as tensors and as rows; and what compressed policies have. Of
+  // fp8 there are `codes` and `scales`, and nothing of the others; of output_bits `bits` beside the outputs.
   std::vector<Maybe> kept;
   std::vector<Rows> residuals;
+  std::vector<Bytes> bits, codes, scales;
 
   int64_t linears() const { return static_cast<int64_t>(weights.size()); }
   int width() const { return settings.gated ? 2 : 1; }
@@ -176,6 +206,9 @@ struct Call {
     for (Rows& residual : part.residuals) {
       if (residual.any()) residual = residual.slice(r, count);
     }
+    for (auto* all : {&part.bits, &part.codes, &part.scales}) {
+      for (Bytes& bytes : *all) bytes.row += r;
+    }
     return part;
   }
 
@@ -184,6 +217,10 @@ struct Call {
     kept.push_back(tensor);
     residuals.push_back(tensor ? Rows(*tensor) : Rows());
   }
+
+  // Whether something is there of a hidden linear: z in whatever form, or the output of its layer.
+  bool has(int64_t linear) const { return settings.keeps_fp8() ? bool(codes[linear]) : residuals[linear].any(); }
+  int64_t kept_size(int64_t linear) const { return settings.keeps_fp8() ? codes[linear].size : residuals[linear].size; }
 
   // Whether backward computes z of a linear again: nothing was kept of it, and what it takes is there.
   bool replays(int64_t linear) const { return settings.save == Save::recompute && x.any() && weights[linear].any; }
@@ -248,8 +285,10 @@ struct Call {
 };
 
 Dtype dtype_of(const Tensor& tensor);
-// A contiguous tensor (*leading, last) to be filled in, on the CPU if nothing else is said; and the two usual cases.
+// A contiguous tensor (*leading, last) to be filled in, of numbers or of bytes, on the CPU if nothing else is said; and
+// the two usual cases.
 Tensor empty(const int64_t* leading, int64_t count, int64_t last, Dtype dtype, Device device = {});
+Tensor empty_bytes(const int64_t* leading, int64_t count, int64_t last, Device device = {});
 inline Tensor empty_row(int64_t size, Dtype dtype) { return empty(nullptr, 0, size, dtype); }
 inline Tensor empty_matrix(int64_t rows, int64_t columns, Dtype dtype) { return empty(&rows, 1, columns, dtype); }
 // A bias as a row of S, or null; the memory lasts as long as the scratch.

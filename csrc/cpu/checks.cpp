@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <string_view>
@@ -19,6 +21,9 @@ static_assert(kOverwrites == 2048);                     // as ops.cpp and the Py
 #define FASTBP_NAME(A) " " #A
 static_assert(
     std::string_view(FASTBP_FOR_EACH_ACTIVATION(FASTBP_NAME)).starts_with(" identity "));  // see check_complete
+
+#define FASTBP_HAS_SIDE(A) act::A::has_grad_from_side,
+constexpr bool kHasSide[] = {FASTBP_FOR_EACH_ACTIVATION(FASTBP_HAS_SIDE)};
 
 // Every tensor that reaches a pointer passes here: the Python side has said it better, but an op can be called alone.
 void check(const Tensor& tensor, const Call& call, const char* name) {
@@ -59,7 +64,11 @@ Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std:
   STD_TORCH_CHECK(
       call.settings.gated ? linears == 2 + call.settings.projected : call.settings.projected || linears == 1,
       "fastbp_native: this form does not have ", linears, " linears");
+  STD_TORCH_CHECK(!call.settings.from_side() || (!call.settings.gated && kHasSide[activation]),
+                  "fastbp_native: the output of this call and one side of a minimum do not determine its slope");
   call.dtype = dtype_of(data);
+  STD_TORCH_CHECK(!call.settings.compressed() || call.dtype != Dtype::float64,
+                  "fastbp_native: compressed policies do not serve float64");
   call.device = device_of(data);
   check(data, call, "x or dy");
   const auto sizes = data.sizes();
@@ -85,6 +94,39 @@ Rows rows_of(const Tensor& tensor, const Call& call, const char* name) {
   return rows;
 }
 
+// What a compressed policy kept; it is read where it lies next to one another.
+Bytes bytes_of(const Maybe& tensor, const Call& call) {
+  if (!tensor) return Bytes();
+  STD_TORCH_CHECK(device_of(*tensor) == call.device, "fastbp_native: a residual must be on the device of the others");
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor->get(), &dtype));
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_uint8() && tensor->dim() > 0,
+                  "fastbp_native: what a compressed policy keeps must be rows of uint8");
+  const auto sizes = tensor->sizes();
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) rows *= sizes[i];
+  STD_TORCH_CHECK(rows == call.rows, "fastbp_native: a residual has ", rows, " rows and not ", call.rows);
+  return Bytes(tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor));
+}
+
+// The residuals of `saved`, in the order of saving.find_residuals.
+void take_residuals(Call& call, const std::vector<Tensor>& saved) {
+  const Settings& settings = call.settings;
+  size_t place = 2 + 2 * call.linears();
+  const auto next = [&] { return place < saved.size() ? if_any(saved[place++]) : Maybe(); };
+  for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
+    if (settings.keeps_fp8()) {
+      call.codes.push_back(bytes_of(next(), call));
+      call.scales.push_back(bytes_of(next(), call));
+      continue;
+    }
+    Maybe residual = settings.from_output() && !settings.projected ? if_any(saved[1]) : next();
+    call.residuals.push_back(residual ? rows_of(*residual, call, "residual") : Rows());
+    call.kept.push_back(std::move(residual));
+    if (settings.keeps_bits()) call.bits.push_back(bytes_of(next(), call));
+  }
+}
+
 // A weight that backward does not read is not there, and its sizes follow from what lies around it.
 void infer_sizes(Call& call, int64_t last) {
   for (int64_t layer = call.layers() - 1; layer >= 0; --layer) {  // above each layer lies one whose input is known
@@ -92,7 +134,7 @@ void infer_sizes(Call& call, int64_t last) {
     int64_t out = layer == call.layers() - 1 ? last : call.weights[above].any ? call.weights[above].in : 0;
     for (int64_t i = first; i < above; ++i) {
       if (call.biases[i]) out = call.biases[i]->size(0);
-      if (layer < call.hidden() && !call.residuals.empty() && call.residuals[i].any()) out = call.residuals[i].size;
+      if (layer < call.hidden() && call.settings.save != Save::recompute && call.has(i)) out = call.kept_size(i);
       if (call.weights[i].any) out = call.weights[i].out;
     }
     for (int64_t i = first; i < above; ++i) call.weights[i].out = out;
@@ -114,6 +156,27 @@ bool looks_at(const Call& call, const Needs& needs, int64_t linear) {
   return needs.slope(0) || (linear == 0 && needs.slope(1));  // dg looks at g and u, du at g
 }
 
+// What was kept of a hidden linear, where the slopes of its layer look at it and where they do not.
+void check_kept(const Call& call, int64_t linear, bool looked_at) {
+  const int64_t n = call.weights[linear].out;
+  const auto fits = [](int64_t size, int64_t wanted) {
+    STD_TORCH_CHECK(size == wanted, "fastbp_native: a residual does not fit its weight");
+  };
+  const auto expect = [](bool there) {
+    STD_TORCH_CHECK(there, "fastbp_native: a residual that backward reads is absent");
+  };
+  expect(call.has(linear) || !looked_at);
+  if (call.has(linear)) fits(call.kept_size(linear), n);
+  if (call.settings.keeps_fp8()) {
+    expect(bool(call.scales[linear]) || !call.codes[linear]);
+    if (call.scales[linear]) fits(call.scales[linear].size, scales_size(n));
+  }
+  if (call.settings.keeps_bits()) {
+    expect(bool(call.bits[linear]) || !looked_at);
+    if (call.bits[linear]) fits(call.bits[linear].size, bits_size(n));
+  }
+}
+
 // What backward is going to read must be there and fit together; which of it that is, follows from the needs.
 void check_complete(const Call& call, const std::vector<bool>& wanted, int64_t last) {
   const Needs needs(call, wanted);
@@ -132,13 +195,12 @@ void check_complete(const Call& call, const std::vector<bool>& wanted, int64_t l
       expect(w.any || !needs.below(layer), "a weight that backward reads is absent");
       reads_input = reads_input || needs.weight(i);
       if (replay || layer == call.hidden()) continue;
-      expect(!call.residuals[i].any() || call.residuals[i].size == w.out, "a residual does not fit its weight");
-      expect(call.residuals[i].any() || !looks_at(call, needs, i), "a residual that backward reads is absent");
+      check_kept(call, i, looks_at(call, needs, i));
     }
     if (!reads_input) continue;
     expect(layer > 0 || call.x.any(), "x, which backward reads, is absent");
     for (int64_t i = layer > 0 ? call.first(layer - 1) : first; i < first && !replay; ++i) {
-      expect(call.residuals[i].any(), "a residual that backward reads is absent");
+      expect(call.has(i), "a residual that backward reads is absent");
     }
   }
   for (int64_t i = 0; i < call.hidden() * call.width() && replay; ++i) {
@@ -189,15 +251,7 @@ Call backward_call(const Tensor& dy, const std::vector<Tensor>& saved, int64_t s
     call.biases.push_back(if_any(saved[2 + linears + i]));
     if (weights[i]) call.weights[i] = weight_of(*weights[i], call);
   }
-  if (call.settings.save != Save::recompute) {
-    const bool from_y = call.settings.save == Save::output && !call.settings.projected;
-    for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
-      const size_t place = from_y ? 1 : 2 + 2 * linears + i;
-      Maybe residual = place < saved.size() ? if_any(saved[place]) : Maybe();
-      call.residuals.push_back(residual ? rows_of(*residual, call, "residual") : Rows());
-      call.kept.push_back(std::move(residual));
-    }
-  }
+  if (call.settings.save != Save::recompute) take_residuals(call, saved);
   infer_sizes(call, dy.sizes().back());
   for (int64_t i = 0; i < linears; ++i) check_bias(call.biases[i], call.weights[i], call);
   check_complete(call, needs, dy.sizes().back());

@@ -11,6 +11,11 @@ namespace fastbp::cuda {
 
 namespace {
 
+// Until they are served here.
+void refuse_compressed(const Call& call) {
+  check(!call.settings.compressed(), "the CUDA kernels do not serve compressed policies");
+}
+
 // sum + a b, in place, rounded once.
 void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
   check(aoti_torch_cuda_addmm_out(sum.get(), sum.get(), a.get(), b.get(), 1.0, 1.0) == 0,
@@ -127,6 +132,7 @@ std::vector<Maybe> run_backward(Call& call, const Tensor& dy, const Maybe& x, co
 std::vector<Tensor> forward(const Tensor& x, std::vector<Tensor> tensors, int64_t settings,
                             std::vector<double> params) {
   const Call call = cpu::forward_call(x, tensors, settings, params);
+  refuse_compressed(call);
   tensors.resize(call.linears());
   const OnDevice here(call.device.index);
   const auto results = run_forward(call, x, tensors);
@@ -139,6 +145,7 @@ std::vector<Tensor> backward(const Tensor& dy, std::vector<Tensor> saved, int64_
   Maybe x;
   std::vector<Maybe> weights;
   Call call = cpu::backward_call(dy, saved, settings, params, needs, x, weights);
+  refuse_compressed(call);
   const OnDevice here(call.device.index);
   const auto grads = run_backward(call, dy, x, weights, needs);
   check_launches();

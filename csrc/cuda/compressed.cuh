@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
       const Pack<D> y = value(activation, part[0][i], v.up != nullptr, part[1][i], v.keeps, bits);
       if (inside) store<D>(static_cast<Memory<D>*>(v.y) + at * n, column, n, y, whole);
       if (inside && v.keeps == Keeps::bits) {
-        const int64_t bytes = bytes_of_bits(n);
+        const int64_t bytes = bits_size(n);
         if (column + width > n) bits &= (1u << (4 * (n - column))) - 1;
         store_bytes(static_cast<uint8_t*>(v.beside[0]) + at * bytes, column / 2, bytes, static_cast<Bits<D>>(bits),
                     whole);
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
         auto *codes = static_cast<uint8_t*>(v.kept[which]) + at * n, *scales = static_cast<uint8_t*>(v.beside[which]);
         if (!inside) continue;
         store_bytes(codes, column, n, encoded(part[which][i], scale), whole);
-        if (column % kBlock == 0) scales[at * scales_of(n) + column / kBlock] = static_cast<uint8_t>(scale);
+        if (column % kBlock == 0) scales[at * scales_size(n) + column / kBlock] = static_cast<uint8_t>(scale);
       }
     }
   }

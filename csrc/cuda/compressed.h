@@ -8,8 +8,8 @@
 namespace fastbp::cuda {
 
 constexpr int kBlock = 32;  // numbers that share a scale
-HD int64_t scales_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
-HD int64_t bytes_of_bits(int64_t n) { return (n + 1) / 2; }
+HD int64_t scales_size(int64_t n) { return (n + kBlock - 1) / kBlock; }
+HD int64_t bits_size(int64_t n) { return (n + 1) / 2; }
 
 // Lanes that share one, each with a pack.
 template <Dtype D>

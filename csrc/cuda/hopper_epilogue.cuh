@@ -64,7 +64,7 @@ struct Epilogue {
   // Of a byte of what lies beside a matrix: of its bits, which are half a byte a number, and of its scales.
   __device__ __forceinline__ int64_t bits_at(int pass) const { return offset(pass) / 2; }
   __device__ __forceinline__ int64_t scale_at(int pass) const {
-    return static_cast<int64_t>(row(pass)) * scales_of(static_cast<int>(arguments.product.n)) + column() / kBlock;
+    return static_cast<int64_t>(row(pass)) * scales_size(static_cast<int>(arguments.product.n)) + column() / kBlock;
   }
 
   // What backward kept, of some passes. Outside it is 0, and 0 of the right side, where dh is 0 too, and so is dz(0, 0)

@@ -77,12 +77,12 @@ __device__ Raw<D> load_kept(const void* kept, const void* beside, Keeps keeps, i
   if (D != Dtype::float64 && READS == Reads::z && keeps == Keeps::fp8) {
     const auto* codes = static_cast<const uint8_t*>(kept) + row * n;
     raw.numbers = in_place<D>(load_bytes<E4m3<D>>(codes, column, n, whole));
-    raw.beside = static_cast<const uint8_t*>(beside)[row * scales_of(n) + column / kBlock];
+    raw.beside = static_cast<const uint8_t*>(beside)[row * scales_size(n) + column / kBlock];
     return raw;
   }
   raw.numbers = load<D>(static_cast<const Memory<D>*>(kept) + row * stride, column, n, 1, whole);
   if (READS == Reads::side && keeps == Keeps::bits) {
-    const int64_t bytes = bytes_of_bits(n);
+    const int64_t bytes = bits_size(n);
     raw.beside = load_bytes<Bits<D>>(static_cast<const uint8_t*>(beside) + row * bytes, column / 2, bytes, whole);
   }
   return raw;

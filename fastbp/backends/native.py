@@ -69,9 +69,9 @@ def _ops() -> Any:
 def supports(problem: Problem) -> str | None:
     """Why this backend cannot serve the problem, or None."""
     device = problem.device
-    if POLICIES[problem.config.save].compressed:
-        return f"the C++ kernels do not serve save={problem.config.save!r}"
     if device.type == "cpu":
+        if POLICIES[problem.config.save].compressed:
+            return f"the C++ kernels do not serve save={problem.config.save!r}"
         return None
     if device.type != "cuda" or torch.version.hip:
         return (

@@ -70,6 +70,9 @@ const Maybe& Layers::kept(int64_t linear) const {
   return keeps() == Keeps::fp8 ? call_.codes[linear].tensor : call_.kept[linear];
 }
 
+// Contiguous, as codes are always (bytes_of in cpu/checks.cpp).
+Maybe Layers::dense_kept(int64_t linear) const { return keeps() == Keeps::fp8 ? kept(linear) : packed(kept(linear)); }
+
 Maybe Layers::beside(int64_t linear) const {
   if (keeps() == Keeps::fp8) return call_.scales[linear].tensor;
   return keeps() == Keeps::bits ? call_.bits[linear].tensor : std::nullopt;
@@ -193,8 +196,8 @@ void Layers::launch_rows(CompressedValue& value, int64_t n) const {
 
 Tensor Layers::value(int64_t layer) const {
   const int64_t first = call_.first(layer);
-  const Tensor z = dense(*kept(first));
-  const Maybe u = call_.settings.gated ? packed(kept(first + 1)) : std::nullopt;
+  const Tensor z = *dense_kept(first);
+  const Maybe u = call_.settings.gated ? dense_kept(first + 1) : std::nullopt;
   const Tensor y = like(z);
   if (keeps() == Keeps::fp8) {
     CompressedValue value{};
@@ -217,7 +220,12 @@ Slope Layers::chain_rule(const Tensor& dh, int64_t layer, const Wanted& wanted, 
     if (wanted.db[0]) slope.db[0] = column_sum(dh);
     return slope;
   }
-  const Maybe gate = rows_of(kept(first), m), up = gated ? packed(rows_of(kept(first + 1), m)) : std::nullopt;
+  const bool coded = keeps() == Keeps::fp8;
+  const auto part_of = [&](int64_t linear) {  // the kernel of one linear counts with a stride
+    if (coded) return kept(linear);
+    return gated ? packed(rows_of(kept(linear), m)) : rows_of(kept(linear), m);
+  };
+  const Maybe gate = part_of(first), up = gated ? part_of(first + 1) : std::nullopt;
   const Maybe gate_beside = beside(first), up_beside = gated ? beside(first + 1) : std::nullopt;
   const Strips strips = strips_of(m, n, call_.dtype, properties_.processors);
   const Dtype wide = call_.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
@@ -237,10 +245,9 @@ Slope Layers::chain_rule(const Tensor& dh, int64_t layer, const Wanted& wanted, 
   if (wanted.h) slope.h = make({m, n}, call_.dtype);
   const auto strides = dh.strides();
   if (gated) {
-    const Tensor g = dense(*gate);
     const bool reads_up = wanted.dz[0] || wanted.h;
     GatedChainRule rule{};
-    rule.dh = dh.const_data_ptr(), rule.gate = g.const_data_ptr(), rule.up = reads_up ? data(up) : nullptr;
+    rule.dh = dh.const_data_ptr(), rule.gate = data(gate), rule.up = reads_up ? data(up) : nullptr;
     rule.gate_scales = data(gate_beside), rule.up_scales = data(up_beside), rule.keeps = keeps();
     rule.dgate = data(slope.dz[0]), rule.dup = data(slope.dz[1]), rule.h = data(slope.h);
     rule.gate_sums = data(sums[0]), rule.up_sums = data(sums[1]);
@@ -252,7 +259,7 @@ Slope Layers::chain_rule(const Tensor& dh, int64_t layer, const Wanted& wanted, 
     rule.dh = dh.const_data_ptr(), rule.kept = data(gate), rule.dz = data(slope.dz[0]), rule.h = data(slope.h);
     rule.beside = data(gate_beside), rule.sums = data(sums[0]);
     rule.m = m, rule.n = n, rule.dh_stride = strides[0], rule.dh_column_stride = strides[1];
-    rule.stride = gate->stride(0), rule.keeps = keeps(), rule.strips = strips;
+    rule.stride = coded ? n : gate->stride(0), rule.keeps = keeps(), rule.strips = strips;
     launch(activation_, rule, stream_);
   }
   for (int part = 0; part < call_.width(); ++part) slope.db[part] = total(sums[part]);
@@ -263,7 +270,7 @@ Slope Layers::dgrad(const Tensor& d, const Tensor& weight, int64_t layer, const 
   if (route() == Route::library) return chain_rule(mm(d, weight), layer, wanted, true);
   const int64_t m = d.size(0), k = d.size(1), n = weight.size(1), first = call_.first(layer);
   const bool gated = call_.settings.gated;
-  const Maybe gate = packed(kept(first)), up = gated ? packed(kept(first + 1)) : std::nullopt;
+  const Maybe gate = dense_kept(first), up = gated ? dense_kept(first + 1) : std::nullopt;
   const Maybe gate_beside = beside(first), up_beside = gated ? beside(first + 1) : std::nullopt;
   Product product{};
   product.kind = gated ? Product::gated_dgrad : Product::dgrad;

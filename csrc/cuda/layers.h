@@ -61,6 +61,7 @@ class Layers {
   Keeps keeps() const;
   // What was kept of a linear, as forward keeps it.
   const Maybe& kept(int64_t linear) const;
+  Maybe dense_kept(int64_t linear) const;
   Maybe beside(int64_t linear) const;
 
   const Call& call_;

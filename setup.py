@@ -34,6 +34,7 @@ ABI = "0x020b000000000000"  # the same as a number: newer functions of the stabl
 KERNELS = {
     SOURCES / "cpu" / "products.cpp": [],
     SOURCES / "cpu" / "elementwise.cpp": ["-fschedule-insns", "-fsched-pressure"],
+    SOURCES / "cpu" / "compressed.cpp": ["-fschedule-insns", "-fsched-pressure"],
 }
 AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 X86 = {

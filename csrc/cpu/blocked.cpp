@@ -33,7 +33,7 @@ void Blocked<S>::plan() {
   while (items() < wanted && most_group > kLeastGroup && r > kLeastGroup) most_group /= 2;
   while (items() < wanted && most_strip > kLeastStrip) most_strip /= 2;
   group_ = equal_part(r, most_group, k.tile_rows);
-  strip_ = equal_part(c, most_strip, k.tile_columns);
+  strip_ = equal_part(c, most_strip, std::max<int64_t>(k.tile_columns, unit));
   step_ = equal_part(std::max<int64_t>(depth, 1), kStep, 1);
   panel_ = equal_part(group_, kPanel, k.tile_rows);
 }

@@ -16,6 +16,7 @@ struct Blocked {
   int64_t rows = 0, columns = 0, depth = 0;
   int segments = 1;           // stretches of the reduction, each `depth` long, with an A and a B of its own
   int outputs = 1;            // products of one A with several B
+  int64_t unit = 1;           // a power of two: strips of columns begin at multiples of it
   bool a_by_columns = false;  // A comes by columns: `read_a` writes tiles, see Product
   const S* bias[2] = {nullptr, nullptr};
 

@@ -89,6 +89,12 @@ Rows::Rows(const Tensor& tensor) : any_(true), data_(tensor.const_data_ptr()), d
   }
 }
 
+Rows::Rows(const Bytes& codes, const Bytes& scales, int64_t rows, Dtype dtype)
+    : count(rows), size(codes.size), any_(true), data_(codes.tensor->const_data_ptr()), dtype_(dtype) {
+  STD_TORCH_CHECK(scales, "fastbp_native: codes of fp8 need their scales");
+  scales_ = static_cast<const uint8_t*>(scales.tensor->const_data_ptr());
+}
+
 const void* Rows::at(int64_t row, int64_t column) const {
   int64_t offset = column * stride_;
   row += first_;
@@ -118,15 +124,22 @@ Tensor Call::make_bias_gradient(const double* sums, int64_t size) const {
 }
 
 template <class S>
-void Call::output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_stride, S* to, int64_t to_stride) const {
+void Call::output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_stride, S* to, int64_t to_stride,
+                  uint8_t* bits, int64_t bits_stride) const {
   const Elementwise& in_s = loops<S>(kDtypeOf<S>);
-  if (!rounds<S>() && kept_stride == n && to_stride == n) {  // one long row
+  const bool sides = settings.from_side();  // these loops round, too
+  if ((sides || !rounds<S>()) && kept_stride == n && to_stride == n &&
+      (!bits || 2 * bits_stride == n)) {  // one long row
     n *= rows;
     rows = 1;
   }
   for (int64_t i = 0; i < rows; ++i) {
     S* row = to + i * to_stride;
     const S* z = kept[0] + i * kept_stride;
+    if (sides) {
+      rounded<S>().value[settings.activation](n, z, row, bits ? bits + i * bits_stride : nullptr);
+      continue;
+    }
     if (settings.gated) {
       in_s.gated_value[settings.activation](n, z, kept[1] + i * kept_stride, row, settings.params);
     } else {
@@ -138,25 +151,28 @@ void Call::output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_st
 
 template <class S>
 void Call::slope(int64_t rows, int64_t n, const S* dh, int64_t stride, const S* const* kept, int64_t kept_stride,
-                 S* const* dz, int64_t dz_stride) const {
+                 S* const* dz, int64_t dz_stride, const uint8_t* bits, int64_t bits_stride) const {
   const Elementwise& in_s = loops<S>(kDtypeOf<S>);
-  if (!rounds<S>() && stride == n && dz_stride == n && (!kept[0] || kept_stride == n)) {  // one long row
+  if (!rounds<S>() && stride == n && dz_stride == n && (!kept[0] || kept_stride == n) &&
+      (!bits || 2 * bits_stride == n)) {  // one long row
     n *= rows;
     rows = 1;
   }
   Scratch scratch;
-  S* rounded = rounds<S>() ? scratch.take<S>(n) : nullptr;
+  S* rounded_dh = rounds<S>() ? scratch.take<S>(n) : nullptr;
   const auto at = [](auto* base, int64_t offset) { return base ? base + offset : nullptr; };
   for (int64_t i = 0; i < rows; ++i) {
     const S* dh_row = dh + i * stride;
-    if (rounded) {
-      std::copy_n(dh_row, n, rounded);
-      round(n, rounded);
-      dh_row = rounded;
+    if (rounded_dh) {
+      std::copy_n(dh_row, n, rounded_dh);
+      round(n, rounded_dh);
+      dh_row = rounded_dh;
     }
     const S* z = at(kept[0], i * kept_stride);
     S *first = at(dz[0], i * dz_stride), *second = settings.gated ? at(dz[1], i * dz_stride) : nullptr;
-    if (settings.gated) {
+    if (settings.from_side()) {
+      rounded<S>().grad[settings.activation](n, dh_row, z, at(bits, i * bits_stride), first);
+    } else if (settings.gated) {
       const S* up = at(kept[1], i * kept_stride);
       in_s.gated_grad[settings.activation](n, dh_row, z, up, first, second, settings.params);
     } else {
@@ -172,7 +188,7 @@ void Call::read_input(int64_t layer, int64_t r, int64_t rows, int64_t c, int64_t
   if (layer == 0) return x.read(r, rows, c, n, to, to_stride);
   const Rows* kept = &residuals[first(layer - 1)];
   kept[0].read(r, rows, c, n, to, to_stride);
-  if (settings.save == Save::output) return;
+  if (settings.from_output()) return;
   Scratch scratch;
   S* up = settings.gated ? scratch.take<S>(n) : nullptr;
   for (int64_t i = 0; i < rows; ++i) {
@@ -200,7 +216,8 @@ void Call::read_slope(int64_t layer, int64_t r, int64_t rows, int64_t c, int64_t
     kept[part].read(r, rows, c, n, copy, n);
     parts[part] = copy;
   }
-  slope(rows, n, dh, stride, parts, as_it_is ? kept[0].row_stride() : n, dz, dz_stride);
+  slope(rows, n, dh, stride, parts, as_it_is ? kept[0].row_stride() : n, dz, dz_stride, bits_at(layer, r, c),
+        bits_size(weights[first(layer)].out));
 }
 
 template <class S>
@@ -212,13 +229,14 @@ const S* read_bias(const Maybe& bias, Scratch& scratch) {
   return numbers;
 }
 
-#define FASTBP_INSTANTIATE(S)                                                                                         \
-  template Tensor Call::make_bias_gradient<S>(const double*, int64_t) const;                                          \
-  template void Call::output(int64_t, int64_t, const S* const*, int64_t, S*, int64_t) const;                          \
-  template void Call::slope(int64_t, int64_t, const S*, int64_t, const S* const*, int64_t, S* const*, int64_t) const; \
-  template void Call::read_input(int64_t, int64_t, int64_t, int64_t, int64_t, S*, int64_t) const;                     \
-  template void Call::read_slope(int64_t, int64_t, int64_t, int64_t, int64_t, const S*, int64_t, S* const*, int64_t)  \
-      const;                                                                                                          \
+#define FASTBP_INSTANTIATE(S)                                                                                        \
+  template Tensor Call::make_bias_gradient<S>(const double*, int64_t) const;                                         \
+  template void Call::output(int64_t, int64_t, const S* const*, int64_t, S*, int64_t, uint8_t*, int64_t) const;      \
+  template void Call::slope(int64_t, int64_t, const S*, int64_t, const S* const*, int64_t, S* const*, int64_t,       \
+                            const uint8_t*, int64_t) const;                                                          \
+  template void Call::read_input(int64_t, int64_t, int64_t, int64_t, int64_t, S*, int64_t) const;                    \
+  template void Call::read_slope(int64_t, int64_t, int64_t, int64_t, int64_t, const S*, int64_t, S* const*, int64_t) \
+      const;                                                                                                         \
   template const S* read_bias(const Maybe&, Scratch&);
 FASTBP_INSTANTIATE(float)
 FASTBP_INSTANTIATE(double)

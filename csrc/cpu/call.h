@@ -14,16 +14,40 @@ namespace fastbp::cpu {
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
+// Rows of bytes that a compressed policy keeps, contiguous; nothing where backward does not read them.
+struct Bytes {
+  Maybe tensor;
+  int64_t size = 0, row = 0;  // of a row; the first row
+
+  Bytes() = default;
+  explicit Bytes(const Tensor& bytes) : tensor(bytes), size(bytes.sizes().back()) {}
+  explicit operator bool() const { return tensor.has_value(); }
+  const uint8_t* at(int64_t r, int64_t column) const {
+    return static_cast<const uint8_t*>(tensor->const_data_ptr()) + (row + r) * size + column;
+  }
+  // To be written; null where nothing is kept.
+  uint8_t* over(int64_t r, int64_t column) const { return tensor ? const_cast<uint8_t*>(at(r, column)) : nullptr; }
+};
+// The lengths of rows of bits and of scales, and how many numbers of fp8 share a scale: fastbp/compression.py.
+constexpr int64_t kScaled = 32;
+inline int64_t bits_size(int64_t n) { return (n + 1) / 2; }
+inline int64_t scales_size(int64_t n) { return (n + kScaled - 1) / kScaled; }
+
 // The last dimension of a tensor as rows, all others counted through; any strides.
 class Rows {
  public:
   Rows() = default;
   explicit Rows(const Tensor& tensor);
+  // Numbers of a dtype that are kept in fp8: they can be read, from the beginning of a block, and do not lie anywhere.
+  Rows(const Bytes& codes, const Bytes& scales, int64_t rows, Dtype dtype);
+  // Those of a result.
+  Rows(const struct Out& out, int64_t rows);
   // Whether there is a tensor behind it.
   bool any() const { return any_; }
+  bool coded() const { return scales_ != nullptr; }
   const void* at(int64_t row, int64_t column) const;
   // Whether each row is one piece of memory, and all rows row_stride() apart.
-  bool dense() const { return uniform_ && stride_ == 1; }
+  bool dense() const { return uniform_ && stride_ == 1 && !coded(); }
   // Such rows, if they are of S; null otherwise.
   template <class S>
   const S* dense_as() const {
@@ -32,7 +56,7 @@ class Rows {
   int64_t row_stride() const { return row_stride_; }
   bool contiguous() const { return dense() && (count < 2 || row_stride_ == size); }
   // Contiguous rows, to be written over.
-  struct Out over() const;
+  Out over() const;
   // Rows [r, r + rows) alone.
   Rows slice(int64_t r, int64_t rows) const {
     Rows part = *this;
@@ -47,7 +71,13 @@ class Rows {
   template <class S>
   void read(int64_t r, int64_t rows, int64_t c, int64_t n, S* to, int64_t to_stride) const {
     const auto& k = kernels<S>();
+    if (coded()) return decode(k.rounded[static_cast<int>(dtype_)], r, rows, c, n, to, to_stride);
     for (int64_t i = 0; i < rows; ++i) k.read(dtype_, n, at(r + i, c), stride_, to + i * to_stride);
+  }
+  // Whole rows of fp8 as numbers of S, which are the dtype's own.
+  template <class S>
+  void decode_own(int64_t r, int64_t rows, S* to, int64_t to_stride) const {
+    decode(kernels<float>().compressed[static_cast<int>(dtype_)], r, rows, 0, size, to, to_stride);
   }
 
  private:
@@ -57,6 +87,15 @@ class Rows {
   int64_t stride_ = 1, row_stride_ = 0, first_ = 0;
   bool uniform_ = true;  // whether rows are row_stride_ apart; else their places follow from sizes_ and strides_
   std::vector<int64_t> sizes_, strides_;
+  const uint8_t* scales_ = nullptr;  // of fp8, whose codes are at data_
+
+  template <class S>
+  void decode(const Compressed& loops, int64_t r, int64_t rows, int64_t c, int64_t n, S* to, int64_t to_stride) const {
+    const auto* codes = static_cast<const uint8_t*>(data_);
+    for (int64_t i = first_ + r; i < first_ + r + rows; ++i, to += to_stride) {
+      loops.decode(n, codes + i * size + c, scales_ + i * scales_size(size) + c / kScaled, to);
+    }
+  }
 };
 
 // A contiguous result of rows.
@@ -89,6 +128,9 @@ struct Out {
     for (int64_t i = 0; i < rows; ++i) k.write(dtype, n, from + i * from_stride, at(r + i, c));
   }
 };
+
+inline Rows::Rows(const Out& out, int64_t rows)
+    : count(rows), size(out.size), any_(true), data_(out.data), dtype_(out.dtype), row_stride_(out.size) {}
 
 inline Out Rows::over() const {
   Out out;
@@ -148,23 +190,6 @@ struct Settings {
   bool compressed() const { return from_side() || keeps_fp8(); }
 };
 
-// Rows of bytes that a compressed policy keeps, contiguous; nothing where backward does not read them.
-struct Bytes {
-  Maybe tensor;
-  int64_t size = 0, row = 0;  // of a row; the first row
-
-  Bytes() = default;
-  explicit Bytes(const Tensor& bytes) : tensor(bytes), size(bytes.sizes().back()) {}
-  explicit operator bool() const { return tensor.has_value(); }
-  const uint8_t* at(int64_t r, int64_t column) const {
-    return static_cast<const uint8_t*>(tensor->const_data_ptr()) + (row + r) * size + column;
-  }
-};
-// The lengths of rows of bits and of scales, and how many numbers of fp8 share a scale: fastbp/compression.py.
-constexpr int64_t kScaled = 32;
-inline int64_t bits_size(int64_t n) { return (n + 1) / 2; }
-inline int64_t scales_size(int64_t n) { return (n + kScaled - 1) / kScaled; }
-
 // Where tensors are: PyTorch's numbers of the device's type and of the device.
 struct Device {
   int32_t type = 0, index = 0;
@@ -183,7 +208,7 @@ struct Call {
   std::vector<Weight> weights;
   std::vector<Maybe> biases;
   // Of the hidden layers, by linear: z, or their outputs, as tensors and as rows; and what compressed policies have. Of
-  // fp8 there are `codes` and `scales`, and nothing of the others; of output_bits `bits` beside the outputs.
+  // fp8 there are `codes` and `scales` for tensors; of output_bits there are `bits` beside the outputs.
   std::vector<Maybe> kept;
   std::vector<Rows> residuals;
   std::vector<Bytes> bits, codes, scales;
@@ -217,10 +242,6 @@ struct Call {
     kept.push_back(tensor);
     residuals.push_back(tensor ? Rows(*tensor) : Rows());
   }
-
-  // Whether something is there of a hidden linear: z in whatever form, or the output of its layer.
-  bool has(int64_t linear) const { return settings.keeps_fp8() ? bool(codes[linear]) : residuals[linear].any(); }
-  int64_t kept_size(int64_t linear) const { return settings.keeps_fp8() ? codes[linear].size : residuals[linear].size; }
 
   // Whether backward computes z of a linear again: nothing was kept of it, and what it takes is there.
   bool replays(int64_t linear) const { return settings.save == Save::recompute && x.any() && weights[linear].any; }
@@ -265,15 +286,30 @@ struct Call {
     k.read(dtype, n, rounded, 1, row);
   }
 
-  // Rows of a hidden layer's output from its pre-activations (or of what was kept of it), g and u of a gated layer.
+  // The loops of a compressed policy, over rows of the call's dtype, and over rows of S.
+  const Compressed& compressed() const { return kernels<float>().compressed[static_cast<int>(dtype)]; }
   template <class S>
-  void output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_stride, S* to, int64_t to_stride) const;
+  const Compressed& rounded() const {
+    return kernels<S>().rounded[static_cast<int>(dtype)];
+  }
+
+  // Rows of a hidden layer's output from its pre-activations (or of what was kept of it), g and u of a gated layer; and
+  // where a policy keeps them, its bits, in rows `bits_stride` apart.
+  template <class S>
+  void output(int64_t rows, int64_t n, const S* const* kept, int64_t kept_stride, S* to, int64_t to_stride,
+              uint8_t* bits = nullptr, int64_t bits_stride = 0) const;
 
   // dz of a hidden layer's linears from rows of dh: dz[0], and dz[1] of a gated layer; either may be null. `kept` is
-  // what the layer kept, and null where nothing of it is looked at.
+  // what the layer kept, and null where nothing of it is looked at. `bits` are those of a layer that has some.
   template <class S>
   void slope(int64_t rows, int64_t n, const S* dh, int64_t stride, const S* const* kept, int64_t kept_stride,
-             S* const* dz, int64_t dz_stride) const;
+             S* const* dz, int64_t dz_stride, const uint8_t* bits = nullptr, int64_t bits_stride = 0) const;
+  // The bits of a layer from a place on, or null.
+  const uint8_t* bits_at(int64_t layer, int64_t r, int64_t c) const {
+    return settings.keeps_bits() ? bits[layer].at(r, c / 2) : nullptr;
+  }
+  // Columns of what is kept may be written and read apart from multiples of this on.
+  int64_t column_unit() const { return settings.keeps_fp8() ? kScaled : settings.keeps_bits() ? 2 : 1; }
 
   // The input of a layer: x, or the output of the hidden layer beneath it, rebuilt from what was kept.
   template <class S>

@@ -14,6 +14,7 @@ namespace fastbp::cpu {
   void fill_products(Kernels<double>&);    \
   void fill_elementwise(Kernels<float>&);  \
   void fill_elementwise(Kernels<double>&); \
+  void fill_compressed(Kernels<float>&);   \
   }
 FASTBP_FOR_EACH_CAPABILITY(FASTBP_DECLARE)
 #undef FASTBP_DECLARE
@@ -56,6 +57,7 @@ Capability find() {
     NAME::fill_products(found.in_double);                         \
     NAME::fill_elementwise(found.in_float);                       \
     NAME::fill_elementwise(found.in_double);                      \
+    NAME::fill_compressed(found.in_float);                        \
     return found;                                                 \
   }
   FASTBP_FOR_EACH_CAPABILITY(FASTBP_TRY)

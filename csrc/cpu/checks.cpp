@@ -118,6 +118,9 @@ void take_residuals(Call& call, const std::vector<Tensor>& saved) {
     if (settings.keeps_fp8()) {
       call.codes.push_back(bytes_of(next(), call));
       call.scales.push_back(bytes_of(next(), call));
+      const Bytes& codes = call.codes.back();
+      call.residuals.push_back(codes ? Rows(codes, call.scales.back(), call.rows, call.dtype) : Rows());
+      call.kept.emplace_back();
       continue;
     }
     Maybe residual = settings.from_output() && !settings.projected ? if_any(saved[1]) : next();
@@ -134,7 +137,7 @@ void infer_sizes(Call& call, int64_t last) {
     int64_t out = layer == call.layers() - 1 ? last : call.weights[above].any ? call.weights[above].in : 0;
     for (int64_t i = first; i < above; ++i) {
       if (call.biases[i]) out = call.biases[i]->size(0);
-      if (layer < call.hidden() && call.settings.save != Save::recompute && call.has(i)) out = call.kept_size(i);
+      if (layer < call.hidden() && !call.residuals.empty() && call.residuals[i].any()) out = call.residuals[i].size;
       if (call.weights[i].any) out = call.weights[i].out;
     }
     for (int64_t i = first; i < above; ++i) call.weights[i].out = out;
@@ -165,12 +168,9 @@ void check_kept(const Call& call, int64_t linear, bool looked_at) {
   const auto expect = [](bool there) {
     STD_TORCH_CHECK(there, "fastbp_native: a residual that backward reads is absent");
   };
-  expect(call.has(linear) || !looked_at);
-  if (call.has(linear)) fits(call.kept_size(linear), n);
-  if (call.settings.keeps_fp8()) {
-    expect(bool(call.scales[linear]) || !call.codes[linear]);
-    if (call.scales[linear]) fits(call.scales[linear].size, scales_size(n));
-  }
+  expect(call.residuals[linear].any() || !looked_at);
+  if (call.residuals[linear].any()) fits(call.residuals[linear].size, n);
+  if (call.settings.keeps_fp8() && call.codes[linear]) fits(call.scales[linear].size, scales_size(n));
   if (call.settings.keeps_bits()) {
     expect(bool(call.bits[linear]) || !looked_at);
     if (call.bits[linear]) fits(call.bits[linear].size, bits_size(n));
@@ -200,7 +200,7 @@ void check_complete(const Call& call, const std::vector<bool>& wanted, int64_t l
     if (!reads_input) continue;
     expect(layer > 0 || call.x.any(), "x, which backward reads, is absent");
     for (int64_t i = layer > 0 ? call.first(layer - 1) : first; i < first && !replay; ++i) {
-      expect(call.has(i), "a residual that backward reads is absent");
+      expect(call.residuals[i].any(), "a residual that backward reads is absent");
     }
   }
   for (int64_t i = 0; i < call.hidden() * call.width() && replay; ++i) {

@@ -1,5 +1,5 @@
 // What a capability offers: the loops over numbers, chosen once when the library is loaded. Nothing here depends on an
-// instruction set; products.cpp and elementwise.cpp are compiled once for each and fill the table.
+// instruction set; products.cpp, elementwise.cpp and compressed.cpp are compiled once for each and fill the table.
 #pragma once
 
 #include <stdint.h>
@@ -57,6 +57,19 @@ struct Elementwise {
   void (*add_rows)(int64_t rows, int64_t n, const void* numbers, int64_t stride, double* sums);
 };
 
+// Rows of n numbers under a compressed policy.
+struct Compressed {
+  // y = f(z) and its bits, or where there are none the side of the minimum in y's lowest bit; and dz from that. Null
+  // for activations that it does not serve.
+  using Value = void (*)(int64_t n, const void* z, void* y, uint8_t* bits);
+  using Grad = void (*)(int64_t n, const void* dy, const void* y, const uint8_t* bits, void* dz);
+  Value value[kMostActivations];
+  Grad grad[kMostActivations];
+  // z in fp8 and back, from the beginning of a block of numbers that share a scale.
+  void (*encode)(int64_t n, const void* z, uint8_t* codes, uint8_t* scales);
+  void (*decode)(int64_t n, const uint8_t* codes, const uint8_t* scales, void* z);
+};
+
 template <class S>
 struct Kernels {
   int tile_rows, tile_columns;
@@ -75,6 +88,8 @@ struct Kernels {
   void (*read)(Dtype, int64_t n, const void* from, int64_t stride, S* to);
   void (*write)(Dtype, int64_t n, const S* from, void* to);
   Elementwise of[kDtypes];                     // those that are computed in S
+  Compressed compressed[kDtypes];              // rows of a dtype
+  Compressed rounded[kDtypes];                 // rows of S whose numbers a dtype has
   void (*add)(int64_t n, const S* a, S* sum);  // sum += a
 };
 

@@ -1,43 +1,64 @@
 #include "library.h"
 
 #include "../aten.h"
+#include "results.h"
 #include "slopes.h"
 
 namespace fastbp::cpu {
 
 namespace {
 
-// f(z), or f(g) · u, in one pass; over z itself where that is not wanted any more.
+// f(z), or f(g) · u, in one pass; to `out`, which may be z itself. In forward with what the layer keeps in other forms.
 template <class S>
-Tensor outputs(const Call& call, const Tensor& z, const Maybe& up, bool in_place) {
-  const Rows rows(z), up_rows = up ? Rows(*up) : Rows();
-  const Tensor result = in_place ? z : call.make(rows.size);
-  const Out out(result);
+void outputs(const Call& call, const Rows* z, const Out& out, const Kept* kept) {
+  const Settings& settings = call.settings;
+  const Rows &rows = z[0], &up_rows = z[1];
+  const bool up = settings.gated, sides = settings.from_side();
+  const int64_t size = rows.size, bytes = bits_size(size);
+  const auto bits_at = [&](int64_t r) { return kept ? kept->bits.over(r, 0) : nullptr; };
   if (rows.dense() && (!up || up_rows.dense())) {
     const Elementwise& loops = call.loops<S>(call.dtype);
-    const int activation = call.settings.activation;
-    const bool contiguous = rows.row_stride() == rows.size && (!up || up_rows.row_stride() == rows.size);
+    const int activation = settings.activation;
+    const bool contiguous =
+        rows.row_stride() == size && (!up || up_rows.row_stride() == size) && !(settings.keeps_bits() && size % 2);
     for_row_groups(rows, groups_of(rows), [&](int64_t, int64_t r, int64_t count) {
-      const int64_t n = contiguous ? count * rows.size : rows.size;
+      for (int part = 0; part < call.width() && kept; ++part) {
+        for (int64_t i = r; i < r + count; ++i) encode(call.compressed(), kept[part], i, 0, size, z[part].at(i, 0));
+      }
+      const int64_t n = contiguous ? count * size : size;
       for (int64_t i = r; i < (contiguous ? r + 1 : r + count); ++i) {
-        if (up) {
-          loops.gated_value[activation](n, rows.at(i, 0), up_rows.at(i, 0), out.at(i, 0), call.settings.params);
+        if (sides) {
+          call.compressed().value[activation](n, rows.at(i, 0), out.at(i, 0), bits_at(i));
+        } else if (up) {
+          loops.gated_value[activation](n, rows.at(i, 0), up_rows.at(i, 0), out.at(i, 0), settings.params);
         } else {
-          loops.value[activation](n, rows.at(i, 0), out.at(i, 0), call.settings.params);
+          loops.value[activation](n, rows.at(i, 0), out.at(i, 0), settings.params);
         }
       }
     });
-    return result;
+    return;
   }
   for_panels<S>(rows, groups_of(rows), [&](int64_t, int64_t r, int64_t count, S* panel) {
     Scratch scratch;
-    S* const u = up ? scratch.take<S>(count * rows.size) : nullptr;
-    if (u) up_rows.read(r, count, 0, rows.size, u, rows.size);
-    const S* const parts[2] = {panel, u};
-    call.output(count, rows.size, parts, rows.size, panel, rows.size);
-    out.write(r, count, 0, rows.size, panel, rows.size);
+    S* const parts[2] = {panel, up ? scratch.take<S>(count * size) : nullptr};
+    if (up) up_rows.read(r, count, 0, size, parts[1], size);
+    for (int part = 0; part < call.width() && kept; ++part) {
+      for (int64_t i = 0; i < count; ++i) {
+        encode(call.rounded<S>(), kept[part], r + i, 0, size, parts[part] + i * size);
+      }
+    }
+    call.output(count, size, parts, size, panel, size, bits_at(r), bytes);
+    out.write(r, count, 0, size, panel, size);
   });
-  return result;
+}
+
+// The same as a tensor of its own, from what was kept.
+template <class S>
+Tensor rebuilt(const Call& call, int64_t layer) {
+  const Rows* kept = &call.residuals[call.first(layer)];
+  const Tensor h = call.make(kept[0].size);
+  outputs<S>(call, kept, Out(h), nullptr);
+  return h;
 }
 
 }  // namespace
@@ -45,20 +66,32 @@ Tensor outputs(const Call& call, const Tensor& z, const Maybe& up, bool in_place
 template <class S>
 std::vector<Tensor> forward_library(Call& call, const Tensor& x, const std::vector<Tensor>& weights) {
   const Settings& settings = call.settings;
-  const bool keeps_z = settings.save == Save::preact;
   std::vector<Tensor> results(1);
+  const auto bytes = [&](int64_t size) {
+    results.push_back(empty_bytes(call.leading.data(), static_cast<int64_t>(call.leading.size()), size));
+    return Bytes(results.back());
+  };
   Tensor h = x;
   for (int64_t layer = 0; layer < call.hidden(); ++layer) {
     const int64_t first = call.first(layer);
-    const Tensor z = linear(h, weights[first], call.biases[first]);
-    Maybe up;
-    if (settings.gated) up = linear(h, weights[first + 1], call.biases[first + 1]);
-    if (keeps_z) {
-      results.push_back(z);
-      if (up) results.push_back(*up);
+    std::vector<Tensor> z;
+    Rows rows[2];
+    for (int part = 0; part < call.width(); ++part) {
+      z.push_back(linear(h, weights[first + part], call.biases[first + part]));
+      rows[part] = Rows(z[part]);
     }
-    h = outputs<S>(call, z, up, !keeps_z);
-    if (settings.save == Save::output && settings.projected) results.push_back(h);
+    // The output goes over z where that is not wanted any more.
+    h = settings.keeps_z() ? call.make(rows[0].size) : z[0];
+    if (settings.keeps_z()) results.insert(results.end(), z.begin(), z.end());
+    if (settings.keeps_h()) results.push_back(h);
+    Kept kept[2];
+    for (int part = 0; part < call.width(); ++part) {
+      if (settings.keeps_bits()) kept[part].bits = bytes(bits_size(rows[part].size));
+      if (!settings.keeps_fp8()) continue;
+      kept[part].codes = bytes(rows[part].size);
+      kept[part].scales = bytes(scales_size(rows[part].size));
+    }
+    outputs<S>(call, rows, Out(h), kept);
   }
   results[0] = settings.projected ? linear(h, weights.back(), call.biases.back()) : h;
   return results;
@@ -73,7 +106,7 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
     Maybe h = x;
     for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
       const bool replayed = call.replays(i);
-      if (replayed && i > 0 && !call.settings.gated) h = outputs<S>(call, *call.kept[i - 1], std::nullopt, false);
+      if (replayed && i > 0 && !call.settings.gated) h = rebuilt<S>(call, i - 1);
       call.keep(replayed ? Maybe(linear(*h, *weights[i], call.biases[i])) : Maybe());
     }
     call.settings.save = Save::preact;
@@ -82,11 +115,8 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
   // The input of a layer as a matrix, rebuilt where it was not kept.
   const auto input = [&](int64_t layer) {
     if (layer == 0) return matrix(*x, call.rows);
-    const int64_t below = call.first(layer - 1);
-    if (call.settings.save == Save::output) return matrix(*call.kept[below], call.rows);
-    Maybe up;
-    if (call.settings.gated) up = *call.kept[below + 1];
-    return matrix(outputs<S>(call, *call.kept[below], up, false), call.rows);
+    const bool is_kept = call.settings.from_output();
+    return matrix(is_kept ? *call.kept[call.first(layer - 1)] : rebuilt<S>(call, layer - 1), call.rows);
   };
 
   std::vector<Maybe> grads(wanted.size()), keep;

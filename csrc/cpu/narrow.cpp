@@ -2,6 +2,7 @@
 
 #include "panels.h"
 #include "parallel.h"
+#include "results.h"
 
 namespace fastbp::cpu {
 
@@ -9,10 +10,7 @@ template <class S>
 std::vector<Tensor> forward_narrow(Call& call) {
   const Settings& settings = call.settings;
   const int64_t hidden = call.hidden(), layers = call.layers();
-  const bool keeps_z = settings.save == Save::preact, keeps_h = settings.save == Save::output && settings.projected;
-  std::vector<Out> kept;
-  std::vector<Tensor> results = make_results(call, kept);
-  const Out y(results[0]);
+  Results results(call);
   Scratch shared;
   const Packed<S> packed(call, true, shared);
   const int64_t room = round_up(widest(call), kernels<S>().tile_columns) + 16;
@@ -30,7 +28,7 @@ std::vector<Tensor> forward_narrow(Call& call) {
     Panel<S> h = panel_of(call.x, r, rows, buffer, room);
     for (int64_t layer = 0; layer < layers; ++layer) {
       const int64_t first = call.first(layer), n = call.weights[first].out;
-      const Out out = layer == layers - 1 ? y : keeps_h ? kept[layer] : Out();
+      const Out out = layer == layers - 1 ? results.y : results[first].h;
       if (layer == hidden) {
         const auto [to, stride] = place(out, z_room[0]);
         packed.multiply(first, rows, h, to, stride);
@@ -40,21 +38,22 @@ std::vector<Tensor> forward_narrow(Call& call) {
       S* z[2] = {nullptr, nullptr};
       int64_t z_stride = room;
       for (int part = 0; part < call.width(); ++part) {
-        const Out keep = keeps_z ? kept[first + part] : Out();
+        const Out keep = results[first + part].z;
         const auto [to, stride] = place(keep, z_room[part]);
         packed.multiply(first + part, rows, h, to, stride);
         if (keep && to == z_room[part]) keep.write(r, rows, 0, n, to, stride);
         for (int64_t i = 0; i < rows; ++i) call.round(n, to + i * stride);
+        results.encode(call.rounded<S>(), first + part, r, rows, 0, n, to, stride);
         z[part] = to;
         z_stride = stride;
       }
       const auto [to, stride] = place(out, buffer);
-      call.output(rows, n, z, z_stride, to, stride);
+      call.output(rows, n, z, z_stride, to, stride, results[first].bits.over(r, 0), bits_size(n));
       if (out && to == buffer) out.write(r, rows, 0, n, to, stride);
       h = {to, stride};
     }
   });
-  return results;
+  return std::move(results.tensors);
 }
 
 template std::vector<Tensor> forward_narrow<float>(Call&);

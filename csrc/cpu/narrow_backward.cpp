@@ -41,7 +41,8 @@ class Chunk {
           if (needs_.slope(first + part)) parts[part] = dz_room[part];
         }
         const S* z[2] = {kept[first].data, call_.settings.gated ? kept[first + 1].data : nullptr};
-        call_.slope(rows, n, d.data, d.stride, z, kept[first].stride, parts, n);
+        call_.slope(rows, n, d.data, d.stride, z, kept[first].stride, parts, n, call_.bits_at(layer, r, 0),
+                    bits_size(n));
         for (int part = 0; part < 2; ++part) dz[part] = {parts[part], n};
       }
       add_up(layer, rows, dz, x, kept, h_room);
@@ -115,7 +116,7 @@ class Chunk {
   // The input of a layer, in rows that may be read up to a whole tile.
   Panel<S> input(int64_t layer, int64_t rows, int64_t in, Panel<S> x, const std::vector<Panel<S>>& kept, S* room) {
     const bool whole = in % kernels<S>().tile_columns == 0;
-    if (layer > 0 && call_.settings.save != Save::output) {
+    if (layer > 0 && !call_.settings.from_output()) {
       const int64_t below = call_.first(layer - 1);
       const S* z[2] = {kept[below].data, call_.settings.gated ? kept[below + 1].data : nullptr};
       call_.output(rows, in, z, kept[below].stride, room, room_);

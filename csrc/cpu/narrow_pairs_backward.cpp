@@ -31,7 +31,7 @@ class BackwardPanel {
     for (int64_t layer = call_.layers() - 1; layer >= 0; --layer) {
       const int64_t first = call_.first(layer), in = call_.weights[first].in;
       Words dz[2] = {d, {}};
-      if (layer < call_.hidden()) slope(layer, rows, d, kept, dz_room, dz);
+      if (layer < call_.hidden()) slope(layer, r, rows, d, kept, dz_room, dz);
       add_up(layer, rows, dz, x, kept);
       if (!needs_.below(layer)) return;
       const bool two = call_.parts(layer) == 2;
@@ -68,10 +68,20 @@ class BackwardPanel {
     return kept;
   }
 
-  void slope(int64_t layer, int64_t rows, Words d, const std::vector<Words>& kept, Word* const* room, Words* dz) {
+  void slope(int64_t layer, int64_t r, int64_t rows, Words d, const std::vector<Words>& kept, Word* const* room,
+             Words* dz) {
     const int64_t first = call_.first(layer), n = call_.weights[first].out;
     for (int part = 0; part < call_.width(); ++part) {
       dz[part] = needs_.slope(first + part) ? Words{room[part], space_.room} : Words{};
+    }
+    if (call_.settings.from_side()) {
+      const auto grad = call_.compressed().grad[call_.settings.activation];
+      for (int64_t i = 0; i < rows; ++i) {
+        Word* to = room[0] + i * space_.room;
+        grad(n, d.data + i * d.stride, kept[first].data + i * kept[first].stride, call_.bits_at(layer, r + i, 0), to);
+        if (n % 2) to[n] = 0;
+      }
+      return;
     }
     if (!call_.settings.gated) {
       const auto grad = call_.grad_of(loops());
@@ -134,7 +144,7 @@ class BackwardPanel {
   Words input(int64_t layer, int64_t rows, int64_t in, Words x, const std::vector<Words>& kept) {
     if (layer == 0) return x;
     const int64_t below = call_.first(layer - 1);
-    if (call_.settings.save == Save::output) return kept[below];
+    if (call_.settings.from_output()) return kept[below];
     output(call_, rows, in, &kept[below], h_room_, space_.room);
     return {h_room_, space_.room};
   }

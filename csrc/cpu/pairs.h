@@ -22,9 +22,10 @@ inline Words words_of(const Rows& rows, int64_t r, int64_t count, Word* copy, in
   if (rows.dense() && n % 2 == 0 && rows.row_stride() % 2 == 0 && is_pair_aligned(rows.at(0, 0))) {
     return {static_cast<const Word*>(rows.at(r, 0)), rows.row_stride()};
   }
+  if (rows.coded()) rows.decode_own(r, count, copy, stride);
   for (int64_t i = 0; i < count; ++i) {
     Word* to = copy + i * stride;
-    for (int64_t j = 0; j < n; ++j) to[j] = *static_cast<const Word*>(rows.at(r + i, j));
+    for (int64_t j = 0; j < n && !rows.coded(); ++j) to[j] = *static_cast<const Word*>(rows.at(r + i, j));
     to[n] = 0;
   }
   return {copy, stride};
@@ -117,8 +118,18 @@ struct Space {
   int64_t room;
 };
 
-// The output of a hidden layer from what its linears kept.
-inline void output(const Call& call, int64_t rows, int64_t n, const Words* z, Word* to, int64_t to_stride) {
+// The output of a hidden layer from what its linears kept; and its bits, where the policy keeps them.
+inline void output(const Call& call, int64_t rows, int64_t n, const Words* z, Word* to, int64_t to_stride,
+                   uint8_t* bits = nullptr) {
+  if (call.settings.from_side()) {
+    const auto value = call.compressed().value[call.settings.activation];
+    if (n % 2 == 0 && z[0].stride == n && to_stride == n) return value(rows * n, z[0].data, to, bits);
+    for (int64_t i = 0; i < rows; ++i) {
+      value(n, z[0].data + i * z[0].stride, to + i * to_stride, bits ? bits + i * bits_size(n) : nullptr);
+      if (n % 2 && to_stride > n) to[i * to_stride + n] = 0;
+    }
+    return;
+  }
   if (!call.settings.gated) {
     const auto value = loops().value[call.settings.activation];
     if (z[0].stride == n && to_stride == n) return value(rows * n, z[0].data, to, call.settings.params);

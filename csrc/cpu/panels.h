@@ -31,21 +31,6 @@ Panel<S> panel_of(const Rows& rows, int64_t r, int64_t count, S* copy, int64_t s
   return {copy, stride};
 }
 
-// y and the residuals of the policy, to be filled in; `kept` are the residuals as rows, in the order of the linears.
-inline std::vector<Tensor> make_results(const Call& call, std::vector<Out>& kept) {
-  const bool keeps_h = call.settings.save == Save::output && call.settings.projected;
-  std::vector<Tensor> results;
-  results.reserve(1 + call.linears());
-  kept.reserve(call.linears());
-  results.push_back(call.make(call.weights.back().out));
-  for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
-    if (call.settings.save != Save::preact && !(keeps_h && i % call.width() == 0)) continue;
-    results.push_back(call.make(call.weights[i].out));
-    kept.emplace_back(results.back());
-  }
-  return results;
-}
-
 // dx, to be filled in where it is wanted.
 inline Out make_dx(const Call& call, const std::vector<bool>& wanted, std::vector<Maybe>& grads) {
   if (!wanted[0]) return Out();

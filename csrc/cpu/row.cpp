@@ -4,6 +4,7 @@
 
 #include "needs.h"
 #include "panels.h"
+#include "results.h"
 
 namespace fastbp::cpu {
 
@@ -59,10 +60,10 @@ Tensor outer(const Weight& w, Dtype dtype, const S* d, const S* x) {
 
 // What the linears of a hidden layer keep, as vectors; null where nothing is there.
 template <class S>
-class Kept {
+class Vectors {
  public:
   // As it was kept, or computed again.
-  Kept(const Call& call, const S* x, Scratch& scratch) : call_(call) {
+  Vectors(const Call& call, const S* x, Scratch& scratch) : call_(call) {
     const bool replay = call.settings.save == Save::recompute;
     const S* h = x;
     for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
@@ -84,7 +85,7 @@ class Kept {
 
   // The output of a hidden layer.
   const S* output(int64_t layer, Scratch& scratch) const {
-    if (call_.settings.save == Save::output) return of(layer)[0];
+    if (call_.settings.from_output()) return of(layer)[0];
     const int64_t n = call_.weights[call_.first(layer)].out;
     S* h = scratch.take<S>(n);
     call_.output(1, n, of(layer), n, h, n);
@@ -105,10 +106,7 @@ bool has_dense_rows(const Call& call) {
 
 template <class S>
 std::vector<Tensor> forward_row(const Call& call) {
-  const bool keeps_z = call.settings.save == Save::preact;
-  std::vector<Out> kept;
-  std::vector<Tensor> results = make_results(call, kept);
-  const Out y(results[0]);
+  Results results(call);
   Scratch scratch;
   S* h = scratch.take<S>(call.x.size);
   call.x.read(0, 1, 0, call.x.size, h, call.x.size);
@@ -120,17 +118,17 @@ std::vector<Tensor> forward_row(const Call& call) {
       multiply(call.weights[first + part], read_bias<S>(call.biases[first + part], scratch), h, z[part]);
       if (layer == call.hidden()) continue;
       call.round(n, z[part]);
-      if (keeps_z) kept[first + part].write(0, 1, 0, n, z[part], n);
+      if (call.settings.keeps_z()) results[first + part].z.write(0, 1, 0, n, z[part], n);
+      results.encode(call.rounded<S>(), first + part, 0, 1, 0, n, z[part], n);
     }
     h = z[0];
-    if (layer < call.hidden()) call.output(1, n, z, n, h, n);
-    if (layer == call.layers() - 1) {
-      y.write(0, 1, 0, n, h, n);
-    } else if (call.settings.save == Save::output) {
-      kept[layer].write(0, 1, 0, n, h, n);
+    if (layer < call.hidden()) {
+      call.output(1, n, z, n, h, n, results[first].bits.over(0, 0), bits_size(n));
+      if (results[first].h) results[first].h.write(0, 1, 0, n, h, n);
     }
+    if (layer == call.layers() - 1) results.y.write(0, 1, 0, n, h, n);
   }
-  return results;
+  return std::move(results.tensors);
 }
 
 template <class S>
@@ -145,7 +143,7 @@ std::vector<Maybe> backward_row(const Call& call, const Tensor& dy, const std::v
     return numbers;
   };
   const S* x = call.x.any() ? vector(call.x) : nullptr;
-  const Kept<S> kept(call, x, scratch);
+  const Vectors<S> kept(call, x, scratch);
   const S* d = vector(Rows(dy));
   for (int64_t layer = call.layers() - 1; layer >= 0; --layer) {
     const int64_t first = call.first(layer), n = call.weights[first].out, in = call.weights[first].in;
@@ -153,7 +151,7 @@ std::vector<Maybe> backward_row(const Call& call, const Tensor& dy, const std::v
     if (layer < call.hidden()) {
       for (int part = 0; part < call.width(); ++part)
         dz[part] = needs.slope(first + part) ? scratch.take<S>(n) : nullptr;
-      call.slope(1, n, d, n, kept.of(layer), n, dz, n);
+      call.slope(1, n, d, n, kept.of(layer), n, dz, n, call.bits_at(layer, 0, 0), bits_size(n));
     }
     const S* h = nullptr;
     for (int part = 0; part < call.parts(layer); ++part) {

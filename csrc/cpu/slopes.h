@@ -98,7 +98,8 @@ class Slopes {
     // Rows that lie in memory as they are: one loop over each, in their own dtype.
     const Elementwise& loops = call_.template loops<S>(call_.dtype);
     const Settings& settings = call_.settings;
-    bool contiguous = dh.row_stride() == size_;
+    const bool sides = settings.from_side();
+    bool contiguous = dh.row_stride() == size_ && !(settings.keeps_bits() && size_ % 2);
     for (int part = 0; part < width; ++part) {
       contiguous = contiguous && (!kept[part].any() || kept[part].row_stride() == size_);
     }
@@ -106,7 +107,10 @@ class Slopes {
       const int64_t n = contiguous ? count * size_ : size_;
       for (int64_t i = r; i < (contiguous ? r + 1 : r + count); ++i) {
         const void* z = kept[0].any() ? kept[0].at(i, 0) : dh.at(i, 0);
-        if (!settings.gated) {
+        if (sides) {
+          call_.compressed().grad[settings.activation](n, dh.at(i, 0), z, call_.bits_at(layer_, i, 0),
+                                                       out_[0].at(i, 0));
+        } else if (!settings.gated) {
           call_.grad_of(loops)(n, dh.at(i, 0), z, out_[0].at(i, 0), settings.params);
         } else {
           loops.gated_grad[settings.activation](n, dh.at(i, 0), z, kept[1].any() ? kept[1].at(i, 0) : nullptr,

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "blocked.h"
+#include "results.h"
 #include "slopes.h"
 
 namespace fastbp::cpu {
@@ -11,11 +12,9 @@ namespace fastbp::cpu {
 template <class S>
 std::vector<Tensor> forward_wide(Call& call) {
   const Settings& settings = call.settings;
-  const bool keeps_z = settings.save == Save::preact, projected = settings.projected;
+  const bool keeps_z = settings.keeps_z(), projected = settings.projected;
   const int64_t hidden = call.hidden(), linears = call.linears();
-  Tensor y = call.make(call.weights.back().out);
-  const Out y_rows(y);
-  std::vector<Tensor> kept;
+  Results results(call);
   // What the next layer reads: z, of which it makes f(z) in passing, or else f(z) itself.
   Call chain = call;
   if (!keeps_z) chain.settings.save = Save::output;
@@ -27,19 +26,17 @@ std::vector<Tensor> forward_wide(Call& call) {
     const int64_t first = call.first(layer);
     const Weight* weights = &call.weights[plain ? linears - 1 : first];
     Out z[2], h;
-    for (int o = 0; o < outputs && !plain && keeps_z; ++o) {
-      kept.push_back(call.make(weights[o].out));
-      z[o] = Out(kept.back());
-      chain.residuals.emplace_back(kept.back());
+    for (int o = 0; o < outputs && keeps_z && !plain; ++o) {
+      z[o] = results[first + o].z;
+      chain.residuals.emplace_back(z[o], call.rows);
     }
     if (top) {
-      h = y_rows;
+      h = results.y;
     } else if (!keeps_z) {
-      std::vector<Tensor>& into = settings.save == Save::output ? kept : between;
-      into.push_back(call.make(weights[0].out));
-      h = Out(into.back());
+      if (!settings.keeps_h()) between.push_back(call.make(weights[0].out));
+      h = settings.keeps_h() ? results[first].h : Out(between.back());
       chain.residuals.resize(first);  // a gated layer's output stands in the place of its first residual
-      chain.residuals.emplace_back(into.back());
+      chain.residuals.emplace_back(h, call.rows);
     }
     Scratch scratch;
     Blocked<S> product;
@@ -64,19 +61,20 @@ std::vector<Tensor> forward_wide(Call& call) {
       if (!plain) {
         for (int o = 0; o < outputs; ++o) {
           for (int64_t i = 0; i < rows; ++i) call.round(n, panel[o] + i * stride);
+          results.encode(call.rounded<S>(), first + o, r, rows, c, n, panel[o], stride);
         }
         S* const direct = h.direct<S>(r, c);
-        call.output(rows, n, panel, stride, direct ? direct : panel[0], direct ? h.size : stride);
+        call.output(rows, n, panel, stride, direct ? direct : panel[0], direct ? h.size : stride,
+                    results[first].bits.over(r, c / 2), bits_size(h.size));
         if (direct) return;
       }
       h.write(r, rows, c, n, panel[0], stride);
     };
+    product.unit = plain ? 1 : call.column_unit();
     product.plan();
     product.run();
   }
-  call.residuals = chain.residuals;
-  kept.insert(kept.begin(), y);
-  return kept;
+  return std::move(results.tensors);
 }
 
 namespace {
@@ -121,6 +119,7 @@ void weight_gradient(const Call& call, int64_t linear, const Rows& dz, const Out
     for (int64_t i = 0; i < rows && accumulate; ++i) k.add(n, dw.direct<S>(r + i, c), panel[0] + i * stride);
     dw.write(r, rows, c, n, panel[0], stride);
   };
+  product.unit = call.column_unit();  // columns of a layer's input, which is read from what was kept
   product.plan();
   product.run();
 }
@@ -241,6 +240,7 @@ void backward_block(Call call, const Rows& dy, const Needs& needs, Gradients<S>&
     product.read_b = [&](int part, int64_t c, int64_t n, int64_t column, int64_t columns, S* to) {
       call.weights[first + part].pack_plain(c, n, column, columns, to);
     };
+    product.unit = call.column_unit();
     product.plan();
     if (layer == 0) {
       product.finish = [&](int64_t, int64_t r, int64_t rows, int64_t c, int64_t n, S* const* panel, int64_t stride) {

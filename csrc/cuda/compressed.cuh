@@ -9,7 +9,7 @@ namespace fastbp::cuda {
 template <class A, Dtype D, bool ALIGNED>
 __global__ void __launch_bounds__(kThreads, kBlocks<D>)
     compressed_value_kernel(CompressedValue v, double p0, double p1) {
-  constexpr int width = Pack<D>::size, rows = ALIGNED ? kRowsAtOnce : 1;
+  constexpr int width = Pack<D>::size, rows = ALIGNED ? kGatedAtOnce : 1;
   const Bound<A, Compute<D>> activation(p0, p1);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int64_t n = v.n, column = (static_cast<int64_t>(blockIdx.x) * kLanes + lane) * width;

@@ -11,7 +11,7 @@ from fastbp.activations import bind
 from fastbp.backends import native, reference
 from fastbp.compression import DTYPES as COMPRESSED
 from fastbp.forms import MLP
-from fastbp.problem import configure
+from fastbp.problem import Problem, configure
 from fastbp.residuals import read_kept
 from fastbp.saving import POLICIES, find_kept, find_residuals
 
@@ -107,6 +107,16 @@ def anywhere(tensor):
     """The same numbers, from an address that no access of 4, 8 or 16 bytes may have."""
     memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+@each("save", ["output_bits", "output_lsb", "fp8"])
+def test_a_gpu_is_served(monkeypatch, save):
+    """By the policy nothing is refused, only by what the machine and the library have."""
+    monkeypatch.setattr(native, "cuda_architectures", lambda: "sm_90a")
+    monkeypatch.setattr(native, "cuda_refusal", lambda index: f"not GPU {index}")
+    monkeypatch.setattr(torch.version, "hip", None)
+    config = configure("mlp", "gelu", (), save, "native")
+    assert native.supports(Problem(config, torch.device("cuda", 3), torch.bfloat16)) == "not GPU 3"
 
 
 ALL_VIEWS = {**VIEWS, "anywhere": anywhere}

@@ -26,6 +26,7 @@ SETUP: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="tables"
 QUICK = ("elementwise_bfloat16", "hopper_forward", "hopper_gated_forward", "hopper_dgrad", "hopper_gated_dgrad")
 DTYPES = ("fp64", "fp32", "bf16", "fp16")  # in the order of csrc/dtype.h
 KINDS = ("forward", "gated_forward", "dgrad", "gated_dgrad")  # of csrc/cuda/hopper.h
+READS = ("", " from y", " from y and side")  # of csrc/cuda/compressed.h
 HEAD = f"{'architecture':13} {'kernel':24} {'dtype':5} {'for':13} regs stack spills  16-byte loads, stores  products"
 
 
@@ -64,16 +65,15 @@ def kernel_of(architecture: str, mangled: str) -> Kernel:
     dtype = re.search(r"DtypeE(\d)", mangled)
     assert name and dtype, mangled
     flags = re.findall(r"Lb([01])E", mangled)
-    kind = re.search(r"KindE(\d)", mangled)
+    kind, reads = re.search(r"KindE(\d)", mangled), re.search(r"ReadsE(\d)", mangled)
+    slope = READS[int(reads[1])] if reads else ""
     if kind:
-        variant = "from y" if flags == ["1"] else ""
-        return Kernel(architecture, f"product {KINDS[int(kind[1])]}", DTYPES[int(dtype[1])], variant, True)
+        return Kernel(architecture, f"product {KINDS[int(kind[1])]}", DTYPES[int(dtype[1])], slope.strip(), True)
     activation = re.search(r"act(\d+)([a-z0-9_]+)", mangled)
     variant = activation[2][: int(activation[1])] if activation else ""
     gated = name[1] == "value" and flags == ["1"]
-    from_output = name[1] == "chain_rule" and flags[0] == "1"
     aligned = name[1] == "value" or (name[1] != "column_sum" and flags[-1] == "1")
-    full = ("gated_" if gated else "") + name[1] + (" from y" if from_output else "") + ("" if aligned else " gathered")
+    full = ("gated_" if gated else "") + name[1] + slope + ("" if aligned else " gathered")
     return Kernel(architecture, full, DTYPES[int(dtype[1])], variant, aligned)
 
 

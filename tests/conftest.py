@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 # Their assertions are to say what they compared, as those of the tests do.
 pytest.register_assert_rewrite(
-    "autograd_cases", "fusible", "graphs", "module_pairs", "refusals", "routes", "special_points", "support"
+    "autograd_cases", "fusible", "graphs", "module_pairs", "refusals", "routes", "special_points", "standin", "support"
 )
 
 
@@ -48,3 +48,30 @@ def triton_route(request, monkeypatch):
     with choice.forced(route, configs.Tile(**tile) if tile else None):
         yield request.param
     zones.check()
+
+
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory):
+    """The ops of cuda_standin.cpp."""
+    from standin import build
+
+    torch.ops.load_library(build(tmp_path_factory.mktemp("cuda")))
+    beneath = torch.library.Library("fastbp_standin", "IMPL", "Autograd")
+    for op in ("forward", "backward"):
+        beneath.impl(op, torch.library.fallthrough_kernel)
+    yield torch.ops.fastbp_standin
+    beneath._destroy()
+
+
+@pytest.fixture
+def on_gpu(standin, monkeypatch):
+    """Calls of backend native go to the stand-in, by a route; fresh memory holds NaN."""
+    from fastbp.backends import native
+
+    monkeypatch.setattr(native, "_forward", standin.forward.default._op)
+    monkeypatch.setattr(native, "_backward", standin.backward.default._op)
+    monkeypatch.setattr(native, "_ABSENT", standin.absent())
+    standin.set_debug(True)
+    yield standin.set_cuda_route
+    standin.set_cuda_route("")
+    standin.set_debug(False)

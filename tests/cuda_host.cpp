@@ -1,10 +1,11 @@
 // The device functions of csrc/cuda as the host computes them, for tests/test_cuda_math.py; and Hopper's shared memory,
 // as the PTX ISA describes it, emulated around the arithmetic of hopper_layout.h.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
+#include "cuda/compressed.h"
 #include "cuda/hopper_layout.h"
-#include "cuda/pack.h"
 
 using namespace fastbp;
 using namespace fastbp::cuda;
@@ -34,6 +35,59 @@ void run_as(int form, const void* first, const void* second, const void* third, 
     }
   }
   for (int i = 0; i < width; ++i) sums[i] = total[i], sums[width + i] = total2[i];
+}
+
+// y and the codes of bits of packs of z; or dz from dy, y and codes. What float32 f(z) is that was rounded, into
+// `wide`.
+template <class A, Dtype D>
+void side_as(bool forward, bool in_codes, const void* first, const void* second, void* codes, void* out, float* wide_y,
+             double* sums, size_t packs) {
+  if constexpr (A::has_grad_from_side && D != Dtype::float64) {
+    const Bound<A, Compute<D>> activation(0, 0);
+    const auto *a = static_cast<const Pack<D>*>(first), *b = static_cast<const Pack<D>*>(second);
+    auto* o = static_cast<Pack<D>*>(out);
+    auto* bits = static_cast<Bits<D>*>(codes);
+    constexpr int width = Pack<D>::size;
+    const Keeps keeps = in_codes ? Keeps::bits : Keeps::lowest_bit;
+    Sum<D> total[width] = {};
+    for (size_t i = 0; i < packs; ++i) {
+      if (!forward) {
+        o[i] = grad<Reads::side>(activation, a[i], b[i], keeps, in_codes ? bits[i] : 0, total);
+        continue;
+      }
+      uint32_t found = 0;
+      o[i] = value(activation, a[i], false, Pack<D>{}, keeps, found);
+      if (in_codes) bits[i] = static_cast<Bits<D>>(found);
+      for (int j = 0; j < width; ++j) wide_y[i * width + j] = plain(activation.value(wide(a[i].at[j])));
+    }
+    for (int i = 0; i < width; ++i) sums[i] = total[i];
+  }
+}
+
+using Side = void (*)(bool, bool, const void*, const void*, void*, void*, float*, double*, size_t);
+
+template <Dtype D>
+Side side_of(int activation) {
+#define SIDE(A) side_as<act::A, D>,
+  static constexpr Side sides[] = {FASTBP_FOR_EACH_ACTIVATION(SIDE)};
+  return sides[activation];
+}
+
+// Blocks of numbers to e4m3 and a scale each, and back.
+template <Dtype D>
+void e4m3_as(const void* z, void* codes, uint8_t* scales, void* back, size_t blocks) {
+  const auto* from = static_cast<const Pack<D>*>(z);
+  auto* to = static_cast<E4m3<D>*>(codes);
+  for (size_t block = 0; block < blocks; ++block) {
+    uint32_t largest = 0;
+    for (int i = 0; i < kSharers<D>; ++i) largest = std::max(largest, largest_of(from[block * kSharers<D> + i]));
+    scales[block] = static_cast<uint8_t>(scale_of(largest));
+    for (int i = 0; i < kSharers<D>; ++i) {
+      const size_t at = block * kSharers<D> + i;
+      to[at] = encoded(from[at], scales[block]);
+      static_cast<Pack<D>*>(back)[at] = numbers_of<D, Reads::z>(Raw<D>{in_place<D>(to[at]), scales[block]}, Keeps::fp8);
+    }
+  }
 }
 
 using Run = void (*)(int, const void*, const void*, const void*, void*, void*, double*, size_t, double, double);
@@ -75,6 +129,19 @@ void run(int activation, int dtype, int form, const void* a, const void* b, cons
   const Run of[] = {run_of<Dtype::float64>(activation), run_of<Dtype::float32>(activation),
                     run_of<Dtype::bfloat16>(activation), run_of<Dtype::float16>(activation)};
   of[dtype](form, a, b, c, out, out2, sums, packs, p0, p1);
+}
+
+void side(int activation, int dtype, bool forward, bool in_codes, const void* a, const void* b, void* codes, void* out,
+          float* wide_y, double* sums, size_t packs) {
+  const Side of[] = {nullptr, side_of<Dtype::float32>(activation), side_of<Dtype::bfloat16>(activation),
+                     side_of<Dtype::float16>(activation)};
+  of[dtype](forward, in_codes, a, b, codes, out, wide_y, sums, packs);
+}
+
+void e4m3(int dtype, const void* z, void* codes, uint8_t* scales, void* back, size_t blocks) {
+  constexpr decltype(&e4m3_as<Dtype::float32>) of[] = {nullptr, e4m3_as<Dtype::float32>, e4m3_as<Dtype::bfloat16>,
+                                                       e4m3_as<Dtype::float16>};
+  of[dtype](z, codes, scales, back, blocks);
 }
 
 // A tile of whole numbers, out (128 × 128) = A (128 × 64) B, by the way of the kernel: B is 128 × 64, or by steps 64 ×

@@ -1,5 +1,7 @@
 // A GPU's part in a call, played by the host: the launches of csrc/cuda as plain loops over the same device functions,
 // on tensors of the CPU. What is under test is everything around them, csrc/cuda/calls.cpp and layers.cpp.
+#include "cuda_standin.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -14,7 +16,6 @@
 #include "cuda/device.h"
 #include "cuda/hopper.h"
 #include "cuda/numbers.h"
-#include "cuda/pack.h"
 #include "cuda/route.h"
 
 using torch::stable::Tensor;
@@ -59,29 +60,28 @@ namespace {
 
 int64_t fused = 0;  // products so far
 
-// A number as a pack that holds it in its first place.
-template <Dtype D>
-Pack<D> one(const void* data, int64_t at) {
-  Pack<D> pack{};
-  if (data) pack.at[0] = static_cast<const Memory<D>*>(data)[at];
-  return pack;
-}
-
-template <Dtype D>
-void put(void* data, int64_t at, const Pack<D>& pack) {
-  if (data) static_cast<Memory<D>*>(data)[at] = pack.at[0];
-}
-
-template <Dtype D>
-void add_to(void* sums, int64_t at, Sum<D> number) {
-  if (sums) static_cast<Sum<D>*>(sums)[at] += number;
-}
-
 template <class A, Dtype D>
 void launch_as(const Activation& activation, const Value& v) {
   const Bound<A, Compute<D>> f(activation.params[0], activation.params[1]);
   for (int64_t i = 0; i < v.size; ++i) {
     put(v.y, i, v.up ? gated_value(f, one<D>(v.gate, i), one<D>(v.up, i)) : value(f, one<D>(v.gate, i)));
+  }
+}
+
+template <class A, Dtype D>
+void launch_as(const Activation& activation, const CompressedValue& v) {
+  if constexpr (D != Dtype::float64) {
+    const Bound<A, Compute<D>> f(activation.params[0], activation.params[1]);
+    const Keeps given = v.scales[0] ? Keeps::fp8 : Keeps::z;
+    for (int64_t i = 0; i < v.m; ++i) {
+      std::vector<Memory<D>> gate, up;
+      for (int64_t j = 0; j < v.n; ++j) {
+        gate.push_back(numbers_of<D, Reads::z>(kept_one<D>(v.gate, v.scales[0], given, i, j, v.n, v.n), given).at[0]);
+        if (!v.up) continue;
+        up.push_back(numbers_of<D, Reads::z>(kept_one<D>(v.up, v.scales[1], given, i, j, v.n, v.n), given).at[0]);
+      }
+      value_of_row<A, D>(f, i, gate, up, v.keeps, v.y, v.kept, v.beside);
+    }
   }
 }
 
@@ -92,16 +92,10 @@ void launch_as(const Activation& activation, const ChainRule& rule) {
   for (int64_t i = 0; i < rule.m; ++i) {
     for (int64_t j = 0; j < rule.n; ++j) {
       const auto d = one<D>(rule.dh, i * rule.dh_stride + j * rule.dh_column_stride);
-      const auto r = one<D>(rule.kept, i * rule.stride + j);
+      const auto r = kept_one<D>(rule.kept, rule.beside, rule.keeps, i, j, rule.n, rule.stride);
       Sum<D> sums[Pack<D>::size] = {};
-      Pack<D> dz;
-      if constexpr (A::has_grad_from_output) {
-        dz = rule.from_output ? grad<true>(f, d, r, sums) : grad<false>(f, d, r, sums);
-      } else {
-        dz = grad<false>(f, d, r, sums);
-      }
-      if (rule.h) put(rule.h, i * rule.n + j, value(f, r));
-      put(rule.dz, i * rule.n + j, dz);
+      if (rule.h) put(rule.h, i * rule.n + j, value(f, numbers_of<D, Reads::z>(r, rule.keeps)));
+      put(rule.dz, i * rule.n + j, grad_one(f, d, r, rule.keeps, sums));
       add_to<D>(rule.sums, i / rule.strips.rows * rule.n + j, sums[0]);
     }
   }
@@ -116,8 +110,13 @@ void launch_as(const Activation& activation, const GatedChainRule& rule) {
   for (int64_t i = 0; i < rule.m; ++i) {
     for (int64_t j = 0; j < rule.n; ++j) {
       const auto d = one<D>(rule.dh, i * rule.dh_stride + j * rule.dh_column_stride);
-      const int64_t at = i * rule.stride + j, to = i * rule.n + j, sum = i / rule.strips.rows * rule.n + j;
-      const auto g = one<D>(rule.gate, at), u = one<D>(rule.up, at);
+      const int64_t to = i * rule.n + j, sum = i / rule.strips.rows * rule.n + j;
+      const auto part = [&](const void* kept, const void* scales) {
+        return kept ? numbers_of<D, Reads::z>(kept_one<D>(kept, scales, rule.keeps, i, j, rule.n, rule.stride),
+                                              rule.keeps)
+                    : Pack<D>{};
+      };
+      const auto g = part(rule.gate, rule.gate_scales), u = part(rule.up, rule.up_scales);
       Sum<D> gate_sums[Pack<D>::size] = {}, up_sums[Pack<D>::size] = {};
       if (rule.h) put(rule.h, to, gated_value(f, g, u));
       const auto both = gated_grad(f, d, g, u, gate_sums, up_sums);
@@ -150,30 +149,29 @@ void launch_as(const Activation& activation, const Product& p) {
     for (float* sums : {p.sums, p.sums2}) {
       if (sums) memset(sums, 0, sizeof(float) * ((p.m + kTileRows - 1) / kTileRows) * p.n);
     }
+    const bool backward = p.kind == Product::dgrad || p.kind == Product::gated_dgrad;
     for (int64_t i = 0; i < p.m; ++i) {
+      std::vector<Memory<D>> gate, up;
       for (int64_t j = 0; j < p.n; ++j) {
         const int64_t at = i * p.n + j, sum = i / kTileRows * p.n + j;
-        const bool backward = p.kind == Product::dgrad || p.kind == Product::gated_dgrad;
         const auto z = product_at<D>(p, p.b, backward, i, j, p.bias);
         float sums[8] = {}, sums2[8] = {};
-        if (p.kind == Product::forward) {
-          put(p.first, at, z);
-          put(p.y, at, value(f, z));
-        } else if (p.kind == Product::gated_forward) {
+        if (!backward) {
+          gate.push_back(z.at[0]);
+          if (p.keeps == Keeps::z) put(p.first, at, z);
+          if (p.kind == Product::forward) continue;
           const auto u = product_at<D>(p, p.b2, false, i, j, p.bias2);
-          put(p.first, at, z);
-          put(p.second, at, u);
-          put(p.y, at, gated_value(f, z, u));
-        } else if (p.kind == Product::dgrad) {
-          const auto r = one<D>(p.gate, at);
-          if (p.y) put(p.y, at, value(f, r));
-          if constexpr (A::has_grad_from_output) {
-            put(p.first, at, p.from_output ? grad<true>(f, z, r, sums) : grad<false>(f, z, r, sums));
-          } else {
-            put(p.first, at, grad<false>(f, z, r, sums));
-          }
+          up.push_back(u.at[0]);
+          if (p.keeps == Keeps::z) put(p.second, at, u);
+          continue;
+        }
+        const auto r = kept_one<D>(p.gate, p.gate_beside, p.keeps, i, j, p.n, p.n);
+        const auto g = numbers_of<D, Reads::z>(r, p.keeps);
+        if (p.kind == Product::dgrad) {
+          if (p.y) put(p.y, at, value(f, g));
+          put(p.first, at, grad_one(f, z, r, p.keeps, sums));
         } else {
-          const auto g = one<D>(p.gate, at), u = one<D>(p.up, at);
+          const auto u = numbers_of<D, Reads::z>(kept_one<D>(p.up, p.up_beside, p.keeps, i, j, p.n, p.n), p.keeps);
           if (p.y) put(p.y, at, gated_value(f, g, u));
           const auto both = gated_grad(f, z, g, u, sums, sums2);
           put(p.first, at, both.gate);
@@ -182,6 +180,8 @@ void launch_as(const Activation& activation, const Product& p) {
         add_to<D>(p.sums, sum, sums[0]);
         add_to<D>(p.sums2, sum, sums2[0]);
       }
+      void *kept[] = {p.first, p.second}, *beside[] = {p.first_beside, p.second_beside};
+      if (!backward) value_of_row<A, D>(f, i, gate, up, p.keeps, p.y, kept, beside);
     }
     ++fused;
   }
@@ -215,6 +215,7 @@ void column_sum_of(const void* sums, void* out, int64_t strips, int64_t n) {
 }  // namespace
 
 void launch(const Activation& activation, const Value& value, cudaStream_t) { launch_for(activation, value); }
+void launch(const Activation& activation, const CompressedValue& value, cudaStream_t) { launch_for(activation, value); }
 void launch(const Activation& activation, const ChainRule& rule, cudaStream_t) { launch_for(activation, rule); }
 void launch(const Activation& activation, const GatedChainRule& rule, cudaStream_t) { launch_for(activation, rule); }
 void launch_product(const Activation& activation, const Product& product, int, cudaStream_t) {
@@ -238,7 +239,7 @@ const char* product_refusal(const Product& product, Dtype dtype, int) {
 
 const char* library_refusal(const Activation& activation, const Product& product) {
   const bool one = product.kind == Product::forward || product.kind == Product::dgrad;
-  if (activation.number != number_of_gelu_tanh || !one) return "not cuBLASLt's";
+  if (activation.number != number_of_gelu_tanh || !one || product.keeps != Keeps::z) return "not cuBLASLt's";
   return product_refusal(product, activation.dtype, 90);
 }
 

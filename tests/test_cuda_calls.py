@@ -5,82 +5,29 @@ What is launched, on which tensors, and what PyTorch computes itself: all but th
 
 import functools
 import itertools
-import os
-import runpy
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from standin import VIEWS
 from support import FEW, assert_accurate, call, cases, each, eager, flatten, grads, like, stock, tensors
 
 from fastbp.activations import bind
 from fastbp.backends import native
 from fastbp.forms import FORMS, LINEAR_ACT, MLP
 from fastbp.problem import DTYPES
+from fastbp.saving import POLICIES
 
-ROOT = Path(__file__).parents[1]
-SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="tables")
-SOURCES = [
-    "csrc/cuda/calls.cpp",
-    "csrc/cuda/layers.cpp",
-    "csrc/cuda/route.cpp",
-    "csrc/cpu/call.cpp",
-    "csrc/cpu/checks.cpp",
-]
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
 SIXTEEN = [dtype for dtype in DTYPES if dtype.itemsize == 2]
 GELU = bind("gelu")
 each_way = each(("dtype", "route"), [*((d, "library") for d in DTYPES), *((d, "fused") for d in SIXTEEN)])
 accurate = functools.partial(assert_accurate, backend="native")
-
-
-@pytest.fixture(scope="module")
-def standin(tmp_path_factory):
-    try:
-        cxx, (nvcc, _) = SETUP["compiler"](), SETUP["nvcc"]()
-        include, _ = SETUP["toolkit_folders"](nvcc)
-        folders, libraries = SETUP["torch_folders"]()
-    except SETUP["Unable"] as reason:
-        pytest.skip(str(reason))
-    folder = tmp_path_factory.mktemp("cuda")
-    flags = ["-c", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'csrc'}", "-isystem", include]
-    flags += [f"-DTORCH_TARGET_VERSION={SETUP['ABI']}", "-DTORCH_STABLE_ONLY", *SETUP["QUIET"]]
-    flags += [flag for path in folders for flag in ("-isystem", str(path))]
-
-    def compile_one(source):
-        to = folder / f"{source.replace('/', '_')}.o"
-        subprocess.run([*cxx, *flags, str(ROOT / source), "-o", str(to)], check=True)
-        return str(to)
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compile_one, ["tests/cuda_standin.cpp", *SOURCES]))
-    to, link = folder / "standin.so", [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    subprocess.run([*cxx, "-shared", "-Wl,--no-as-needed", *objects, *link, "-o", str(to)], check=True)
-    torch.ops.load_library(to)
-    beneath = torch.library.Library("fastbp_standin", "IMPL", "Autograd")
-    for op in ("forward", "backward"):
-        beneath.impl(op, torch.library.fallthrough_kernel)
-    yield torch.ops.fastbp_standin
-    beneath._destroy()
-
-
-@pytest.fixture
-def on_gpu(standin, monkeypatch):
-    """Calls of backend native go to the stand-in, by a route; fresh memory holds NaN."""
-    monkeypatch.setattr(native, "_forward", standin.forward.default._op)
-    monkeypatch.setattr(native, "_backward", standin.backward.default._op)
-    monkeypatch.setattr(native, "_ABSENT", standin.absent())
-    standin.set_debug(True)
-    yield standin.set_cuda_route
-    standin.set_cuda_route("")
-    standin.set_debug(False)
+EXACT = [case for case in cases(FEW) if not POLICIES[case[2]].compressed]
 
 
 @each_way
 @each("bias", [True, False])
-@each(("form", "activation", "save"), cases(FEW))
+@each(("form", "activation", "save"), EXACT)
 def test_values_and_gradients(on_gpu, form, activation, save, bias, dtype, route):
     on_gpu(route)
     accurate(form, activation, save, tensors(form, dtype, seed=91, bias=bias))
@@ -133,13 +80,6 @@ def test_epilogues_of_the_library(on_gpu, form, activation, save, dtype):
     on_gpu("cublaslt")
     for rows in ((2, 3, 5), (41,), (7, 2)):
         accurate(form, activation, save, tensors(form, dtype, seed=90, rows=rows))
-
-
-VIEWS = {
-    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
-    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
-    "outer gap": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
-}
 
 
 @each(("dtype", "route"), [(torch.float64, "library"), (torch.bfloat16, "library"), (torch.bfloat16, "fused")])

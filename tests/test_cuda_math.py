@@ -12,7 +12,18 @@ import pytest
 import torch
 from support import ACTIVATIONS, each, places
 
+from fastbp import side_formulas
 from fastbp.activations import TABLE
+from fastbp.compression import DTYPES as COMPRESSED
+from fastbp.compression import (
+    decode_bits,
+    decode_fp8,
+    decode_lsb,
+    encode_bits,
+    encode_fp8,
+    encode_lsb,
+    floor,
+)
 from fastbp.problem import DTYPES
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +152,102 @@ def test_sums(library, activation, dtype):
     *_, sums = run(library, activation, GATED_GRAD, dy, g, u)
     near(sums[0], row.grad((dy * u).double(), g.double(), *params))
     near(sums[1], dy.double() * row.value(g.double(), *params))
+
+
+def numbers(dtype):
+    """All numbers of 16 bits; of float32 as many at random, dense at 0 and at ties of e4m3; ``SPECIAL`` first."""
+    if dtype.itemsize == 2:
+        found = torch.arange(2**16).to(torch.uint16).view(dtype)
+    else:
+        generator = torch.Generator().manual_seed(85)
+        size = torch.exp2(torch.rand(2**16, generator=generator) * 250 - 125)
+        wide = torch.randn(2**16, generator=generator) * torch.where(torch.arange(2**16) % 4 > 0, 3.0, size)
+        found = torch.cat([wide, torch.arange(2**12).mul(2**20 - 1).int().view(torch.float32)])
+    return torch.cat([torch.tensor((*SPECIAL, 1e-40, 65520.0)).to(dtype), found])
+
+
+def side(library, row, forward, in_codes, a, b, codes):
+    """y, f(z) in float32; or dz, and its sums for each place of a pack."""
+    out, wide_y = torch.full_like(a, NAN), torch.full(a.shape, NAN)
+    sums = torch.full((16 // a.itemsize,), NAN, dtype=torch.float64)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, codes, out, wide_y, sums)]
+    flags = [ctypes.c_bool(flag) for flag in (forward, in_codes)]
+    packs = ctypes.c_size_t(a.numel() * a.itemsize // 16)
+    library.side(NAMES.index(row.name), DTYPES.index(a.dtype), *flags, *pointers, packs)
+    return out, wide_y, sums
+
+
+def whole(tensor):
+    return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32)
+
+
+SIDES = [row for row in TABLE if row.grad_from_side is not None]
+each_compressed = each("dtype", COMPRESSED)
+
+
+@each_compressed
+@each("row", SIDES)
+def test_the_side_and_the_next_bits(library, row, dtype):
+    """The same bytes as compression.py has from the same f(z), and the slope that it reads from them."""
+    z = numbers(dtype)
+    z = z[~row.value(z.float()).isnan()]
+    z = z[: z.numel() // 8 * 8]
+    codes = torch.full((z.numel() // 2,), 0xAA, dtype=torch.uint8)
+    y, wide_y, _ = side(library, row, True, True, z, z, codes)
+    fine = ~wide_y.isnan()  # z of -inf, for which the two may differ
+    assert fine.sum() > fine.numel() - 8
+    assert torch.equal(whole(y)[fine], whole(wide_y.to(dtype))[fine])
+    expected = encode_bits(z[None], wide_y[None], y[None], row.minimum_at)[0]
+    assert torch.equal(codes[fine.view(-1, 2).all(1)], expected[fine.view(-1, 2).all(1)])
+    marked, *_ = side(library, row, True, False, z, z, codes)
+    assert torch.equal(whole(marked)[fine], whole(encode_lsb(z, y, row.minimum_at))[fine])
+
+    dy = torch.randn(z.shape, generator=torch.Generator().manual_seed(86)).to(dtype)
+    sixteen = getattr(side_formulas, f"{row.grad_from_side.__name__}_16")
+    formula = row.grad_from_side if dtype == torch.float32 else sixteen
+    kept = {
+        True: (y, decode_bits(y[None], codes[None], floor(row.lowest, dtype, "output_bits"))),
+        False: (marked, decode_lsb(marked[None], floor(row.lowest, dtype, "output_lsb"))),
+    }
+    for in_codes, (read, (from_y, right)) in kept.items():
+        assert {0.0, 1.0} == set(right.unique().tolist())
+        dz, _, sums = side(library, row, False, in_codes, dy, read, codes)
+        exact = formula(dy.float(), from_y[0], right[0])
+        unit = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
+        wrong = fine & ~((dz.float() - exact).abs() <= 0.51 * unit + 2**-14 * dy.abs().float())
+        wrong &= exact.isfinite()
+        assert not wrong.any(), show(wrong, dy, read, from_y[0], right[0], dz, exact)
+        assert torch.equal(places(dz)[fine], places(exact.to(dtype))[fine])
+        few = slice(8 * 1000, 8 * 1000 + 800)  # of numbers of one size; the sums before dz is rounded
+        _, _, sums = side(library, row, False, in_codes, dy[few], read[few], codes[few.start // 2 : few.stop // 2])
+        by_place = exact[few].double().view(-1, sums.numel())
+        bound = 2**-15 * dy[few].double().abs().view(-1, sums.numel()).sum(0)
+        assert ((sums - by_place.sum(0)).abs() <= bound).all() and by_place.abs().sum() > 1
+
+
+@each_compressed
+def test_e4m3(library, dtype):
+    """Codes and scales of blocks of every kind, bit by bit, and the numbers that come back."""
+    z = numbers(dtype)
+    generator = torch.Generator().manual_seed(87)
+    shuffled = z[torch.randperm(z.numel(), generator=generator)]  # large and small share a scale
+    steps = torch.arange(0, 449 * 8) / 8  # at 448 the scale is 1: all of e4m3 and what lies between
+    ties = torch.stack([steps, -steps / 2**9, steps / 2**7, torch.full_like(steps, 448.0)], 1).flatten().to(dtype)
+    tiny = torch.full((64,), 1e-40).to(dtype)
+    z = torch.cat([z, shuffled, ties, tiny, torch.full((64,), NAN, dtype=dtype), torch.zeros(64, dtype=dtype)])
+    z = z[: z.numel() // 32 * 32]
+    codes, back = torch.full((z.numel(),), 0xAA, dtype=torch.uint8), torch.full_like(z, 5.0)
+    scales = torch.full((z.numel() // 32,), 0xAA, dtype=torch.uint8)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (z, codes, scales, back)]
+    library.e4m3(DTYPES.index(dtype), *pointers, ctypes.c_size_t(scales.numel()))
+    expected, expected_scales = encode_fp8(z)
+    assert torch.equal(scales, expected_scales)
+    nan = (expected & 127) == 127
+    assert nan.any() and torch.equal(codes[nan] & 127, expected[nan] & 127)
+    assert torch.equal(codes[~nan], expected[~nan]), show(codes != expected, z, codes, expected)
+    decoded = decode_fp8(expected, expected_scales, dtype)
+    assert torch.equal(whole(back)[~nan], whole(decoded)[~nan]) and back[nan].isnan().all()
+    assert len(codes.unique()) > 250
 
 
 @each("parts", [16, 8])

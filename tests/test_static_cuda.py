@@ -5,8 +5,9 @@ import pytest
 from benchmarks.static_cuda import Kernel, kernel_of, parse
 
 PREFIX = "_ZN6fastbp4cuda"
-CHAIN = f"{PREFIX}17chain_rule_kernelINS_3act4reluELNS_5DtypeE2ELb0ELb1EEEvNS0_9ChainRuleEdd"
-PRODUCT = f"{PREFIX}14product_kernelILNS_5DtypeE3ELNS0_7Product4KindE2ELb1EEEv14CUtensorMap_st"
+CHAIN = f"{PREFIX}17chain_rule_kernelINS_3act4reluELNS_5DtypeE2ELNS0_5ReadsE0ELb1EEEvNS0_9ChainRuleEdd"
+COMPRESSED = f"{PREFIX}23compressed_value_kernelINS_3act4geluELNS_5DtypeE1ELb1EEEvNS0_15CompressedValueEddb"
+PRODUCT = f"{PREFIX}14product_kernelILNS_5DtypeE3ELNS0_7Product4KindE2ELNS0_5ReadsE1EEEv14CUtensorMap_st"
 SOUND_CHAIN = ["LDG.E.128 R4, desc[UR6][R2.64]", "STG.E.128 desc[UR6][R2.64], R4"]
 SOUND_PRODUCT = [
     *SOUND_CHAIN,
@@ -55,6 +56,9 @@ def test_a_stack_frame():
 
 def test_names():
     assert kernel_of("sm_80", CHAIN) == Kernel("sm_80", "chain_rule", "bf16", "relu", True)
-    gathered = CHAIN.replace("Lb0ELb1", "Lb1ELb0")
+    gathered = CHAIN.replace("E0ELb1", "E1ELb0")
     assert kernel_of("sm_80", gathered) == Kernel("sm_80", "chain_rule from y gathered", "bf16", "relu", False)
+    assert kernel_of("sm_100", COMPRESSED) == Kernel("sm_100", "compressed_value", "fp32", "gelu", True)
     assert kernel_of("sm_90a", PRODUCT) == Kernel("sm_90a", "product dgrad", "fp16", "from y", True)
+    from_side = PRODUCT.replace("ReadsE1", "ReadsE2")
+    assert kernel_of("sm_90a", from_side) == Kernel("sm_90a", "product dgrad", "fp16", "from y and side", True)

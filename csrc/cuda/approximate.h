@@ -1,10 +1,10 @@
 // float for results of 16 bits: the same operators, and primitives of few instructions, each exact to a fraction of
 // float16's unit. The activations of activations.h take it as they take float and double.
 //
-// What the special function unit has is taken as it is: ex2, rcp, lg2 and tanh by their .approx forms (PTX ISA,
+// What the special function unit has is taken as it is: ex2, rcp, lg2, sqrt and tanh by their .approx forms (PTX ISA,
 // "Floating Point Instructions"). Errors are relative to the result, so that the tails of sigmoid and of the normal
 // distribution keep their digits: tanh.approx alone, off by 2⁻¹¹, would leave none of 1 + tanh(u) at u = −4, and serves
-// for tanh itself. On the host the four are computed exactly, all else is the same text
+// for tanh itself. On the host the five are computed exactly, all else is the same text
 // (docs/decisions/2026-11-24-epilogue-arithmetic.md).
 #pragma once
 
@@ -117,7 +117,13 @@ HD Approximate sigmoid(Approximate x) {
 
 template <>
 HD Approximate sqrt(Approximate x) {
+#ifdef __CUDA_ARCH__
+  Approximate y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y.v) : "f"(x.v));
+  return y;
+#else
   return Approximate(std::sqrt(x.v));
+#endif
 }
 
 template <>

@@ -11,11 +11,6 @@ namespace fastbp::cuda {
 
 namespace {
 
-// Until they are served here.
-void refuse_compressed(const Call& call) {
-  check(!call.settings.compressed(), "the CUDA kernels do not serve compressed policies");
-}
-
 // sum + a b, in place, rounded once.
 void add_product(Tensor& sum, const Tensor& a, const Tensor& b) {
   check(aoti_torch_cuda_addmm_out(sum.get(), sum.get(), a.get(), b.get(), 1.0, 1.0) == 0,
@@ -29,13 +24,13 @@ std::vector<Tensor> run_forward(const Call& call, const Tensor& x, const std::ve
   Tensor h = x;
   for (int64_t layer = 0; layer < call.hidden(); ++layer) {
     const int64_t first = call.first(layer);
-    const bool keep = settings.save == Save::preact;
-    const Layers::Forward found = layers.forward(h, &weights[first], &call.biases[first], keep);
-    for (const Maybe& z : found.z) {
-      if (z) results.push_back(*z);
+    const Layers::Forward found = layers.forward(h, &weights[first], &call.biases[first]);
+    for (int part = 0; part < call.width(); ++part) {
+      for (const Maybe& tensor : {found.kept[part], found.beside[part]}) {
+        if (tensor) results.push_back(*tensor);
+      }
     }
     h = found.y;
-    if (settings.save == Save::output && settings.projected) results.push_back(h);
   }
   results[0] = settings.projected ? linear(h, weights.back(), call.biases.back()) : h;
   return results;
@@ -46,7 +41,7 @@ void replay(Call& call, const Layers& layers, const Maybe& x, const std::vector<
   Maybe h = x;
   for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
     const bool replayed = call.replays(i);
-    if (replayed && i > 0 && !call.settings.gated) h = layers.value(*call.kept[i - 1], std::nullopt);
+    if (replayed && i > 0 && !call.settings.gated) h = layers.value(i - 1);
     call.keep(replayed ? Maybe(linear(*h, *weights[i], call.biases[i])) : Maybe());
   }
   call.settings.save = Save::preact;
@@ -59,7 +54,7 @@ std::vector<Maybe> run_backward(Call& call, const Tensor& dy, const Maybe& x, co
   const Layers layers(call);
   const int64_t linears = call.linears();
   if (call.settings.save == Save::recompute) replay(call, layers, x, weights);
-  const bool from_output = call.settings.save == Save::output;  // what is kept is then not written over: make_call
+  const bool from_output = call.settings.from_output();  // what is kept is then not written over: make_call
 
   std::vector<Maybe> grads(wanted.size());
   Maybe dz[2] = {matrix(dy, call.rows), std::nullopt};
@@ -76,7 +71,6 @@ std::vector<Maybe> run_backward(Call& call, const Tensor& dy, const Maybe& x, co
     w.h = h;
     return w;
   };
-  const auto kept_of = [&](int64_t layer) { return &call.kept[call.first(layer)]; };
   const auto take = [&](const Slope& slope) {
     for (int part = 0; part < 2; ++part) dz[part] = slope.dz[part], db[part] = slope.db[part];
     h_below = slope.h;
@@ -84,7 +78,7 @@ std::vector<Maybe> run_backward(Call& call, const Tensor& dy, const Maybe& x, co
 
   int64_t layer = call.layers() - 1;
   if (layer < call.hidden()) {
-    take(layers.chain_rule(*dz[0], kept_of(layer), wanted_of(layer, false), false));
+    take(layers.chain_rule(*dz[0], layer, wanted_of(layer, false), false));
   } else if (needs.bias(linears - 1)) {
     db[0] = column_sum(*dz[0]);
   }
@@ -96,15 +90,14 @@ std::vector<Maybe> run_backward(Call& call, const Tensor& dy, const Maybe& x, co
     for (int part = 0; part < parts; ++part) reads_input = reads_input || needs.weight(first + part);
     Maybe h;
     if (layer > 0) {
-      const int64_t below = call.first(layer - 1);
       const bool rebuild = reads_input && !from_output;
       if (needs.below(layer)) {
-        take(layers.dgrad(*own[0], *weights[first], kept_of(layer - 1), wanted_of(layer - 1, rebuild)));
+        take(layers.dgrad(*own[0], *weights[first], layer - 1, wanted_of(layer - 1, rebuild)));
         h = h_below;
       } else if (rebuild) {
-        h = layers.value(*call.kept[below], call.width() == 2 ? call.kept[below + 1] : std::nullopt);
+        h = layers.value(layer - 1);
       }
-      if (reads_input && from_output) h = call.kept[below];
+      if (reads_input && from_output) h = call.kept[call.first(layer - 1)];
     } else if (reads_input) {
       h = *x;
     }
@@ -132,7 +125,6 @@ std::vector<Maybe> run_backward(Call& call, const Tensor& dy, const Maybe& x, co
 std::vector<Tensor> forward(const Tensor& x, std::vector<Tensor> tensors, int64_t settings,
                             std::vector<double> params) {
   const Call call = cpu::forward_call(x, tensors, settings, params);
-  refuse_compressed(call);
   tensors.resize(call.linears());
   const OnDevice here(call.device.index);
   const auto results = run_forward(call, x, tensors);
@@ -145,7 +137,6 @@ std::vector<Tensor> backward(const Tensor& dy, std::vector<Tensor> saved, int64_
   Maybe x;
   std::vector<Maybe> weights;
   Call call = cpu::backward_call(dy, saved, settings, params, needs, x, weights);
-  refuse_compressed(call);
   const OnDevice here(call.device.index);
   const auto grads = run_backward(call, dy, x, weights, needs);
   check_launches();

@@ -119,6 +119,7 @@ const char* library_refusal(const Activation& activation, const Product& p) {
   if (activation.number != number_of_gelu_tanh) return "of its epilogues tanh-GELU is PyTorch's function";
   if (activation.dtype != Dtype::bfloat16 && activation.dtype != Dtype::float16) return "only 16 bits gain by it";
   if (p.kind != Product::forward && p.kind != Product::dgrad) return "it has no gated epilogue";
+  if (p.keeps != Keeps::z) return "it keeps z as it is";
   if (p.m == 0 || p.n == 0 || p.k == 0) return "a size is 0";
   if (p.n % 8 || p.a.stride <= 0 || p.a.stride % 8 || p.b.stride <= 0 || p.b.stride % 8) return "rows of 16 bytes";
   if (!at_16_bytes(p.a.data) || !at_16_bytes(p.b.data) || !at_16_bytes(p.bias)) return "addresses of 16 bytes";

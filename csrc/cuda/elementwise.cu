@@ -30,6 +30,10 @@ void launch(const Activation& activation, const Value& value, cudaStream_t strea
   launch_for(activation, value, stream);
 }
 
+void launch(const Activation& activation, const CompressedValue& value, cudaStream_t stream) {
+  launch_for(activation, value, stream);
+}
+
 void launch(const Activation& activation, const ChainRule& rule, cudaStream_t stream) {
   launch_for(activation, rule, stream);
 }

@@ -1,50 +1,11 @@
 // The kernels of elementwise.h for one dtype; the .cu files instantiate them.
-//
-// Memory is the limit, so every access is of 16 bytes where addresses and sizes allow it, and each thread has several
-// under way before it computes. Where they do not allow it (an odd number of columns, a view that begins anywhere, a
-// gradient of any strides), the same packs are gathered and scattered number by number.
 #pragma once
 
 #include <algorithm>
 
-#include "elementwise.h"
-#include "pack.h"
+#include "compressed.cuh"
 
 namespace fastbp::cuda {
-
-constexpr int kThreads = 128, kLanes = 32, kWarps = kThreads / kLanes;
-constexpr int kFlat = 4;  // packs of a thread in the flat kernel
-// Rows that a warp of the chain rule has under way; one where packs are gathered, which takes registers.
-constexpr int kRowsAtOnce = 4, kGatedAtOnce = 2;
-
-// Blocks of a multiprocessor at least: twelve warps have 48 KB under way, which is enough; float64's exp and erf need
-// the registers of eight. Said to the compiler, which else aims higher and spills.
-template <Dtype D>
-constexpr int kBlocks = D == Dtype::float64 ? 2 : 3;
-
-// Numbers [first, first + size) of a row as a pack; beyond `count` 0. `whole` says that one access does it.
-template <Dtype D>
-__device__ Pack<D> load(const Memory<D>* row, int64_t first, int64_t count, int64_t stride, bool whole) {
-  if (whole) return load_pack<D>(row + first);
-  Pack<D> pack;
-#pragma unroll
-  for (int i = 0; i < pack.size; ++i) {
-    pack.at[i] = first + i < count ? row[(first + i) * stride] : static_cast<Memory<D>>(0.0f);
-  }
-  return pack;
-}
-
-template <Dtype D>
-__device__ void store(Memory<D>* row, int64_t first, int64_t count, const Pack<D>& pack, bool whole) {
-  if (whole) {
-    store_pack(row + first, pack);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < pack.size; ++i) {
-    if (first + i < count) row[first + i] = pack.at[i];
-  }
-}
 
 template <class A, Dtype D, bool GATED>
 __global__ void __launch_bounds__(kThreads, kBlocks<D>)
@@ -93,31 +54,34 @@ __device__ void add_up(const Sum<D> (&mine)[Pack<D>::size], Sum<D>* out, int64_t
   }
 }
 
-template <class A, Dtype D, bool FROM_OUTPUT, bool ALIGNED>
+template <class A, Dtype D, Reads READS, bool ALIGNED>
 __global__ void __launch_bounds__(kThreads, kBlocks<D>) chain_rule_kernel(ChainRule rule, double p0, double p1) {
   constexpr int width = Pack<D>::size, rows = ALIGNED ? kRowsAtOnce : 1;
   const Bound<A, Compute<D>> activation(p0, p1);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int64_t n = rule.n, column = (static_cast<int64_t>(blockIdx.x) * kLanes + lane) * width;
   const int64_t begin = blockIdx.y * rule.strips.rows, end = min(begin + rule.strips.rows, rule.m);
-  const auto *dh = static_cast<const Memory<D>*>(rule.dh), *kept = static_cast<const Memory<D>*>(rule.kept);
+  const auto* dh = static_cast<const Memory<D>*>(rule.dh);
   auto *dz = static_cast<Memory<D>*>(rule.dz), *h = static_cast<Memory<D>*>(rule.h);
   Sum<D> sums[width] = {};
   for (int64_t row = begin + warp; column < n && row < end; row += rows * kWarps) {
-    Pack<D> d[rows], r[rows];
+    Pack<D> d[rows];
+    Raw<D> raw[rows];
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
       const int64_t at = row + i * kWarps;
       if (at >= end) break;
       d[i] = load<D>(dh + at * rule.dh_stride, column, n, rule.dh_column_stride, ALIGNED);
-      r[i] = load<D>(kept + at * rule.stride, column, n, 1, ALIGNED);
+      raw[i] = load_kept<D, READS>(rule.kept, rule.beside, rule.keeps, at, rule.stride, column, n, ALIGNED);
     }
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
       const int64_t at = row + i * kWarps;
       if (at >= end) break;
-      if (h) store<D>(h + at * n, column, n, value(activation, r[i]), ALIGNED);
-      store<D>(dz + at * n, column, n, grad<FROM_OUTPUT>(activation, d[i], r[i], sums), ALIGNED);
+      const Pack<D> r = numbers_of<D, READS>(raw[i], rule.keeps);
+      if (READS == Reads::z && h) store<D>(h + at * n, column, n, value(activation, r), ALIGNED);
+      const Pack<D> found = grad<READS>(activation, d[i], r, rule.keeps, raw[i].beside, sums);
+      store<D>(dz + at * n, column, n, found, ALIGNED);
     }
   }
   if (rule.sums) add_up<D>(sums, static_cast<Sum<D>*>(rule.sums), n);
@@ -131,27 +95,31 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D>)
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int64_t n = rule.n, column = (static_cast<int64_t>(blockIdx.x) * kLanes + lane) * width;
   const int64_t begin = blockIdx.y * rule.strips.rows, end = min(begin + rule.strips.rows, rule.m);
-  const auto *dh = static_cast<const Memory<D>*>(rule.dh), *gate = static_cast<const Memory<D>*>(rule.gate);
-  const auto* up = static_cast<const Memory<D>*>(rule.up);
+  const auto* dh = static_cast<const Memory<D>*>(rule.dh);
   auto *dgate = static_cast<Memory<D>*>(rule.dgate), *dup = static_cast<Memory<D>*>(rule.dup);
   auto* h = static_cast<Memory<D>*>(rule.h);
   Sum<D> gate_sums[width] = {}, up_sums[width] = {};
   for (int64_t row = begin + warp; column < n && row < end; row += rows * kWarps) {
-    Pack<D> d[rows], g[rows], u[rows];
+    Pack<D> d[rows];
+    Raw<D> gate[rows], up[rows];
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
       const int64_t at = row + i * kWarps;
       if (at >= end) break;
       d[i] = load<D>(dh + at * rule.dh_stride, column, n, rule.dh_column_stride, ALIGNED);
-      g[i] = load<D>(gate + at * rule.stride, column, n, 1, ALIGNED);
-      u[i] = up ? load<D>(up + at * rule.stride, column, n, 1, ALIGNED) : g[i];  // nobody looks at it then
+      const auto load_part = [&](const void* kept, const void* scales) {
+        return load_kept<D, Reads::z>(kept, scales, rule.keeps, at, rule.stride, column, n, ALIGNED);
+      };
+      gate[i] = load_part(rule.gate, rule.gate_scales);
+      up[i] = rule.up ? load_part(rule.up, rule.up_scales) : gate[i];  // nobody looks at it then
     }
 #pragma unroll
     for (int i = 0; i < rows; ++i) {
       const int64_t at = row + i * kWarps;
       if (at >= end) break;
-      if (h) store<D>(h + at * n, column, n, gated_value(activation, g[i], u[i]), ALIGNED);
-      const GatedGrad<D> found = gated_grad(activation, d[i], g[i], u[i], gate_sums, up_sums);
+      const Pack<D> g = numbers_of<D, Reads::z>(gate[i], rule.keeps), u = numbers_of<D, Reads::z>(up[i], rule.keeps);
+      if (h) store<D>(h + at * n, column, n, gated_value(activation, g, u), ALIGNED);
+      const GatedGrad<D> found = gated_grad(activation, d[i], g, u, gate_sums, up_sums);
       if (dgate) store<D>(dgate + at * n, column, n, found.gate, ALIGNED);
       if (dup) store<D>(dup + at * n, column, n, found.up, ALIGNED);
     }
@@ -180,12 +148,6 @@ __global__ void __launch_bounds__(kThreads)
   out[column] = rounded<D>(static_cast<Compute<D>>(total));
 }
 
-constexpr bool at_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-template <class... P>
-bool all_at_16_bytes(P... pointers) {
-  return (at_16_bytes(pointers) && ...);
-}
-
 template <class A, Dtype D>
 void launch_as(const Activation& activation, const Value& v, cudaStream_t stream) {
   constexpr int64_t each = int64_t{kThreads} * kFlat * Pack<D>::size;
@@ -193,7 +155,7 @@ void launch_as(const Activation& activation, const Value& v, cudaStream_t stream
   if (blocks == 0) return;
   const auto *gate = static_cast<const Memory<D>*>(v.gate), *up = static_cast<const Memory<D>*>(v.up);
   auto* y = static_cast<Memory<D>*>(v.y);
-  const bool aligned = all_at_16_bytes(v.gate, v.up, v.y);
+  const bool aligned = all_at(16, v.gate, v.up, v.y);
   const auto [p0, p1] = activation.params;
   if (up) {
     value_kernel<A, D, true><<<blocks, kThreads, 0, stream>>>(gate, up, y, v.size, p0, p1, aligned);
@@ -202,27 +164,30 @@ void launch_as(const Activation& activation, const Value& v, cudaStream_t stream
   }
 }
 
-template <Dtype D, class Rule>
-dim3 grid_of(const Rule& rule) {
-  constexpr int64_t columns = kLanes * Pack<D>::size;
-  return dim3(static_cast<unsigned>((rule.n + columns - 1) / columns), static_cast<unsigned>(rule.strips.strips));
-}
-
-// Whether packs of 16 bytes reach all of a matrix.
-template <Dtype D, class Rule>
-bool in_packs(const Rule& rule) {
+// Whether packs of 16 bytes reach all of a matrix, and words what lies beside it or in its place.
+template <Dtype D, class Rule, class... Kept>
+bool in_packs(const Rule& rule, Kept... kept) {
   constexpr int width = Pack<D>::size;
-  return rule.dh_column_stride == 1 && rule.n % width == 0 && rule.dh_stride % width == 0 && rule.stride % width == 0;
+  return rule.dh_column_stride == 1 && rule.n % width == 0 && rule.dh_stride % width == 0 && rule.stride % width == 0 &&
+         all_at(rule.keeps == Keeps::fp8 ? sizeof(E4m3<D>) : 16, kept...) && all_at(16, rule.dh, rule.h);
 }
 
 template <class A, Dtype D>
 void launch_as(const Activation& activation, const ChainRule& rule, cudaStream_t stream) {
   if (rule.n == 0) return;
-  const bool aligned = in_packs<D>(rule) && all_at_16_bytes(rule.dh, rule.kept, rule.dz, rule.h);
+  const bool aligned = in_packs<D>(rule, rule.kept) && all_at(16, rule.dz) &&
+                       (rule.keeps != Keeps::bits || all_at(sizeof(Bits<D>), rule.beside));
   void (*kernel)(ChainRule, double, double) =
-      aligned ? chain_rule_kernel<A, D, false, true> : chain_rule_kernel<A, D, false, false>;
-  if constexpr (A::has_grad_from_output) {
-    if (rule.from_output) kernel = aligned ? chain_rule_kernel<A, D, true, true> : chain_rule_kernel<A, D, true, false>;
+      aligned ? chain_rule_kernel<A, D, Reads::z, true> : chain_rule_kernel<A, D, Reads::z, false>;
+  if constexpr (reads<A, D>(Reads::y)) {
+    if (rule.keeps == Keeps::y) {
+      kernel = aligned ? chain_rule_kernel<A, D, Reads::y, true> : chain_rule_kernel<A, D, Reads::y, false>;
+    }
+  }
+  if constexpr (reads<A, D>(Reads::side)) {
+    if (rule.keeps == Keeps::bits || rule.keeps == Keeps::lowest_bit) {
+      kernel = aligned ? chain_rule_kernel<A, D, Reads::side, true> : chain_rule_kernel<A, D, Reads::side, false>;
+    }
   }
   kernel<<<grid_of<D>(rule), kThreads, 0, stream>>>(rule, activation.params[0], activation.params[1]);
 }
@@ -230,7 +195,7 @@ void launch_as(const Activation& activation, const ChainRule& rule, cudaStream_t
 template <class A, Dtype D>
 void launch_as(const Activation& activation, const GatedChainRule& rule, cudaStream_t stream) {
   if (rule.n == 0) return;
-  const bool aligned = in_packs<D>(rule) && all_at_16_bytes(rule.dh, rule.gate, rule.up, rule.dgate, rule.dup, rule.h);
+  const bool aligned = in_packs<D>(rule, rule.gate, rule.up) && all_at(16, rule.dgate, rule.dup);
   const auto kernel = aligned ? gated_chain_rule_kernel<A, D, true> : gated_chain_rule_kernel<A, D, false>;
   kernel<<<grid_of<D>(rule), kThreads, 0, stream>>>(rule, activation.params[0], activation.params[1]);
 }
@@ -253,10 +218,11 @@ void launch_column_sum_of(const void* sums, void* out, int64_t strips, int64_t n
 }
 
 // What a .cu file instantiates, of one dtype.
-#define FASTBP_ELEMENTWISE(PREFIX, D)                                                                        \
-  PREFIX template void launch_of<D, Value>(const Activation&, const Value&, cudaStream_t);                   \
-  PREFIX template void launch_of<D, ChainRule>(const Activation&, const ChainRule&, cudaStream_t);           \
-  PREFIX template void launch_of<D, GatedChainRule>(const Activation&, const GatedChainRule&, cudaStream_t); \
+#define FASTBP_ELEMENTWISE(PREFIX, D)                                                                          \
+  PREFIX template void launch_of<D, CompressedValue>(const Activation&, const CompressedValue&, cudaStream_t); \
+  PREFIX template void launch_of<D, Value>(const Activation&, const Value&, cudaStream_t);                     \
+  PREFIX template void launch_of<D, ChainRule>(const Activation&, const ChainRule&, cudaStream_t);             \
+  PREFIX template void launch_of<D, GatedChainRule>(const Activation&, const GatedChainRule&, cudaStream_t);   \
   PREFIX template void launch_column_sum_of<D>(const void*, void*, int64_t, int64_t, cudaStream_t);
 
 }  // namespace fastbp::cuda

@@ -16,12 +16,12 @@ constexpr int kSharedBytes = 1024 + kStages * kStageBytes + 2 * kStagingBytes + 
 constexpr int kProductThreads = 3 * kGroupThreads;
 constexpr int kLoaderRegisters = 40, kComputerRegisters = 232;
 
-template <Dtype D, Product::Kind KIND, bool FROM_OUTPUT>
+template <Dtype D, Product::Kind KIND, Reads READS>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kProductThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
                    const __grid_constant__ CUtensorMap b2, const __grid_constant__ ProductArguments arguments) {
   constexpr int by_steps = KIND == Product::dgrad || KIND == Product::gated_dgrad;
-  using Own = Epilogue<D, KIND, FROM_OUTPUT>;
+  using Own = Epilogue<D, KIND, READS>;
   extern __shared__ char memory[];
   char* const stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
   char* const staging = stages + kStages * kStageBytes;

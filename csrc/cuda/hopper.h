@@ -14,9 +14,10 @@ struct Operand {
 // Out (m × n) from A (m × k) and B. All results are contiguous with n a multiple of 8.
 //   forward        z = x Wᵀ + b (W n × k), y = f(z);                     z may be null, and so may the bias
 //   gated_forward  g = x Wgᵀ + bg, u = x Wuᵀ + bu, y = f(g) · u;         g and u may be null, and so may a bias
-//   dgrad          dh = d W (W k × n), dz = dz(dh, r), h = f(z)          r the kept z or y; h and the sums may be null
+//   dgrad          dh = d W (W k × n), dz = dz(dh, r), h = f(z)          r what was kept; h and the sums may be null
 //   gated_dgrad    dh = d W, dg = dh · u · f'(g), du = dh · f(g), h = f(g) · u
-// dz may be r, dg may be g, du may be u.
+// dz may be r, dg may be g, du may be u. What a policy keeps comes and goes as in CompressedValue: codes take the place
+// of z, g and u, and bits or scales lie beside.
 struct Product {
   enum Kind : int { forward, gated_forward, dgrad, gated_dgrad };
   Kind kind;
@@ -26,9 +27,11 @@ struct Product {
   const void *gate, *up;     // dgrad: what was kept
   void *first, *second;      // z or g, u; dz or dg, du
   void* y;                   // y, or h
+  Keeps keeps;
+  const void *gate_beside, *up_beside;  // dgrad
+  void *first_beside, *second_beside;   // forward
   // Sums of the columns of what is written to first and second: one row for each 128 rows of the result.
   float *sums, *sums2;
-  bool from_output;
   void* bias_gradient;  // dgrad by cuBLASLt, which adds the columns up itself; may be null
 };
 constexpr int kTileRows = 128;

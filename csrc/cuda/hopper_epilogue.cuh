@@ -5,11 +5,11 @@
 // each activation, so a few kernels serve all.
 #pragma once
 
+#include "compressed.h"
 #include "hopper.h"
 #include "hopper_layout.h"
 #include "hopper_ptx.h"
 #include "numbers.h"
-#include "pack.h"
 
 namespace fastbp::cuda {
 
@@ -31,13 +31,14 @@ struct ProductArguments {
 };
 
 // One warp's rows of a tile, a pack at a time.
-template <Dtype D, Product::Kind KIND, bool FROM_OUTPUT>
+template <Dtype D, Product::Kind KIND, Reads READS>
 struct Epilogue {
   static constexpr bool gated_forward = KIND == Product::gated_forward;
   static constexpr bool backward = KIND == Product::dgrad || KIND == Product::gated_dgrad;
-  static constexpr int parts = gated_forward ? 8 : 16, passes = parts;               // of 32 rows
-  static constexpr int columns = gated_forward ? kTile / 2 : kTile;                  // of results
-  static constexpr int ahead = KIND == Product::gated_dgrad || FROM_OUTPUT ? 1 : 2;  // packs at a time, by registers
+  static constexpr int parts = gated_forward ? 8 : 16, passes = parts;  // of 32 rows
+  static constexpr int columns = gated_forward ? kTile / 2 : kTile;     // of results
+  static constexpr int ahead =
+      KIND == Product::gated_dgrad || READS != Reads::z ? 1 : 2;  // packs at a time, by registers
   using Number = Memory<D>;
 
   const ProductArguments& arguments;
@@ -60,20 +61,39 @@ struct Epilogue {
     store_pack(static_cast<Number*>(matrix) + offset, pack);
   }
 
-  // What backward kept, of some passes; 0 outside, where dh is 0 too, and so is dz(0, 0) of every activation.
+  // Of a byte of what lies beside a matrix: of its bits, which are half a byte a number, and of its scales.
+  __device__ __forceinline__ int64_t bits_at(int pass) const { return offset(pass) / 2; }
+  __device__ __forceinline__ int64_t scale_at(int pass) const {
+    return static_cast<int64_t>(row(pass)) * scales_size(static_cast<int>(arguments.product.n)) + column() / kBlock;
+  }
+
+  // What backward kept, of some passes. Outside it is 0, and 0 of the right side, where dh is 0 too, and so is dz(0, 0)
+  // of every activation.
   struct Kept {
-    Pack<D> gate[ahead], up[ahead];
+    Raw<D> gate[ahead], up[ahead];
   };
-  __device__ __forceinline__ Pack<D> get(const void* matrix, int pass) const {
-    if (pass >= passes || !inside(pass)) return Pack<D>{};
-    return load_pack<D>(static_cast<const Number*>(matrix) + offset(pass));
+  __device__ __forceinline__ Raw<D> get(const void* matrix, const void* beside, int pass) const {
+    Raw<D> raw{Pack<D>{}, 0xcccccccc};
+    if (pass >= passes || !inside(pass)) return raw;
+    const Keeps keeps = arguments.product.keeps;
+    if (READS == Reads::z && keeps == Keeps::fp8) {
+      raw.numbers = in_place<D>(static_cast<const uint64_t*>(matrix)[offset(pass) / 8]);
+      raw.beside = static_cast<const uint8_t*>(beside)[scale_at(pass)];
+      return raw;
+    }
+    raw.numbers = load_pack<D>(static_cast<const Number*>(matrix) + offset(pass));
+    if (READS == Reads::side && keeps == Keeps::bits) {
+      raw.beside = static_cast<const uint32_t*>(beside)[bits_at(pass) / 4];
+    }
+    return raw;
   }
   __device__ __forceinline__ Kept fetch(int first) const {
-    Kept kept{};
+    const Product& p = arguments.product;
+    Kept kept;
 #pragma unroll
     for (int i = 0; i < ahead; ++i) {
-      if constexpr (backward) kept.gate[i] = get(arguments.product.gate, first + i);
-      if constexpr (KIND == Product::gated_dgrad) kept.up[i] = get(arguments.product.up, first + i);
+      if constexpr (backward) kept.gate[i] = get(p.gate, p.gate_beside, first + i);
+      if constexpr (KIND == Product::gated_dgrad) kept.up[i] = get(p.up, p.up_beside, first + i);
     }
     return kept;
   }
@@ -142,11 +162,20 @@ struct Epilogue {
     with_activation(arguments.activation, arguments.p0, arguments.p1, f);
   }
 
+  // z in e4m3 and its scales. All lanes come here: four share a scale.
+  __device__ __forceinline__ void put_e4m3(void* codes, void* scales, int pass, const Pack<D>& z) const {
+    const uint32_t scale = scale_of_block(z);
+    if (!inside(pass)) return;
+    static_cast<uint64_t*>(codes)[offset(pass) / 8] = encoded(z, scale);
+    if (column() % kBlock == 0) static_cast<uint8_t*>(scales)[scale_at(pass)] = static_cast<uint8_t>(scale);
+  }
+
   __device__ __forceinline__ void forward_passes() const {
     const Product& p = arguments.product;
 #pragma unroll 1
     for (int first = 0; first < passes; first += ahead) {
       Pack<D> z[ahead], u[ahead], y[ahead];
+      uint32_t bits[ahead];
 #pragma unroll
       for (int i = 0; i < ahead; ++i) {
         z[i] = staged(first + i, lane % parts);
@@ -154,20 +183,22 @@ struct Epilogue {
       }
       choose([&](const auto& activation) {
 #pragma unroll
-        for (int i = 0; i < ahead; ++i) {
-          if constexpr (gated_forward) {
-            y[i] = gated_value(activation, z[i], u[i]);
-          } else {
-            y[i] = value(activation, z[i]);
-          }
-        }
+        for (int i = 0; i < ahead; ++i) y[i] = value(activation, z[i], gated_forward, u[i], p.keeps, bits[i]);
       });
 #pragma unroll
       for (int i = 0; i < ahead; ++i) {
+        if (p.keeps == Keeps::fp8) {
+          put_e4m3(p.first, p.first_beside, first + i, z[i]);
+          if constexpr (gated_forward) put_e4m3(p.second, p.second_beside, first + i, u[i]);
+        }
         if (!inside(first + i)) continue;
         const int64_t at = offset(first + i);
-        if (p.first) put(p.first, at, z[i]);
-        if (gated_forward && p.second) put(p.second, at, u[i]);
+        if (p.keeps == Keeps::bits) {
+          static_cast<uint32_t*>(p.first_beside)[bits_at(first + i) / 4] = bits[i];
+        } else if (p.keeps != Keeps::fp8) {
+          if (p.first) put(p.first, at, z[i]);
+          if (gated_forward && p.second) put(p.second, at, u[i]);
+        }
         put(p.y, at, y[i]);
       }
     }
@@ -180,20 +211,24 @@ struct Epilogue {
 #pragma unroll 1
     for (int first = 0; first < passes; first += ahead) {
       const Kept next = fetch(first + ahead);
-      Pack<D> dh[ahead], dup[ahead], h[ahead];
+      Pack<D> dh[ahead], dup[ahead], h[ahead], gate[ahead], up[ahead];
 #pragma unroll
-      for (int i = 0; i < ahead; ++i) dh[i] = staged(first + i, lane % parts);
+      for (int i = 0; i < ahead; ++i) {
+        dh[i] = staged(first + i, lane % parts);
+        gate[i] = numbers_of<D, READS>(kept.gate[i], p.keeps);
+        if constexpr (KIND == Product::gated_dgrad) up[i] = numbers_of<D, READS>(kept.up[i], p.keeps);
+      }
       choose([&]<class A>(const Bound<A, Approximate>& activation) {
 #pragma unroll
         for (int i = 0; i < ahead; ++i) {
           if constexpr (KIND == Product::gated_dgrad) {
-            const GatedGrad<D> both = gated_grad(activation, dh[i], kept.gate[i], kept.up[i], sums, sums2);
+            const GatedGrad<D> both = gated_grad(activation, dh[i], gate[i], up[i], sums, sums2);
             dh[i] = both.gate;
             dup[i] = both.up;
-            if (p.y) h[i] = gated_value(activation, kept.gate[i], kept.up[i]);
-          } else {
-            if (p.y) h[i] = value(activation, kept.gate[i]);
-            dh[i] = grad < FROM_OUTPUT && A::has_grad_from_output > (activation, dh[i], kept.gate[i], sums);
+            if (p.y) h[i] = gated_value(activation, gate[i], up[i]);
+          } else if constexpr (reads<A, D>(READS)) {  // nobody asks for the others
+            if (READS == Reads::z && p.y) h[i] = value(activation, gate[i]);
+            dh[i] = grad<READS>(activation, dh[i], gate[i], p.keeps, kept.gate[i].beside, sums);
           }
         }
       });
@@ -203,7 +238,7 @@ struct Epilogue {
         const int64_t at = offset(first + i);
         put(p.first, at, dh[i]);
         if (KIND == Product::gated_dgrad) put(p.second, at, dup[i]);
-        if (p.y) put(p.y, at, h[i]);
+        if (READS == Reads::z && p.y) put(p.y, at, h[i]);
       }
       kept = next;
     }

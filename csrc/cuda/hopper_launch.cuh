@@ -16,14 +16,17 @@ CUtensorMap map_of(const Operand& matrix, Dtype dtype, uint32_t box_rows);
 template <Dtype D, Product::Kind KIND>
 void launch_product_as(const Activation& activation, const Product& product, int processors, cudaStream_t stream) {
   constexpr bool by_steps = KIND == Product::dgrad || KIND == Product::gated_dgrad;
-  auto kernel = product_kernel<D, KIND, false>;
+  auto kernel = product_kernel<D, KIND, Reads::z>;
   if constexpr (KIND == Product::dgrad) {
-    if (product.from_output) kernel = product_kernel<D, KIND, true>;
+    if (product.keeps == Keeps::y) kernel = product_kernel<D, KIND, Reads::y>;
+    if (product.keeps == Keeps::bits || product.keeps == Keeps::lowest_bit) {
+      kernel = product_kernel<D, KIND, Reads::side>;
+    }
   }
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   const CUtensorMap a = map_of(product.a, D, kTile), b = map_of(product.b, D, by_steps ? kDepth : kHalfRows);
   const CUtensorMap b2 = KIND == Product::gated_forward ? map_of(product.b2, D, kHalfRows) : b;
-  constexpr int columns = Epilogue<D, KIND, false>::columns;
+  constexpr int columns = Epilogue<D, KIND, Reads::z>::columns;
   const int64_t tiles = (product.m + 2 * kTile - 1) / (2 * kTile) * ((product.n + columns - 1) / columns);
   const auto clusters = static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>(tiles, processors / 2)));
   const auto [p0, p1] = activation.params;

@@ -24,34 +24,45 @@ class Layers {
  public:
   explicit Layers(const Call& call);
 
-  // y = f(x Wᵀ + b), or f(g) · u; x (..., K), y (..., N). With `keep` z, or g and u.
+  // y = f(x Wᵀ + b), or f(g) · u; x (..., K), y (..., N). And what the policy keeps of each linear: z or its codes, or
+  // y; and bits or scales beside it.
   struct Forward {
     Tensor y;
-    Maybe z[2];
+    Maybe kept[2], beside[2];
   };
-  Forward forward(const Tensor& x, const Tensor* weights, const Maybe* biases, bool keep) const;
+  Forward forward(const Tensor& x, const Tensor* weights, const Maybe* biases) const;
 
-  // f(z), or f(g) · u, of what was kept.
-  Tensor value(const Tensor& gate, const Maybe& up) const;
+  // f(z), or f(g) · u, (..., N) of what was kept of a hidden layer.
+  Tensor value(int64_t layer) const;
 
-  // What backward makes of a layer, of rows of dh. Which of it is wanted:
+  // What backward makes of a hidden layer, of rows of dh. Which of it is wanted:
   struct Wanted {
     bool dz[2], db[2], h;
     bool any() const { return dz[0] || dz[1]; }
   };
-  Slope chain_rule(const Tensor& dh, const Maybe* kept, const Wanted& wanted, bool over_dh) const;
+  Slope chain_rule(const Tensor& dh, int64_t layer, const Wanted& wanted, bool over_dh) const;
   // The same of dh = d W, W the linear above.
-  Slope dgrad(const Tensor& d, const Tensor& weight, const Maybe* kept, const Wanted& wanted) const;
+  Slope dgrad(const Tensor& d, const Tensor& weight, int64_t layer, const Wanted& wanted) const;
 
  private:
-  bool forward_fused(const Tensor& x, const Tensor* weights, const Maybe* biases, bool keep, Forward& found) const;
-  Tensor make(std::vector<int64_t> sizes, Dtype dtype) const;
+  bool forward_fused(const Tensor& x, const Tensor* weights, const Maybe* biases, Forward& found) const;
+  // The tensors that forward keeps, but for z of PyTorch's making: y (..., N) of `sizes` is there.
+  void make_kept(const std::vector<int64_t>& sizes, Forward& found) const;
+  Tensor make(const std::vector<int64_t>& sizes, Dtype dtype) const;
+  Tensor make_bytes(std::vector<int64_t> sizes, int64_t last) const;
+  void launch_rows(CompressedValue& value, int64_t n) const;
+  void poison(const Tensor& tensor, int64_t bytes) const;
   Tensor like(const Tensor& tensor) const;
   Maybe total(const Maybe& sums) const;
   // Whether the route has a kernel for this product; and its launch, false where it turns out that it has none.
   bool fuses(const Product& product) const;
   bool run(const Product& product) const;
   bool is_identity() const { return call_.settings.activation == 0; }
+  Keeps keeps() const;
+  // What was kept of a linear, as forward keeps it.
+  const Maybe& kept(int64_t linear) const;
+  Maybe dense_kept(int64_t linear) const;
+  Maybe beside(int64_t linear) const;
 
   const Call& call_;
   const Properties& properties_;

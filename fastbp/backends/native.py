@@ -75,8 +75,6 @@ def supports(problem: Problem) -> str | None:
         return (
             f"the C++ kernels run on CPUs and NVIDIA GPUs, and x is on {'an AMD GPU' if torch.version.hip else device}"
         )
-    if POLICIES[problem.config.save].compressed:
-        return f"the CUDA kernels do not serve save={problem.config.save!r}"
     if not cuda_architectures():
         return f"{LIBRARY.name} was built without CUDA kernels; `{rebuild_command('cuda')}` builds them, with nvcc"
     return cuda_refusal(torch.cuda.current_device() if device.index is None else device.index)

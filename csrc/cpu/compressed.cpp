@@ -186,7 +186,7 @@ static Compressed loops() {
 #define FASTBP_ROW(A) fill(act::A{}, i++);
   FASTBP_FOR_EACH_ACTIVATION(FASTBP_ROW)
 #undef FASTBP_ROW
-  t.encode = encode_fp8<Row>;
+  t.encode = encode_fp8<T, Row>;
   t.decode = decode_fp8<T, Row>;
   return t;
 }

@@ -35,8 +35,11 @@ HD void for_block(const F& f) {
   FASTBP_UNROLL for (int p = 0; p < kBlock / kLanes; ++p) f(p, p * kLanes);
 }
 
-template <class Row>
+// Of numbers of T, in rows of them or of float.
+template <class T, class Row>
 static void encode_fp8(int64_t n, const void* z, uint8_t* codes, uint8_t* scales) {
+  // The largest number that e4m3 and a scale give back: 1.875 · 2¹⁵, or 2¹²⁷.
+  constexpr int32_t held = std::is_same_v<T, Half> ? 0x47700000 : 0x7f700000;
   for (int64_t b = 0; b < n; b += kBlock) {
     const int64_t count = n - b < kBlock ? n - b : kBlock;
     const Row* from = static_cast<const Row*>(z) + b;
@@ -49,9 +52,10 @@ static void encode_fp8(int64_t n, const void* z, uint8_t* codes, uint8_t* scales
     Bits32 largest = {}, infinite[kBlock / kLanes];
     for_block([&](int p, int i) {
       x[p] = load<Row, float>(from + i);
-      const Bits32 magnitude = x[p].bits() & 0x7fffffff;
+      const Bits32 all = x[p].bits(), magnitude = all & 0x7fffffff;
       infinite[p] = magnitude >= 0x7f800000;
-      const Bits32 finite = magnitude & ~infinite[p];
+      const Bits32 finite = (magnitude > held ? Bits32{} + held : magnitude) & ~infinite[p];
+      x[p] = Vec<float>::of(finite | (all & ~0x7fffffff));
       largest = finite > largest ? finite : largest;
     });
     int32_t most = 0;

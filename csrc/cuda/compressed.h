@@ -146,13 +146,22 @@ using Bits = std::conditional_t<Pack<D>::size == 8, uint32_t, uint16_t>;
 
 constexpr uint32_t kInfinity = 0x7f800000;
 
+// The bits of |x|, at most those of the largest number that e4m3 and a scale give back in the dtype. Infinity and NaN
+// stay what they are.
+template <Dtype D>
+HD uint32_t size_of(float x) {
+  constexpr uint32_t most = D == Dtype::float16 ? 0x47700000 : 0x7f700000;  // 1.875 · 2¹⁵, 1.875 · 2¹²⁷
+  const uint32_t size = std::bit_cast<uint32_t>(x) & 0x7fffffff;
+  return size < kInfinity && size > most ? most : size;
+}
+
 // The largest of a pack's finite numbers, as the bits of a float without its sign.
 template <Dtype D>
 HD uint32_t largest_of(const Pack<D>& z) {
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < z.size; ++i) {
-    const uint32_t bits = std::bit_cast<uint32_t>(plain(wide(z.at[i]))) & 0x7fffffff;
+    const uint32_t bits = size_of<D>(plain(wide(z.at[i])));
     largest = bits < kInfinity && bits > largest ? bits : largest;
   }
   return largest;
@@ -193,8 +202,8 @@ HD E4m3<D> encoded(const Pack<D>& z, uint32_t scale) {
 #pragma unroll
   for (int i = 0; i < z.size; ++i) {
     const float number = plain(wide(z.at[i]));
-    const bool finite = (std::bit_cast<uint32_t>(number) & 0x7fffffff) < kInfinity;
-    scaled[i] = finite ? number * factor : std::bit_cast<float>(0x7fffffffu);
+    const uint32_t size = size_of<D>(number), sign = std::bit_cast<uint32_t>(number) & 0x80000000;
+    scaled[i] = std::bit_cast<float>(size < kInfinity ? size | sign : 0x7fffffffu) * factor;
   }
   E4m3<D> codes = 0;
 #pragma unroll

@@ -153,8 +153,11 @@ template <class S>
 void Call::slope(int64_t rows, int64_t n, const S* dh, int64_t stride, const S* const* kept, int64_t kept_stride,
                  S* const* dz, int64_t dz_stride, const uint8_t* bits, int64_t bits_stride) const {
   const Elementwise& in_s = loops<S>(kDtypeOf<S>);
-  if (!rounds<S>() && stride == n && dz_stride == n && (!kept[0] || kept_stride == n) &&
-      (!bits || 2 * bits_stride == n)) {  // one long row
+  // One long row where rows lie close, which is worth most where a side is put together from many numbers; but not so
+  // long that a rounded copy leaves the cache.
+  constexpr int64_t most = 1 << 13;
+  const bool joins = !rounds<S>() || (settings.from_side() && rows * n <= most);
+  if (joins && stride == n && dz_stride == n && (!kept[0] || kept_stride == n) && (!bits || 2 * bits_stride == n)) {
     n *= rows;
     rows = 1;
   }

@@ -81,6 +81,7 @@ tiles = [(kind, tile) for kind in configs.KINDS for tile in configs.tiles(kind, 
 cases = [
     *(Case("sm_90", kind, tile, "leaky_relu", SIXTEEN[0]) for kind, tile in tiles),
     *(Case("sm_90", kind, None, "softplus", dtype) for kind in elementwise for dtype in DTYPES),
+    *static.compressed_cases(["sm_90"], ["gelu"], quick=True),
 ]
 for case in cases:
     launch = make_launch(case)

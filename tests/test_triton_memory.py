@@ -21,8 +21,9 @@ if triton.unavailable is None:
 pytestmark = pytest.mark.skipif(triton.unavailable is not None, reason=f"triton: {triton.unavailable}")
 only_interpreted = pytest.mark.skipif(not triton.interpreting(), reason="test_gpu.py has real matrices as large")
 
-# What each kernel reads and what it writes, with their sizes, in the order in which a launch takes them: t is one of
-# the strips or of the rows of tiles that have sums of their own.
+# What each kernel reads and what it writes, with their sizes, in the order in which a launch takes them, those with a
+# star last of all: t is one of the strips or of the rows of tiles that have sums of their own, b and s the bytes of a
+# row's bits and scales. "none" is what is not there.
 KERNELS = {
     "forward": ("x:mk weight:nk bias:n", "y:mn z:mn"),
     "gated_forward": ("x:mk gate_weight:nk up_weight:nk gate_bias:n up_bias:n", "y:mn gate:mn up:mn"),
@@ -33,9 +34,33 @@ KERNELS = {
     "gated_chain_rule": ("dh:mn gate:mn up:mn", "dgate:mn dup:mn h:mn gate_sums:tn up_sums:tn"),
     "column_sum": ("sums:tn", "out:n"),
 }
+COMPRESSED = {
+    ("forward", "output_bits"): ("x:mk weight:nk bias:n", "y:mn bits:mb"),
+    ("forward", "fp8"): ("x:mk weight:nk bias:n", "y:mn codes:mn scales:ms"),
+    ("gated_forward", "fp8"): (
+        "x:mk gate_weight:nk up_weight:nk gate_bias:n up_bias:n",
+        "y:mn gate_codes:mn up_codes:mn gate_scales:ms up_scales:ms",
+    ),
+    ("dgrad", "output_bits"): ("d:mk weight:kn residual:mn bits:mb*", "dz:mn none sums:tn"),
+    ("dgrad", "output_lsb"): ("d:mk weight:kn residual:mn", "dz:mn none sums:tn"),
+    ("dgrad", "fp8"): ("d:mk weight:kn codes:mn scales:ms*", "dz:mn h:mn sums:tn"),
+    ("gated_dgrad", "fp8"): (
+        "d:mk weight:kn gate_codes:mn up_codes:mn gate_scales:ms* up_scales:ms*",
+        "dgate:mn dup:mn h:mn gate_sums:tn up_sums:tn",
+    ),
+    ("compress", "output_bits"): ("gate:mn none", "y:mn bits:mb none"),
+    ("compress", "fp8"): ("gate:mn up:mn", "y:mn gate_codes:mn gate_scales:ms up_codes:mn up_scales:ms"),
+    ("chain_rule", "output_bits"): ("dh:mn residual:mn bits:mb*", "dz:mn none sums:tn"),
+    ("chain_rule", "fp8"): ("dh:mn codes:mn scales:ms*", "dz:mn h:mn sums:tn"),
+    ("gated_chain_rule", "fp8"): (
+        "dh:mn gate_codes:mn up_codes:mn gate_scales:ms* up_scales:ms*",
+        "dgate:mn dup:mn h:mn gate_sums:tn up_sums:tn",
+    ),
+}
 PRODUCTS = [kernel for kernel in KERNELS if "forward" in kernel or "dgrad" in kernel]
 WAYS = [way for way in TRITON_ROUTES if way != "library"]
 RUNS = [(kernel, way, dtype) for kernel, way, dtype in product(PRODUCTS, WAYS, DTYPES) if dtype.itemsize == 2]
+STRIPS = ("compress", "chain_rule", "gated_chain_rule")
 PASSES = [kernel for kernel in KERNELS if kernel not in PRODUCTS]
 RUNS += [(kernel, "strips", dtype) for kernel, dtype in product(PASSES, DTYPES)]
 
@@ -43,29 +68,35 @@ RUNS += [(kernel, "strips", dtype) for kernel, dtype in product(PASSES, DTYPES)]
 class Call:
     """A kernel with random operands, contiguous until ``operands`` is changed, and results by ``new``."""
 
-    def __init__(self, kernel, way, dtype, sizes, new=None):
+    def __init__(self, kernel, way, dtype, sizes, new=None, save="preact"):
         self.kernel, self.cut = kernel, configs.Strip(16, 32, 16)
         if kernel in PRODUCTS:
             self.cut = configs.Tile(**TRITON_ROUTES[way][1])
         m, n, k = sizes
         size = dict(m=m, n=n, k=k, t=-(-m // self.cut.block_m) if kernel != "column_sum" else m)
+        size |= dict(b=-(-n // 2), s=-(-n // 32))
         generator = torch.Generator().manual_seed(61)
+        words = COMPRESSED.get((kernel, save)) or KERNELS[kernel]
+        self.order = sorted(" ".join(words).split(), key=lambda word: "*" in word)
         self.operands, self.results = {}, {}
-        for tensors, words in zip((self.operands, self.results), KERNELS[kernel], strict=True):
-            for name, letters in (word.split(":") for word in words.split()):
+        for tensors, row in zip((self.operands, self.results), words, strict=True):
+            for name, letters in (word.strip("*").split(":") for word in row.split() if word != "none"):
                 dtype_of = torch.float32 if "sums" in name and dtype.itemsize == 2 else dtype
                 numbers = torch.randn([size[letter] for letter in letters], generator=generator, dtype=torch.float64)
+                if name.split("_")[-1] in ("bits", "codes", "scales"):  # codes of no NaN, and scales near 1
+                    dtype_of, numbers = torch.uint8, numbers.abs() * 8 + 0x70 * ("scales" in name)
                 tensors[name] = numbers.to(TRITON_DEVICE, dtype_of)
         new = new or RedZones().new
         self.results = {name: new(t.shape, t) for name, t in self.results.items()}
-        config = configure("mlp", "gelu", (), "preact", "triton")
+        config = configure("mlp", "gelu", (), save, "triton")
         self.how = None if kernel == "column_sum" else launch.arithmetic(config, dtype)
 
     def launch(self):
-        arguments = [*self.operands.values(), *self.results.values()]
+        tensors = self.operands | self.results
+        arguments = [tensors.get(word.strip("*").split(":")[0]) for word in self.order]
         if self.kernel == "gated_forward":
             arguments[1:5] = arguments[1:3], arguments[3:5]
-        cut = [self.cut, 4] if self.kernel in PRODUCTS else [self.cut] if "chain_rule" in self.kernel else []
+        cut = [self.cut, 4] if self.kernel in PRODUCTS else [self.cut] if self.kernel in STRIPS else []
         return getattr(launch, self.kernel)(*[self.how] * (self.how is not None), *cut, *arguments)
 
     def run(self):
@@ -112,20 +143,30 @@ def guard(monkeypatch):
 def amid_nan(t, gap):
     """The same numbers with NaN before, after, and behind every row."""
     rows, cols = t.shape if t.dim() > 1 else (1, len(t))
-    buffer = torch.full((64 + rows * (cols + gap) + 64,), float("nan"), dtype=t.dtype, device=t.device)
+    nan = 0x7F if t.dtype == torch.uint8 else float("nan")
+    buffer = torch.full((64 + rows * (cols + gap) + 64,), nan, dtype=t.dtype, device=t.device)
     return buffer.as_strided(t.shape, (cols + gap, 1)[-t.dim() :], 64).copy_(t)
 
 
-@each(("kernel", "way", "dtype"), RUNS)
-def test_nothing_beside_the_operands_is_read(kernel, way, dtype, guard):
+CODED = [
+    (kernel, way, dtype, save)
+    for kernel, save in COMPRESSED
+    for way in (("fused", "fused by pointers") if kernel in PRODUCTS else ("strips",))
+    for dtype in ((torch.bfloat16,) if kernel in PRODUCTS else (torch.bfloat16, torch.float32))
+    if not ("forward" in kernel and save == "fp8" and "pointers" in way)  # whose tile is narrower than a block
+]
+
+
+@each(("kernel", "way", "dtype", "save"), [(*run, "preact") for run in RUNS] + CODED)
+def test_nothing_beside_the_operands_is_read(kernel, way, dtype, save, guard):
     """Sizes that no tile divides, and with descriptors what they can describe: rows of 16 bytes."""
     described = "tma" in TRITON_ROUTES.get(way, ("", {}))[1]
     sizes = (37, 40, 24) if described else (37, 43, 19)
-    expected = Call(kernel, way, dtype, sizes).run()
+    expected = Call(kernel, way, dtype, sizes, save=save).run()
     zones = RedZones()
-    call = Call(kernel, way, dtype, sizes, zones.new)
+    call = Call(kernel, way, dtype, sizes, zones.new, save)
     for name, t in call.operands.items():
-        adjacent = kernel in ("activation", "column_sum") or t.dim() == 1
+        adjacent = kernel in ("activation", "compress", "column_sum") or t.dim() == 1
         call.operands[name] = amid_nan(t, 0 if adjacent else 8 if described else 5)
     guard(call.operands.values(), call.results.values())
     found = call.run()

@@ -9,13 +9,14 @@ from fastbp.backends import native
 ROUTES = torch.ops.fastbp_native.routes().split() if native.unavailable is None else []
 ROWS = {"row": 1}  # what a way asks for; with other rows, another way would serve and be tested twice
 
-# Every way with every dtype that it serves, and NaN in all memory that nobody wrote (conftest.py).
-each_route = pytest.mark.parametrize(
-    ("route", "dtype"),
-    [(r, d) for r in ROUTES for d in DTYPES if r != "narrow_pairs" or d == torch.bfloat16],
-    indirect=["route"],
-    ids=str,
-)
+
+def each_route_of(dtypes):
+    """Every way with every of these dtypes that it serves, and NaN in all memory that nobody wrote (conftest.py)."""
+    found = [(r, d) for r in ROUTES for d in dtypes if r != "narrow_pairs" or d == torch.bfloat16]
+    return pytest.mark.parametrize(("route", "dtype"), found, indirect=["route"], ids=str)
+
+
+each_route = each_route_of(DTYPES)
 
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where they are interpreted: conftest.py

@@ -15,19 +15,17 @@ from fastbp.activations import bind
 from fastbp.backends import native
 from fastbp.forms import FORMS, LINEAR_ACT, MLP
 from fastbp.problem import DTYPES
-from fastbp.saving import POLICIES
 
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
 SIXTEEN = [dtype for dtype in DTYPES if dtype.itemsize == 2]
 GELU = bind("gelu")
 each_way = each(("dtype", "route"), [*((d, "library") for d in DTYPES), *((d, "fused") for d in SIXTEEN)])
 accurate = functools.partial(assert_accurate, backend="native")
-EXACT = [case for case in cases(FEW) if not POLICIES[case[2]].compressed]
 
 
 @each_way
 @each("bias", [True, False])
-@each(("form", "activation", "save"), EXACT)
+@each(("form", "activation", "save"), cases(FEW))
 def test_values_and_gradients(on_gpu, form, activation, save, bias, dtype, route):
     on_gpu(route)
     accurate(form, activation, save, tensors(form, dtype, seed=91, bias=bias))

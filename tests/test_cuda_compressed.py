@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from standin import VIEWS
-from support import FEW, cases, each, like, tensors
+from support import FEW, compressed_cases, each, like, tensors
 
 from fastbp.activations import bind
 from fastbp.backends import native, reference
@@ -13,11 +13,11 @@ from fastbp.compression import DTYPES as COMPRESSED
 from fastbp.forms import MLP
 from fastbp.problem import Problem, configure
 from fastbp.residuals import read_kept
-from fastbp.saving import POLICIES, find_kept, find_residuals
+from fastbp.saving import find_kept, find_residuals
 
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
 GELU = bind("gelu")
-CASES = [case for case in cases([*FEW, bind("mish"), bind("gelu_tanh")]) if POLICIES[case[2]].compressed]
+CASES = compressed_cases([*FEW, bind("mish"), bind("gelu_tanh")])
 each_case = each(("form", "activation", "save"), CASES)
 each_way = each(
     ("dtype", "route"), [(d, r) for d in COMPRESSED for r in ("library", "fused") if d.itemsize == 2 or r == "library"]

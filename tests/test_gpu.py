@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DTYPES, FEW, assert_accurate, call, cases, each, flatten, grads, like
+from support import DTYPES, FEW, assert_accurate, call, cases, compressed_cases, each, flatten, grads, like
 from support import tensors as draw
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastbp
+from fastbp import compression
 from fastbp.activations import bind
 from fastbp.backends import native, triton
 from fastbp.forms import FORMS, GATED_MLP, LINEAR_ACT, MLP
@@ -235,6 +236,23 @@ SIZES = [((5,), (8, 8, 8, 8)), ((129,), (72, 136, 264, 40)), ((3000,), (512, 103
 def test_every_policy(form, activation, save, rows, features, dtype, forced):
     """Sizes that 16 bytes divide, of less than a tile, of a part of one, and of more than there are blocks."""
     assert_accurate(form, activation, save, tensors(form, dtype, seed=61, rows=rows, features=features), backend=forced)
+
+
+@each("dtype", compression.DTYPES)
+@each(("rows", "features"), SIZES)
+@each(("form", "activation", "save"), compressed_cases([*FEW, bind("gelu_tanh")]))
+def test_every_compressed_policy(form, activation, save, rows, features, dtype, forced):
+    """The gradients are those of the reference with the same policy, but for roundings and what they do to a code."""
+    inputs = flatten(*tensors(form, dtype, seed=62, rows=rows, features=features))
+    half = 1 + len(inputs) // 2
+
+    def run(backend):
+        y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save, backend=backend)
+        return [y, *grads(y, inputs, like(y, 63))]
+
+    near = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype] * (3 if save == "fp8" else 1)
+    for mine, its in zip(run(forced), run("reference"), strict=True):
+        assert (mine.double() - its.double()).norm() <= near * its.double().norm()
 
 
 def test_auto_is_right_at_every_size():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from routes import ROWS, each_route
-from support import FEW, assert_as_good_as_eager, cases, each, like, places, tensors
+from routes import ROWS, each_route_of
+from support import FEW, assert_as_good_as_eager, compressed_cases, each, like, places, tensors
 
 from fastbp.activations import ROWS as ACTIVATIONS
 from fastbp.activations import Bound, bind
 from fastbp.backends import native, reference
-from fastbp.compression import decode_bits, encode_bits, encode_fp8, encode_lsb
+from fastbp.compression import DTYPES, decode_bits, encode_bits, encode_fp8, encode_lsb
 from fastbp.forms import FORMS, GATED_MLP, LINEAR_ACT, MLP
 from fastbp.problem import configure
 from fastbp.residuals import read_kept
@@ -17,19 +17,10 @@ from fastbp.saving import POLICIES, find_kept
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
 GELU = bind("gelu")
 SIDED = [bind(row.name) for row in ACTIVATIONS.values() if row.grad_from_side is not None]
-CASES = [c for c in cases([*SIDED, *(a for a in FEW if a not in SIDED)]) if POLICIES[c[2]].compressed]
+CASES = compressed_cases([*SIDED, *(a for a in FEW if a not in SIDED)])
 FEW_CASES = [c for c in CASES if c[1] in (GELU, bind("mish"))]
-CODED = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = (24, 135, 98, 40)
-
-
-def each_compressed_route(test):
-    """As each_route, of the dtypes that the policies serve."""
-    marked = each_route(test)
-    ways = marked.pytestmark[-1]
-    ways.args[1][:] = [(route, dtype) for route, dtype in ways.args[1] if dtype in CODED]
-    ways.kwargs["ids"] = str
-    return marked
+each_compressed_route = each_route_of(DTYPES)
 
 
 def config_of(form, activation, save, backend="native"):

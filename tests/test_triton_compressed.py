@@ -231,6 +231,21 @@ def test_no_code_for_the_ping_pong_kernel(save):
     assert configs.for_code(pingpong, "forward", code) is None
 
 
+@each("kind", ["forward", "gated_forward", "dgrad", "gated_dgrad"])
+@each("code", ["bits", "lsb", "fp8"])
+def test_the_tiles_of_a_code(kind, code):
+    """Of the same products; no more columns at a time than share a scale, and where e4m3 is written no fewer."""
+    for tile in (tile for tile in configs.every_tile(kind) if not tile.pingpong):
+        found = configs.for_code(tile, kind, code)
+        assert (found.block_m, found.block_n, found.block_k) == (tile.block_m, tile.block_n, tile.block_k)
+        columns = found.block_n // found.parts
+        assert found == tile if code == "lsb" else columns <= compression.BLOCK
+        assert columns == compression.BLOCK or code != "fp8" or "dgrad" in kind
+        assert 32 * found.warps * found.blocks_per_sm * found.options["maxnreg"] <= 65536
+    narrow = configs.Tile(32, 16, 32, 4, 2)
+    assert (configs.for_code(narrow, kind, code) is None) == (code == "fp8" and "forward" in kind)
+
+
 @each("save", ["output_bits", "output_lsb", "fp8"])
 def test_small_calls_are_left_to_pytorch(save, monkeypatch):
     monkeypatch.setattr(launch.Launch, "__call__", lambda self: pytest.fail("a kernel for a small call"))

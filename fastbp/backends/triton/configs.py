@@ -178,9 +178,9 @@ def for_code(tile: Tile, kind: str, code: str) -> Tile | None:
         return None
     least = tile.block_n // BLOCK if wide else tile.parts
     tile = replace(tile, parts=least if writes else max(tile.parts, least))
-    if code == "fp8" and writes:  # which asks for more registers than z does
-        if tile.block_m > 16 * tile.warps:
-            return replace(tile, warps=2 * tile.warps, blocks_per_sm=1)
+    if code == "fp8" and writes:  # which asks for more registers than z does, and twice as many of a gated layer
+        if kind == "gated_forward" or tile.block_m > 16 * tile.warps:
+            return replace(tile, warps=max(8, tile.warps), blocks_per_sm=1)
         return replace(tile, blocks_per_sm=min(2, tile.blocks_per_sm))
     return tile
 

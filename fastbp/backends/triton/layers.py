@@ -159,9 +159,10 @@ def _main(kept: Kept) -> Tensor:
 
 def chain_rule(config: Config, dh: Tensor, kept: Kept, rebuild: bool, bias: bool, over: Maybe = None) -> Slope:
     """dz = dz(dh, r), h = f(r) with ``rebuild``, Σ dz with ``bias``; dz is written over ``over`` if that is given."""
-    (m, n), residual = dh.shape, _main(kept)
-    if _is_identity(config):
-        return Slope(dh, residual if rebuild else None, dh.sum(0) if bias else None)
+    m, n = dh.shape
+    if _is_identity(config):  # which reads nothing, so nothing need be kept
+        return Slope(dh, kept.main if rebuild else None, dh.sum(0) if bias else None)
+    residual = _main(kept)
     strip = configs.strip(m, n, dh.itemsize, device_of(dh.device).processors)
     dz = new((m, n), dh) if over is None else over
     h = new((m, n), dh) if rebuild else None
@@ -177,11 +178,14 @@ def _described(how: launch.Arithmetic, *kept: Tensor) -> Sequence[Tensor]:
 
 def dgrad(config: Config, d: Tensor, weight: Tensor, kept: Kept, rebuild: bool, bias: bool, overwrite: bool) -> Slope:
     """The delta rule from the linear above: ``chain_rule`` of dh = d W. With ``overwrite`` the kept z is used up."""
-    (m, k), n, residual, how = d.shape, weight.shape[1], _main(kept), launch.arithmetic(config, d.dtype)
-    tile = tile_for("dgrad", config.row.name, (m, n, k), d, weight, *_described(how, residual), code=how.code)
-    if tile is None or _is_identity(config):
+    (m, k), n, how, tile = d.shape, weight.shape[1], launch.arithmetic(config, d.dtype), None
+    if not _is_identity(config):
+        described = _described(how, _main(kept))
+        tile = tile_for("dgrad", config.row.name, (m, n, k), d, weight, *described, code=how.code)
+    if tile is None:
         dh = d.mm(weight)
         return chain_rule(config, dh, kept, rebuild, bias, over=dh)
+    residual = _main(kept)
     dz = residual if overwrite else new((m, n), d)
     h = new((m, n), d) if rebuild else None
     sums = new((-(-m // tile.block_m), n), d, torch.float32) if bias else None

@@ -197,7 +197,9 @@ def test_a_rival_that_raises_is_left_out_and_eager_and_fastbp_are_not(monkeypatc
 def test_a_broken_route_is_named_and_fails_the_run_but_not_the_case(monkeypatch, capsys):
     from fastbp.backends.triton import launch
 
-    monkeypatch.setattr(launch, "forward", lambda how, tile, programs, x, weight, bias, y, z: lambda: y.fill_(7))
+    monkeypatch.setattr(
+        launch, "forward", lambda how, tile, programs, x, weight, bias, y, *kept, **codes: lambda: y.fill_(7)
+    )
     arguments = ["--suite", "edges", "--case", "layer 16×64→64 gelu bfloat16", "--quick", "--rival", "fastbp"]
     assert run.main(arguments) == 0
     assert run.main([*arguments, "--rival", "fastbp fused"]) == 1

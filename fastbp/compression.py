@@ -34,7 +34,7 @@ LARGEST = {torch.float32: 1.875 * 2.0**127, torch.bfloat16: 1.875 * 2.0**127, to
 DTYPES = tuple(SPARE_BITS)
 
 
-def _pairs(t: Tensor, multiple: int) -> Tensor:
+def _filled(t: Tensor, multiple: int) -> Tensor:
     """The last dimension filled up with zeros to a multiple."""
     return torch.nn.functional.pad(t, (0, -t.shape[-1] % multiple))
 
@@ -46,7 +46,7 @@ def encode_bits(z: Tensor, wide_y: Tensor, y: Tensor, minimum_at: float) -> Tens
     if spare:
         beyond = wide_y.view(torch.int32) - y.float().view(torch.int32) + (1 << (spare - 1))
         code = code + (beyond >> (spare - 3)).clamp(0, 7)
-    code = _pairs(code, 2)
+    code = _filled(code, 2)
     return (code[..., 0::2] + 16 * code[..., 1::2]).to(torch.uint8)
 
 
@@ -80,9 +80,8 @@ def encode_lsb(z: Tensor, y: Tensor, minimum_at: float) -> Tensor:
 def decode_lsb(y: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """y in float32, and 1.0 where z is not left of the minimum."""
     wide_y = y.float()
-    return torch.where(wide_y < floor, floor, wide_y), (
-        ~y.signbit() | (y.view(_INTEGERS[y.itemsize]) & 1).bool()
-    ).float()
+    right = ~y.signbit() | (y.view(_INTEGERS[y.itemsize]) & 1).bool()
+    return torch.where(wide_y < floor, floor, wide_y), right.float()
 
 
 def encode_fp8(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +90,7 @@ def encode_fp8(z: Tensor) -> tuple[Tensor, Tensor]:
     A scale s stands for 2^(s - 127), the least for which the largest number of the block is at most 448. What is beyond
     ``LARGEST`` counts as that.
     """
-    blocks = _pairs(z.float(), BLOCK).unflatten(-1, (-1, BLOCK))
+    blocks = _filled(z.float(), BLOCK).unflatten(-1, (-1, BLOCK))
     finite = blocks.isfinite()
     blocks = blocks.clamp(-LARGEST[z.dtype], LARGEST[z.dtype])
     largest = torch.where(finite, blocks.abs(), 0.0).amax(-1).view(torch.int32)

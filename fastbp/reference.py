@@ -24,7 +24,7 @@ from fastbp.activations import Bound, rounded, wide
 from fastbp.forms import Form
 from fastbp.problem import Config
 from fastbp.residuals import gated_kept, grad_from_side, output_and_kept, read_kept
-from fastbp.saving import FROM_OUTPUT, POLICIES, kept, needed_below
+from fastbp.saving import POLICIES, kept, needed_below
 
 Maybe = Tensor | None
 
@@ -139,7 +139,7 @@ def backward(
 
     # linear_act and mlp: the delta rule, dz_{l-1} = (dz_l W_l) · f'(z_{l-1})
     x, weights = saved.x, saved.weights
-    count, from_output = len(weights), config.save in FROM_OUTPUT and not again
+    count, from_output = len(weights), POLICIES[config.save].from_output and not again
     below = needed_below(config.form, needs)
     grads: list[Maybe] = [None] * len(needs)
     kernel: Any = config.grad

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbp.activations import wide
 from fastbp.compression import decode_bits, decode_fp8, decode_lsb, encode_bits, encode_fp8, encode_lsb, floor
 from fastbp.problem import Config
-from fastbp.saving import FROM_OUTPUT
+from fastbp.saving import POLICIES
 
 Maybe = Tensor | None
 
@@ -33,7 +33,7 @@ def output_and_kept(config: Config, z: Tensor) -> tuple[Tensor, Sequence[Tensor]
         return h, (z,)
     if save == "fp8":
         return h, encode_fp8(z)
-    return h, (h,) if config.form.projected and save in FROM_OUTPUT else ()
+    return h, (h,) if config.form.projected and POLICIES[save].from_output else ()
 
 
 def gated_kept(config: Config, gate: Tensor, up: Tensor) -> Sequence[Tensor]:
@@ -48,7 +48,7 @@ def read_kept(config: Config, y: Maybe, kept: Sequence[Any], dtype: torch.dtype)
     if config.save == "fp8":
         zs = [None if c is None else decode_fp8(c, s, dtype) for c, s in zip(kept[0::2], kept[1::2], strict=True)]
         return zs, zs
-    if config.save not in FROM_OUTPUT:
+    if not POLICIES[config.save].from_output:
         return kept, kept
     bits: Sequence[Any] = kept if config.save == "output_bits" else ()
     if not config.form.projected:

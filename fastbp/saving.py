@@ -18,9 +18,9 @@ from fastbp.forms import LINEAR_ACT, Form
 class Policy:
     """One row. ``illegal`` says why a policy does not serve an activation in a form, or None.
 
-    ``error``: what is lost, for policies whose gradients are not those of z as its dtype has it; they are never taken
-    unasked. ``compressed``: what is kept has fewer bits than a number of the dtype, so float64 is not served, and
-    a gradient that is to be differentiated again is computed from x.
+    ``tensors``: what is kept of a hidden linear, as kinds of ``Residual``. ``compressed``: in fewer bits than the dtype
+    has, so that gradients are not those of z, it is never taken unasked, float64 is not served, and a gradient that is
+    to be differentiated again is computed from x.
     """
 
     name: str
@@ -28,8 +28,13 @@ class Policy:
     reads: str
     legal: str
     illegal: Callable[[Bound, Form], str | None]
+    tensors: tuple[str, ...] = ()
     compressed: bool = False
-    error: str = ""
+
+    @property
+    def from_output(self) -> bool:
+        """Whether backward reads the output."""
+        return "h" in self.tensors
 
 
 def _output_illegal(activation: Bound, form: Form) -> str | None:
@@ -54,25 +59,22 @@ def _fp8_illegal(activation: Bound, form: Form) -> str | None:
 
 
 TABLE_OF_POLICIES: tuple[Policy, ...] = (
-    Policy("preact", "z", "z", "always", lambda activation, form: None),
-    Policy("output", "nothing (y itself serves)", "y", "the slope is a function of y", _output_illegal),
+    Policy("preact", "z", "z", "always", lambda activation, form: None, ("z",)),
+    Policy("output", "nothing (y itself serves)", "y", "the slope is a function of y", _output_illegal, ("h",)),
     Policy("recompute", "nothing", "x and W: one more GEMM", "always", lambda activation, form: None),
     Policy(
         "output_bits", "4 bits a number: the side of the minimum and the next bits of y", "y and the bits",
-        "y and the side of the minimum determine the slope", _side_illegal,
-        compressed=True, error="as much as z in 16 bits loses",
+        "y and the side of the minimum determine the slope", _side_illegal, ("h", "bits"), compressed=True,
     ),
     Policy(
         "output_lsb", "nothing: the lowest bit of a negative y is the side of the minimum", "y",
-        "y and the side of the minimum determine the slope", _side_illegal,
-        compressed=True, error="y by at most one unit in the last place, and the slope by what that means",
+        "y and the side of the minimum determine the slope", _side_illegal, ("h",), compressed=True,
     ),
     Policy(
         "fp8", "z in e4m3 with a scale for 32 numbers", "that", "`output` is not",
-        _fp8_illegal, compressed=True, error="all but 3 bits of the mantissa of z",
+        _fp8_illegal, ("fp8", "scales"), compressed=True,
     ),
 )  # fmt: skip
-FROM_OUTPUT = ("output", "output_bits", "output_lsb")  # backward reads the output
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in TABLE_OF_POLICIES}
 
 
@@ -137,17 +139,9 @@ class Residual(NamedTuple):
 
 
 def find_residuals(form: Form, save: str, linears: int) -> tuple[Residual, ...]:
-    """What forward returns besides y, in order, of a call with so many linears."""
-    outputs = ("h",) if form.projected else ()  # of a layer alone it is y
-    kinds = {
-        "preact": ("z",),
-        "output": outputs,
-        "output_lsb": outputs,
-        "output_bits": (*outputs, "bits"),
-        "fp8": ("fp8", "scales"),
-        "recompute": (),
-    }
-    return tuple(Residual(kind, i) for i in range(form.hidden(linears) * form.width) for kind in kinds[save])
+    """What forward returns besides y, in order, of a call with so many linears. The output of a layer alone is y."""
+    kinds = [kind for kind in POLICIES[save].tensors if form.projected or kind != "h"]
+    return tuple(Residual(kind, i) for i in range(form.hidden(linears) * form.width) for kind in kinds)
 
 
 def find_needed_below(form: Form, needs: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -195,7 +189,7 @@ def find_kept(form: Form, save: str, reads_output: bool, needs: tuple[bool, ...]
     of_output = [inputs[layer + 1] or (slopes[layer] and reads_output) for layer in range(hidden)]
     needed = {"z": pre, "fp8": pre, "scales": pre, "h": of_output, "bits": slopes}
     residuals = [needed[kind][i] for kind, i in find_residuals(form, save, count)]
-    y = save in FROM_OUTPUT and not form.projected and slopes[0] and reads_output
+    y = POLICIES[save].from_output and not form.projected and slopes[0] and reads_output
     return (x, y, *weights, *biases, *residuals)
 
 

@@ -1,11 +1,15 @@
 """Models for the tests of plan_memory, small, with their samples."""
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastbp
+
+EXACT = ("preact", "output", "recompute")
 
 
 def kept_by(model, sample) -> int:
@@ -158,3 +162,21 @@ MODELS = {
         (torch.randn(12, 16),),
     ),
 }
+
+
+def least(model, sample, **options):
+    """The plan that keeps least, not applied; the refusal of a budget of nothing names its bytes."""
+    try:
+        return fastbp.plan_memory(model, sample, 0, dry_run=True, **options)
+    except ValueError as refused:
+        exact, approximate = re.search(r"at least (\d+) .* exact policies and (\d+) ", str(refused)).groups()
+        low = approximate if options.get("allow_approximate") else exact
+        return fastbp.plan_memory(model, sample, int(low), dry_run=True, **options)
+
+
+def budgets_of(model, sample, **options):
+    """From what the layers keep at most down to the least there is."""
+    most = fastbp.plan_memory(model, sample, 1.0, dry_run=True, **options).total_after
+    low = least(model, sample, **options).total_after
+    assert low < most
+    return [most, (2 * most + low) // 3, (most + 2 * low) // 3, low]

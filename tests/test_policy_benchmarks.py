@@ -7,7 +7,7 @@ from support import each
 
 from benchmarks import accuracy, training
 from benchmarks.environment import RESULTS
-from fastbp.activations import ROWS, TABLE, bind
+from fastbp.activations import TABLE, bind
 from fastbp.saving import POLICIES, legal_policies
 
 
@@ -19,12 +19,13 @@ def key(row):
     return tuple(row.get(name) for name in ("table", "activation", "save", "dtype", "distribution"))
 
 
-def test_committed_slopes_are_what_is_found():
+@each("row", [row for row in TABLE if any(POLICIES[s].compressed for s in legal_policies(bind(row.name)))])
+def test_published_slopes_are_what_is_found(row):
     """The same numbers of every distribution, fewer of them: within what that changes."""
     committed = {key(row): row for row in rows("accuracy")}
-    for found in accuracy.slopes(ROWS["silu"], 1 << 14):
-        ratio = found["relative"] / committed[key(found)]["relative"]
-        assert 0.5 < ratio < 2, key(found)
+    for found in accuracy.slopes(row, 1 << 16):
+        if POLICIES[found["save"]].compressed:
+            assert 0.7 < found["relative"] / committed[key(found)]["relative"] < 1.4, key(found)
 
 
 def test_every_compressed_policy_has_its_rows():

@@ -33,10 +33,9 @@ def plan_memory(
     budget: int | float,
     *,
     allow_approximate: bool = False,
-    apply: bool = True,
-    best_effort: bool = False,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     backend: str | None = None,
+    dry_run: bool = False,
 ) -> MemoryPlan:
     """Choose save policies so that autograd keeps at most ``budget`` for the whole model, at the least cost.
 
@@ -53,8 +52,8 @@ def plan_memory(
     Planned are the layers of fastbp and what ``fastbp.fuse`` makes of the others (``filter_fn`` and ``backend`` as
     there). Exact policies alone are taken, of which ``recompute`` costs time: a product once more. With
     ``allow_approximate`` also the compressed ones, which cost next to no time and have an error: then the least time
-    decides first, and after it the least error. With ``apply`` the model is fused and its layers get their policies;
-    without, it is as before. What a layer keeps under each policy is measured on the sample, each storage once whoever
+    decides first, and after it the least error. The model is fused and its layers get their policies; with ``dry_run``
+    it stays as it was. What a layer keeps under each policy is measured on the sample, each storage once whoever
     keeps it, and the total is measured again at the end.
 
     Layers inside checkpoints and the like keep nothing that is seen in forward; they are left alone. The model runs
@@ -62,8 +61,8 @@ def plan_memory(
     inference is enough; meta and fake tensors take none. Mode, gradients, buffers and PyTorch's random state are left
     as they were; hooks of your own run as often as the model does.
 
-    Raises ValueError, with the model as it was, where the budget cannot be met (``best_effort`` takes the plan that
-    keeps least instead) or is out of range, where nothing can be fused or requires a gradient, where the sample does
+    Raises ValueError, with the model as it was, where the budget cannot be met (the text names the least that can) or
+    is out of range, where nothing can be fused or requires a gradient, where the sample does
     not fit, or where the model keeps something else in every run; TypeError for what is of a wrong type.
     """
     _check(model, budget)
@@ -86,7 +85,7 @@ def plan_memory(
                 swap_out(layer.module)
         most = int(budget * before.total) if isinstance(budget, float) else int(budget)
         names = {id(layer): layer.save for layer in layers if layer.reason and not layer.fresh}
-        chosen, predicted = _choose(planned, outside, most, allow_approximate, best_effort)
+        chosen, predicted = _choose(planned, outside, most, allow_approximate)
         for layer, option in zip(planned, chosen, strict=True):
             names[id(layer)] = layer.save = option.policy
         after = sample.measure(layers)
@@ -105,7 +104,7 @@ def plan_memory(
             _row(layer, save, names.get(id(layer)), before, after, STEPS * operations)
             for layer, save in zip(layers, original, strict=True)
         ]
-        done = apply
+        done = not dry_run
     finally:
         if not done:
             for layer, save in zip(layers, original, strict=True):
@@ -117,7 +116,7 @@ def plan_memory(
     lossy = [
         row.name for row, layer in zip(rows, layers, strict=True) if not layer.reason and _is_lossy(layer, row.after)
     ]
-    return MemoryPlan(rows, most, before.total, after.total, extra, apply, lossy)
+    return MemoryPlan(rows, most, before.total, after.total, extra, not dry_run, lossy)
 
 
 def _check(model: Any, budget: Any) -> None:
@@ -170,7 +169,7 @@ def _is_exact(form: Form, activation: Bound, policy: str) -> bool:
     """Whether a policy's gradients are as good as those of ``auto``'s."""
     if policy == "output":
         return resolve("auto", activation, form, WHERE) == "output"
-    return not POLICIES[policy].error
+    return not POLICIES[policy].compressed
 
 
 def _is_lossy(layer: Layer, policy: str) -> bool:
@@ -201,7 +200,7 @@ def _error(call: Call, policy: str) -> float:
 
 
 def _choose(
-    layers: Sequence[Layer], outside: dict[Any, int], budget: int, approximate: bool, best_effort: bool
+    layers: Sequence[Layer], outside: dict[Any, int], budget: int, approximate: bool
 ) -> tuple[list[Option], int]:
     """The options of the layers, and the bytes kept in all."""
     sizes = {key: size for layer in layers for call in layer.calls for key, size in call.sizes.items()}
@@ -214,8 +213,6 @@ def _choose(
         return choose(free, sizes, kept, budget)
 
     found = solve(approximate, budget)
-    if found is None and best_effort:
-        found = solve(approximate, None)
     if found is not None:
         return found[1], found[0]
     exact, lossy = solve(False, None), solve(True, None)
@@ -224,8 +221,8 @@ def _choose(
     raise ValueError(
         f"{WHERE}: a budget of {budget} bytes ({human(budget)}) cannot be met: the model keeps at least {exact[0]} "
         f"({human(exact[0])}) with exact policies and {lossy[0]} ({human(lossy[0])}) with approximate ones, of which "
-        f"{human(sum(outside.values()))} outside the layers of fastbp; try {hint}torch.utils.checkpoint around its "
-        "blocks, or best_effort=True for the plan that keeps least"
+        f"{human(sum(outside.values()))} outside the layers of fastbp; try {hint}a larger budget, or "
+        "torch.utils.checkpoint around its blocks"
     )
 
 

@@ -33,9 +33,9 @@ class MemoryPlan:
     """The outcome of ``fastbp.plan_memory``; ``print(plan)`` shows a table.
 
     ``total_before`` and ``total_after`` are the bytes autograd keeps for the whole model in one forward on the sample,
-    as ``fastbp.SavedBytes`` measures them without the model and the inputs; ``met`` says whether the latter is within
-    ``budget``. ``extra_time`` is the sum of the layers': the operations of products that backward repeats over those of
-    a step (three times forward's), by count and not measured. ``applied`` says whether the model has been changed.
+    as ``fastbp.SavedBytes`` measures them without the model and the inputs. ``extra_time`` is the sum of the layers':
+    the operations of products that backward repeats over those of a step (three times forward's), by count and not
+    measured. ``applied`` says whether the model has been changed.
     """
 
     layers: list[PlannedLayer]
@@ -45,11 +45,6 @@ class MemoryPlan:
     extra_time: float
     applied: bool
     approximate: list[str] = field(default_factory=list)  # the layers whose gradients are no longer exact
-
-    @property
-    def met(self) -> bool:
-        """Whether what is kept is within the budget."""
-        return self.total_after <= self.budget
 
     @property
     def policies(self) -> dict[str, str]:
@@ -67,10 +62,10 @@ class MemoryPlan:
         lines.insert(1, "  ".join("-" * w for w in widths))
         elsewhere = self.total_after - sum(layer.bytes_after for layer in self.layers)
         lines.append(f"the rest of the model keeps {human(elsewhere)}")
-        when, verdict = "after" if self.applied else "if applied", "met" if self.met else "NOT MET"
+        when = "after" if self.applied else "if applied"
         lines.append(
             f"kept in all: {human(self.total_before)} before, {human(self.total_after)} {when}; "
-            f"budget {human(self.budget)}: {verdict}"
+            f"budget {human(self.budget)}"
         )
         lines.append(
             f"extra time: {self.extra_time:.1%} of a step's floating point operations in products, which backward "

@@ -18,7 +18,7 @@ from fastbp.backends.triton.choice import stays_eager
 from fastbp.backends.triton.layers import Kept
 from fastbp.problem import Config
 from fastbp.reference import Saved, unflatten
-from fastbp.saving import FROM_OUTPUT, kept, needed_below
+from fastbp.saving import POLICIES, kept, needed_below
 
 Maybe = Tensor | None
 
@@ -53,7 +53,7 @@ def _forward(
     h, residuals, projected = x, list[Tensor](), config.form.projected
     for i in range(len(weights) - projected):
         h, *kept_ones = layers.forward(config, h, weights[i], biases[i], keep=config.save == "preact")
-        residuals += [h, *kept_ones] if projected and config.save in FROM_OUTPUT else kept_ones
+        residuals += [h, *kept_ones] if projected and POLICIES[config.save].from_output else kept_ones
     return (F.linear(h, weights[-1], biases[-1]) if projected else h), residuals
 
 
@@ -86,7 +86,7 @@ def backward(
         if config.save == "recompute":
             replay = reference.replay if config.form.gated else _replay
             residuals, overwrite = replay(config, parts, needs), True
-        elif config.save in FROM_OUTPUT and not config.form.projected:
+        elif POLICIES[config.save].from_output and not config.form.projected:
             residuals = (y, *residuals)
         flat = [None if r is None else layers.rows_of(r).contiguous() for r in residuals]
         given = Saved(None if x is None else layers.rows_of(x), None, weights, biases, _by_linear(config, flat))
@@ -107,7 +107,7 @@ def _backward(
 ) -> list[Maybe]:
     """linear_act and mlp: dz_{l-1} = (dz_l W_l) · f'(z_{l-1}), from the last linear to the first."""
     x, _, weights, _, residuals = saved
-    count, from_output = len(weights), config.save in FROM_OUTPUT
+    count, from_output = len(weights), POLICIES[config.save].from_output
     overwrite = overwrite and not from_output
     below = needed_below(config.form, needs)
     grads: list[Maybe] = [None] * len(needs)

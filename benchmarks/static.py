@@ -39,7 +39,7 @@ from fastbp.backends.triton.launch import Launch
 from fastbp.compression import BLOCK
 from fastbp.forms import FORMS
 from fastbp.problem import DTYPES, configure
-from fastbp.saving import FROM_OUTPUT, POLICIES, legal_policies
+from fastbp.saving import POLICIES, legal_policies
 
 SIXTEEN = tuple(dtype for dtype in DTYPES if dtype.itemsize == 2)
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -100,7 +100,7 @@ def make_launch(case: Case, n: int = N) -> Launch:
     how = launch.arithmetic(configure("linear_act", case.activation, params, case.save, "triton"), case.dtype)
     new: Callable[..., Tensor] = partial(empty, dtype=case.dtype)
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-    h = None if case.save in FROM_OUTPUT else new(M, n)
+    h = None if POLICIES[case.save].from_output else new(M, n)
     x, weight, bias, out = new(M, K), new(n, K), new(n), new(M, n)
     # What forward keeps of z and what backward reads, and what lies beside it: bits or scales.
     kept = {"preact": out, "output": None, "output_lsb": None}.get(case.save, empty(M, n, dtype=torch.uint8))

@@ -16,7 +16,7 @@ from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP
 from fastbp.problem import configure
 from fastbp.reference import Saved
 from fastbp.residuals import read_kept
-from fastbp.saving import FROM_OUTPUT, find_residuals, kept
+from fastbp.saving import POLICIES, find_residuals, kept
 
 if triton.unavailable is None:
     from fastbp.backends.triton import choice, configs, launch, layers
@@ -72,7 +72,7 @@ def test_codes_are_those_of_plain_torch(form, activation, save, features, dtype,
     x, weights, biases = tensors(form, dtype, seed=71, rows=(3, 6), features=features)
     x[0, 1:4] *= 8
     x[1, 0, 0], x[1, 1, 1] = float("inf"), float("nan")
-    if form is MLP and save in FROM_OUTPUT:  # layers above see another h under output_lsb
+    if form is MLP and POLICIES[save].from_output:  # layers above see another h under output_lsb
         form, weights, biases = LINEAR_ACT, weights[:1], biases[:1]
     plain, zs = forward(form, activation, "preact", x, weights, biases)
     y, residuals = forward(form, activation, save, x, weights, biases)

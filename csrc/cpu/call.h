@@ -175,7 +175,7 @@ struct Call {
     return settings.keeps_bits() ? bits[layer].at(r, c / 2) : nullptr;
   }
   // Columns of what is kept may be written and read apart from multiples of this on.
-  int64_t column_unit() const { return settings.keeps_fp8() ? kScaled : settings.keeps_bits() ? 2 : 1; }
+  int64_t column_unit() const { return settings.keeps_fp8() ? kBlock : settings.keeps_bits() ? 2 : 1; }
 
   // The input of a layer: x, or the output of the hidden layer beneath it, rebuilt from what was kept.
   template <class S>

@@ -1,16 +1,104 @@
 // The loops of the compressed save policies for one capability, see kernels.h; what they write and read is in
 // fastbp/compression.py. Rows are of the call's dtype T, or of float with numbers that T has.
+//
+// A row is taken in stretches of float that stay in the first cache: read, computed, written. So an activation is
+// compiled once for a compute type, and what depends on the rows and on what is kept does not know the activation.
 #include "fp8.h"
 #include "math.h"
 
 namespace fastbp::cpu::FASTBP_CAPABILITY {
 
-// y = f(z) as T has it, and its bits; or with the side in its lowest bit.
-template <class A, class T, class S, bool in_bits>
-HD Vec<float> marked(Vec<S> z, Bits32& code) {
+constexpr int kStretch = 576, kSets = kStretch / kLanes;
+constexpr int kPair = 2 * kLanes;  // a stretch is filled up with zeros to whole pairs of registers
+static_assert(kStretch % kPair == 0);
+
+// f on `side` registers side by side, in place; as many steps as whole ones there are, then pairs.
+template <int side, class F>
+HD void in_place(int64_t n, float* numbers, const F& f) {
+  const auto step = [&]<int count>(std::integral_constant<int, count>, float* at) {
+    Vec<float> found[count];
+    FASTBP_UNROLL for (int j = 0; j < count; ++j) found[j] = f(Vec<float>::load(at + j * kLanes));
+    FASTBP_UNROLL for (int j = 0; j < count; ++j) found[j].store(at + j * kLanes);
+  };
+  int64_t i = 0;
+  for (; i + side * kLanes <= n; i += side * kLanes) step(std::integral_constant<int, side>{}, numbers + i);
+  for (; i < n; i += kPair) step(std::integral_constant<int, 2>{}, numbers + i);
+}
+
+// f(z) in the place of z.
+template <class A, class S>
+static void values(int64_t n, float* z) {
+  in_place<4>(n, z, [](Vec<float> x) { return Vec<float>(A::value(Vec<S>(x.v)).v); });
+}
+
+// Zeros after the first n numbers, up to a whole pair of registers.
+HD void fill_up(int64_t n, float* numbers) {
+  if (n % kPair) FASTBP_UNROLL for (int j = 0; j < 2; ++j) Vec<float>(0.0f).store(numbers + n + j * kLanes);
+}
+
+// The slope on one side of the minimum: with a side that the compiler sees, half of the formula is gone.
+template <class A, class S, bool right>
+HD Vec<float> slope(Vec<float> y) {
+  const Vec<S> one(1.0f), side(right ? 1.0f : 0.0f);
+  if constexpr (std::is_same_v<S, Coarse>) {
+    return Vec<float>(A::grad_from_side_16(one, Vec<S>(y.v), side).v);
+  } else {
+    return A::grad_from_side(one, y, side);
+  }
+}
+
+// The slope in the place of y; `lefts` has a bit for each lane of a register whose z is left of the minimum. The left
+// side takes more work than the right and has fewer numbers, so they are put next to one another for it.
+template <class A, class S>
+static void slopes(int64_t n, float* y, const uint32_t* lefts) {
+  float apart[kStretch + kPair];
+  int64_t count = 0;
+  for (int64_t i = 0, r = 0; i < n; i += kLanes, ++r) {
+    store_together(Vec<float>::load(y + i), lefts[r], apart + count);
+    count += __builtin_popcount(lefts[r]);
+  }
+  fill_up(count, apart);
+  in_place<4>(count, apart, [](Vec<float> x) { return slope<A, S, false>(x); });
+  in_place<6>(n, y, [](Vec<float> x) { return slope<A, S, true>(x); });
+  count = 0;
+  for (int64_t i = 0, r = 0; i < n; i += kLanes, ++r) {
+    if (!lefts[r]) continue;
+    store_selected(load_apart(apart + count, lefts[r]), lefts[r], y + i);
+    count += __builtin_popcount(lefts[r]);
+  }
+}
+
+// An activation, for rows of one dtype: what it is computed by, where its minimum is, and the least y that is read
+// back.
+struct Sided {
+  void (*values)(int64_t n, float* z);
+  void (*slopes)(int64_t n, float* y, const uint32_t* lefts);
+  float minimum_at, least_of_bits, least_marked;
+};
+
+// f(register, where it begins in the row) for all n numbers of a stretch; the last ones are read and written alone.
+template <class F>
+HD void for_registers(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<bool, true>{}, kLanes);
+  if (i < n) f(i, std::integral_constant<bool, false>{}, static_cast<int>(n - i));
+}
+
+template <class Row, bool whole>
+HD Vec<float> read(const Row* from, int n) {
+  if constexpr (whole) return load<Row, float>(from);
+  return load<Row, float>(from, n);
+}
+template <class Row, bool whole>
+HD void write(Vec<float> x, Row* to, int n) {
+  if constexpr (whole) return store<Row, float>(x, to);
+  return store<Row, float>(x, to, n);
+}
+
+// y as T has it with its code, or with the side in its lowest bit.
+template <class T, bool in_bits>
+HD Vec<float> marked(Vec<float> wide, Bits32 right, Bits32& code) {
   constexpr int spare = kSpare<T>;
-  const Vec<float> wide(A::value(z).v);
-  const Bits32 right = (z >= Vec<S>(static_cast<float>(A::minimum_at))).m;
   if constexpr (in_bits) {
     const Vec<float> y = rounded<T>(wide);
     code = right & 8;
@@ -28,158 +116,90 @@ HD Vec<float> marked(Vec<S> z, Bits32& code) {
   }
 }
 
-template <class A, class T, class S, class Row, bool in_bits>
-static void value_of(int64_t n, const Row* z, Row* y, uint8_t* bits) {
-  constexpr int size = Vec<S>::size, side = 4;
-  int64_t i = 0;
-  for (; i + side * size <= n; i += side * size) {
-    Vec<float> results[side];
-    Bits32 codes[side];
-    FASTBP_UNROLL for (int j = 0; j < side; ++j) {
-      results[j] = marked<A, T, S, in_bits>(load<Row, S>(z + i + j * size), codes[j]);
-    }
-    FASTBP_UNROLL for (int j = 0; j < side; ++j) {
-      store<Row, float>(results[j], y + i + j * size);
-      if constexpr (in_bits) store_halves(codes[j], bits + (i + j * size) / 2);
-    }
-  }
-  for (; i < n; i += size) {
-    const int64_t count = n - i < size ? n - i : size;
-    Bits32 codes;
-    const Vec<float> result = marked<A, T, S, in_bits>(load<Row, S>(z + i, count), codes);
-    store<Row, float>(result, y + i, count);
-    if constexpr (in_bits) store_halves(codes, bits + i / 2, count);
+template <class T, class Row, bool in_bits>
+[[gnu::noinline, gnu::noclone]] static void value_of(const Sided& activation, int64_t n, const Row* z, Row* y,
+                                                     uint8_t* bits) {
+  float wide[kStretch + kPair];
+  for (int64_t begin = 0; begin < n; begin += kStretch, z += kStretch, y += kStretch) {
+    const int64_t count = n - begin < kStretch ? n - begin : kStretch;
+    for_registers(count, [&](int64_t i, auto whole, int some) { read<Row, whole>(z + i, some).store(wide + i); });
+    fill_up(count, wide);
+    activation.values(count, wide);
+    for_registers(count, [&](int64_t i, auto whole, int some) {
+      const Bits32 right = (read<Row, whole>(z + i, some) >= Vec<float>(activation.minimum_at)).m;
+      Bits32 code;
+      write<Row, whole>(marked<T, in_bits>(Vec<float>::load(wide + i), right, code), y + i, some);
+      if constexpr (in_bits) store_halves(code, bits + (begin + i) / 2, some);
+    });
   }
 }
 
-// The least y that is read back: compression.floor.
-template <class A, class T, bool in_bits>
-constexpr float least() {
-  double unit = 1.0 / (1 << 24) * (1 << kSpare<T>), power = 1;
-  static_assert(A::lowest < 0 && A::lowest > -1);
-  while (power / 2 > -A::lowest) power /= 2;
-  return static_cast<float>(A::lowest + (in_bits ? 1.0 / 80 : 1.0 / 5) * power * unit);
-}
-
-// What the slope is computed from: y, and a lane's highest bit where z is not left of the minimum.
-template <class A, class T, class S, class Row, bool in_bits>
-struct Sided {
-  const Row* y;
-  const uint8_t* bits;
-
-  HD Vec<S> read(int64_t i, Bits32& right) const {
-    return decoded(load<Row, float>(y + i), in_bits ? load_halves(bits + i / 2) : Bits32{}, right);
-  }
-  HD Vec<S> read(int64_t i, int64_t n, Bits32& right) const {
-    return decoded(load<Row, float>(y + i, n), in_bits ? load_halves(bits + i / 2, n) : Bits32{}, right);
-  }
-
- private:
-  static HD Vec<S> decoded(Vec<float> y, Bits32 code, Bits32& right) {
-    constexpr int spare = kSpare<T>;
-    if constexpr (!in_bits) {
-      right = ~y.bits() | to_bits<T>(y) << 31;
-    } else {
-      right = code << 28;
-      if constexpr (spare > 0) {
-        constexpr int32_t middle = (1 << (spare - 4)) - (1 << (spare - 1));
-        y = Vec<float>::of(y.bits() + ((code & 7) << (spare - 3)) + middle);
+template <class T, class Row, bool in_bits>
+[[gnu::noinline, gnu::noclone]] static void grad_of(const Sided& activation, int64_t n, const Row* dy, const Row* y,
+                                                    const uint8_t* bits, Row* dz) {
+  constexpr int spare = kSpare<T>;
+  const Vec<float> least(in_bits ? activation.least_of_bits : activation.least_marked);
+  float wide[kStretch + kPair];
+  uint32_t lefts[kSets];
+  for (int64_t begin = 0; begin < n; begin += kStretch, dy += kStretch, y += kStretch, dz += kStretch) {
+    const int64_t count = n - begin < kStretch ? n - begin : kStretch;
+    for_registers(count, [&](int64_t i, auto whole, int some) {
+      Vec<float> numbers = read<Row, whole>(y + i, some);
+      Bits32 right;  // in the highest bit
+      if constexpr (in_bits) {
+        const Bits32 code = load_halves(bits + (begin + i) / 2, some);
+        right = code << 28;
+        if constexpr (spare > 0) {
+          constexpr int32_t middle = (1 << (spare - 4)) - (1 << (spare - 1));
+          numbers = Vec<float>::of(numbers.bits() + ((code & 7) << (spare - 3)) + middle);
+        }
+      } else {
+        right = ~numbers.bits() | to_bits<T>(numbers) << 31;
       }
-    }
-    return Vec<S>(greater(y, Vec<float>(least<A, T, in_bits>())).v);
+      greater(numbers, least).store(wide + i);
+      lefts[i / kLanes] = ~high_bits(right) & ((uint32_t{1} << some) - 1);
+    });
+    fill_up(count, wide);
+    activation.slopes(count, wide, lefts);
+    for_registers(count, [&](int64_t i, auto whole, int some) {
+      write<Row, whole>(read<Row, whole>(dy + i, some) * Vec<float>::load(wide + i), dz + i, some);
+    });
   }
-};
-
-// The slope on one side of the minimum: with a side that the compiler sees, half of the formula is gone.
-template <class A, class S>
-HD Vec<S> slope(Vec<S> y, bool right) {
-  const Vec<S> one(1.0f), side(right ? 1.0f : 0.0f);
-  if constexpr (std::is_same_v<S, Coarse>) {
-    return A::grad_from_side_16(one, y, side);
-  } else {
-    return A::grad_from_side(one, y, side);
-  }
-}
-
-// The left side takes more work than the right and has fewer numbers: those of a stretch are put next to one another.
-template <class A, class T, class S, class Row, bool in_bits>
-static void grad_of(int64_t n, const Row* dy, const Row* y, const uint8_t* bits, Row* dz) {
-  constexpr int size = Vec<S>::size, side = 6, few = 4, stretch = 576;
-  float lefts[stretch + few * size];
-  uint32_t sets[stretch / size];
-  for (int64_t begin = 0; begin < n; begin += stretch) {
-    const int64_t rest = n - begin < stretch ? n - begin : stretch;
-    const Sided<A, T, S, Row, in_bits> kept{y + begin, bits + begin / 2};
-    Bits32 right;
-    int64_t count = 0, i = 0;
-    const auto put = [&](Vec<S> numbers, uint32_t set) {
-      store_together(Vec<float>(numbers.v), set, lefts + count);
-      sets[i / size] = set;
-      count += __builtin_popcount(set);
-    };
-    constexpr uint32_t all = (uint32_t{1} << size) - 1;
-    for (; i + size <= rest; i += size) {
-      const Vec<S> numbers = kept.read(i, right);
-      put(numbers, ~high_bits(right) & all);
-    }
-    if (i < rest) {
-      const Vec<S> numbers = kept.read(i, rest - i, right);
-      put(numbers, ~high_bits(right) & Vec<S>::first(rest - i));
-    }
-    FASTBP_UNROLL for (int j = 0; j < few; ++j) Vec<float>(0.0f).store(lefts + count + j * size);
-    for (i = 0; i < count; i += few * size) {
-      Vec<S> found[few];
-      FASTBP_UNROLL for (int j = 0; j < few; ++j) found[j] = slope<A, S>(Vec<S>::load(lefts + i + j * size), false);
-      FASTBP_UNROLL for (int j = 0; j < few; ++j) found[j].store(lefts + i + j * size);
-    }
-    count = 0;
-    const auto take = [&](Vec<S> numbers, Bits32 right, Vec<S> d) {
-      const uint32_t set = sets[i / size];
-      const Vec<S> left(load_apart(lefts + count, set).v);
-      count += __builtin_popcount(set);
-      return d * Vec<S>(right < 0 ? slope<A, S>(numbers, true).v : left.v);
-    };
-    for (i = 0; i + side * size <= rest; i += side * size) {
-      const int64_t first = i;
-      Vec<S> found[side];
-      FASTBP_UNROLL for (int j = 0; j < side; ++j) {
-        i = first + j * size;
-        const Vec<S> numbers = kept.read(i, right);
-        found[j] = take(numbers, right, load<Row, S>(dy + begin + i));
-      }
-      i = first;
-      FASTBP_UNROLL for (int j = 0; j < side; ++j) store<Row, S>(found[j], dz + begin + i + j * size);
-    }
-    for (; i < rest; i += size) {
-      const int64_t some = rest - i < size ? rest - i : size;
-      const Vec<S> numbers = kept.read(i, some, right);
-      store<Row, S>(take(numbers, right, load<Row, S>(dy + begin + i, some)), dz + begin + i, some);
-    }
-  }
-}
-
-template <class A, class T, class S, class Row>
-static void value(int64_t n, const void* z, void* y, uint8_t* bits) {
-  const auto* from = static_cast<const Row*>(z);
-  auto* to = static_cast<Row*>(y);
-  bits ? value_of<A, T, S, Row, true>(n, from, to, bits) : value_of<A, T, S, Row, false>(n, from, to, bits);
-}
-
-template <class A, class T, class S, class Row>
-static void grad(int64_t n, const void* dy, const void* y, const uint8_t* bits, void* dz) {
-  const auto *d = static_cast<const Row*>(dy), *from = static_cast<const Row*>(y);
-  auto* to = static_cast<Row*>(dz);
-  bits ? grad_of<A, T, S, Row, true>(n, d, from, bits, to) : grad_of<A, T, S, Row, false>(n, d, from, bits, to);
 }
 
 // `Values` is what f is computed in, so that y is what the other policies have; `Slopes` what the slope is.
+template <class A, class T, class Values, class Slopes>
+static constexpr Sided kSided = {
+    values<A, Values>,
+    slopes<A, Slopes>,
+    static_cast<float>(A::minimum_at),
+    static_cast<float>(floor_of(A::lowest, kDtype<T>, true)),
+    static_cast<float>(floor_of(A::lowest, kDtype<T>, false)),
+};
+
+template <class T, class Row, const Sided& activation>
+static void value(int64_t n, const void* z, void* y, uint8_t* bits) {
+  const auto* from = static_cast<const Row*>(z);
+  auto* to = static_cast<Row*>(y);
+  bits ? value_of<T, Row, true>(activation, n, from, to, bits)
+       : value_of<T, Row, false>(activation, n, from, to, nullptr);
+}
+
+template <class T, class Row, const Sided& activation>
+static void grad(int64_t n, const void* dy, const void* y, const uint8_t* bits, void* dz) {
+  const auto *d = static_cast<const Row*>(dy), *from = static_cast<const Row*>(y);
+  auto* to = static_cast<Row*>(dz);
+  bits ? grad_of<T, Row, true>(activation, n, d, from, bits, to)
+       : grad_of<T, Row, false>(activation, n, d, from, nullptr, to);
+}
+
 template <class T, class Values, class Slopes, class Row>
 static Compressed loops() {
   Compressed t{};
   const auto fill = [&]<class A>(A, int i) {
     if constexpr (A::has_grad_from_side) {
-      t.value[i] = value<A, T, Values, Row>;
-      t.grad[i] = grad<A, T, Slopes, Row>;
+      t.value[i] = value<T, Row, kSided<A, T, Values, Slopes>>;
+      t.grad[i] = grad<T, Row, kSided<A, T, Values, Slopes>>;
     }
   };
   int i = 0;

@@ -5,8 +5,6 @@
 
 namespace fastbp::cpu::FASTBP_CAPABILITY {
 
-constexpr int kBlock = 32;
-
 HD float float_of(int32_t bits) {
   float number;
   __builtin_memcpy(&number, &bits, sizeof number);
@@ -38,8 +36,7 @@ HD void for_block(const F& f) {
 // Of numbers of T, in rows of them or of float.
 template <class T, class Row>
 static void encode_fp8(int64_t n, const void* z, uint8_t* codes, uint8_t* scales) {
-  // The largest number that e4m3 and a scale give back: 1.875 · 2¹⁵, or 2¹²⁷.
-  constexpr int32_t held = std::is_same_v<T, Half> ? 0x47700000 : 0x7f700000;
+  constexpr int32_t held = largest_bits(kDtype<T>);
   for (int64_t b = 0; b < n; b += kBlock) {
     const int64_t count = n - b < kBlock ? n - b : kBlock;
     const Row* from = static_cast<const Row*>(z) + b;
@@ -60,8 +57,7 @@ static void encode_fp8(int64_t n, const void* z, uint8_t* codes, uint8_t* scales
     });
     int32_t most = 0;
     for (int i = 0; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
-    int32_t scale = (most >> 23) - 8 + ((most & 0x7fffff) > 0x600000);  // 448 = 1.75 · 2⁸ is the largest e4m3
-    if (scale < 1) scale = 1;
+    const int32_t scale = scale_of(most);
     scales[b / kBlock] = static_cast<uint8_t>(scale);
     const Vec<float> factor(float_of((254 - scale) << 23));
     uint8_t whole[kBlock], *to = count < kBlock ? whole : codes + b;

@@ -5,6 +5,7 @@
 #include <array>
 #include <type_traits>
 
+#include "../compression.h"
 #include "convert.h"
 
 namespace fastbp::cpu::FASTBP_CAPABILITY {
@@ -12,13 +13,15 @@ namespace fastbp::cpu::FASTBP_CAPABILITY {
 typedef uint64_t Quads __attribute__((vector_size(FASTBP_VECTOR_BYTES)));
 constexpr int kLanes = Vec<float>::size;
 
+template <class T>
+constexpr Dtype kDtype = Dtype::float32;
+template <>
+inline constexpr Dtype kDtype<BFloat16> = Dtype::bfloat16;
+template <>
+inline constexpr Dtype kDtype<Half> = Dtype::float16;
 // How many bits float's mantissa has more than T's.
 template <class T>
-constexpr int kSpare = 0;
-template <>
-inline constexpr int kSpare<BFloat16> = 16;
-template <>
-inline constexpr int kSpare<Half> = 13;
+constexpr int kSpare = spare_bits(kDtype<T>);
 
 // A number as T rounds it; and the bits that T has of it, at the low end of a lane, and back.
 template <class T>
@@ -103,12 +106,14 @@ HD Bits32 load_halves(const uint8_t* from) {
 }
 // Of the first n lanes; the other half of a last byte is zero.
 HD void store_halves(Bits32 lanes, uint8_t* to, int64_t n) {
+  if (n == kLanes) return store_halves(lanes, to);
   for (int64_t i = n; i < kLanes; ++i) lanes[i] = 0;
   uint8_t buffer[kLanes / 2];
   store_halves(lanes, buffer);
   for (int64_t i = 0; i < (n + 1) / 2; ++i) to[i] = buffer[i];
 }
 HD Bits32 load_halves(const uint8_t* from, int64_t n) {
+  if (n == kLanes) return load_halves(from);
   uint8_t buffer[kLanes / 2] = {};
   for (int64_t i = 0; i < (n + 1) / 2; ++i) buffer[i] = from[i];
   return load_halves(buffer);
@@ -177,6 +182,21 @@ HD Vec<float> load_apart(const float* from, uint32_t set) {
     from += set >> i & 1;
   }
   return x;
+#endif
+}
+
+// The lanes of a set, in the place of those that are there.
+HD void store_selected(Vec<float> x, uint32_t set, float* to) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(set), (__m512)x.v);
+#elif defined(__AVX2__)
+  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(set)), bits), bits);
+  _mm256_maskstore_ps(to, chosen, (__m256)x.v);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    if (set >> i & 1) to[i] = x.v[i];
+  }
 #endif
 }
 

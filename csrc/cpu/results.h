@@ -13,7 +13,7 @@ struct Kept {
 
 // Columns [c, c + n) of a row of z in fp8, where that is kept; the numbers are those that the dtype has.
 inline void encode(const Compressed& loops, const Kept& to, int64_t r, int64_t c, int64_t n, const void* z) {
-  if (to.codes) loops.encode(n, z, to.codes.over(r, c), to.scales.over(r, c / kScaled));
+  if (to.codes) loops.encode(n, z, to.codes.over(r, c), to.scales.over(r, c / kBlock));
 }
 
 class Results {

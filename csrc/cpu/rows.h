@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "../compression.h"
 #include "kernels.h"
 
 namespace fastbp::cpu {
@@ -29,10 +30,6 @@ struct Bytes {
   // To be written; null where nothing is kept.
   uint8_t* over(int64_t r, int64_t column) const { return tensor ? const_cast<uint8_t*>(at(r, column)) : nullptr; }
 };
-// The lengths of rows of bits and of scales, and how many numbers of fp8 share a scale: fastbp/compression.py.
-constexpr int64_t kScaled = 32;
-inline int64_t bits_size(int64_t n) { return (n + 1) / 2; }
-inline int64_t scales_size(int64_t n) { return (n + kScaled - 1) / kScaled; }
 
 // The last dimension of a tensor as rows, all others counted through; any strides.
 class Rows {
@@ -94,7 +91,7 @@ class Rows {
   void decode(const Compressed& loops, int64_t r, int64_t rows, int64_t c, int64_t n, S* to, int64_t to_stride) const {
     const auto* codes = static_cast<const uint8_t*>(data_);
     for (int64_t i = first_ + r; i < first_ + r + rows; ++i, to += to_stride) {
-      loops.decode(n, codes + i * size + c, scales_ + i * scales_size(size) + c / kScaled, to);
+      loops.decode(n, codes + i * size + c, scales_ + i * scales_size(size) + c / kBlock, to);
     }
   }
 };

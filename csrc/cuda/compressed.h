@@ -2,24 +2,19 @@
 // the exchange between lanes runs on the host too, where the tests read it.
 #pragma once
 
+#include "../compression.h"
 #include "elementwise.h"
 #include "pack.h"
 
 namespace fastbp::cuda {
 
-constexpr int kBlock = 32;  // numbers that share a scale
-HD int64_t scales_size(int64_t n) { return (n + kBlock - 1) / kBlock; }
-HD int64_t bits_size(int64_t n) { return (n + 1) / 2; }
-
-// Lanes that share one, each with a pack.
+// Lanes that share a scale, each with a pack.
 template <Dtype D>
 constexpr int kSharers = kBlock / Pack<D>::size;
 
 // Mantissa bits of float that a dtype lacks.
 template <Dtype D>
-constexpr int kSpare = D == Dtype::bfloat16  ? 16
-                       : D == Dtype::float16 ? 13
-                                             : 0;
+constexpr int kSpare = spare_bits(D);
 
 template <Dtype D>
 using Whole = std::conditional_t<sizeof(Memory<D>) == 2, uint16_t, uint32_t>;
@@ -76,16 +71,9 @@ HD Pack<D> value(const Bound<A, Compute<D>>& activation, const Pack<D>& z, bool 
   return out;
 }
 
-// The least y that is read back: a fraction of a unit above the minimum (fastbp/compression.py, floor).
-constexpr double floor_of(double lowest, int spare, double fraction) {
-  double unit = 1.0 / (1 << 24);  // of numbers from 1/2 to 1 in float
-  for (double size = -lowest; size < 0.5; size *= 2) unit /= 2;
-  return lowest + fraction * (unit * (1 << spare));
-}
-template <class A, Dtype D>
-constexpr float kFloorOfBits = static_cast<float>(floor_of(A::lowest, kSpare<D>, 1.0 / 80));
-template <class A, Dtype D>
-constexpr float kFloorOfLowestBit = static_cast<float>(floor_of(A::lowest, kSpare<D>, 1.0 / 5));
+// The least y that is read back.
+template <class A, Dtype D, bool IN_BITS>
+constexpr float kFloor = static_cast<float>(floor_of(A::lowest, D, IN_BITS));
 
 // dz from dy, and from y and its side; what it is before it is rounded goes onto the sums.
 template <class A, Dtype D>
@@ -93,7 +81,7 @@ HD Pack<D> grad_from_side(const Bound<A, Compute<D>>&, const Pack<D>& dy, const 
                           uint32_t codes, Sum<D>* sums) {
   static_assert(A::has_grad_from_side && D != Dtype::float64);
   Wide<D> d(dy);
-  const float floor = in_codes ? kFloorOfBits<A, D> : kFloorOfLowestBit<A, D>;
+  const float floor = in_codes ? kFloor<A, D, true> : kFloor<A, D, false>;
 #pragma unroll
   for (int i = 0; i < d.size; ++i) {
     const auto whole = static_cast<uint32_t>(std::bit_cast<Whole<D>>(y.at[i]));
@@ -150,7 +138,7 @@ constexpr uint32_t kInfinity = 0x7f800000;
 // stay what they are.
 template <Dtype D>
 HD uint32_t size_of(float x) {
-  constexpr uint32_t most = D == Dtype::float16 ? 0x47700000 : 0x7f700000;  // 1.875 · 2¹⁵, 1.875 · 2¹²⁷
+  constexpr auto most = static_cast<uint32_t>(largest_bits(D));
   const uint32_t size = std::bit_cast<uint32_t>(x) & 0x7fffffff;
   return size < kInfinity && size > most ? most : size;
 }
@@ -165,12 +153,6 @@ HD uint32_t largest_of(const Pack<D>& z) {
     largest = bits < kInfinity && bits > largest ? bits : largest;
   }
   return largest;
-}
-
-// A scale s stands for 2^(s - 127), the least for which the largest number is at most 448.
-HD uint32_t scale_of(uint32_t largest) {
-  const int scale = static_cast<int>(largest >> 23) - 8 + ((largest & 0x7fffff) > 0x600000);
-  return scale < 1 ? 1 : scale;
 }
 
 // To the nearest number of e4m3, ties to even, of one that is at most 448 or NaN. Below 2⁻⁶ numbers are 2⁻⁹ apart,
@@ -277,7 +259,7 @@ __device__ inline uint32_t scale_of_block(const Pack<D>& z) {
   for (int lanes = 1; lanes < kSharers<D>; lanes *= 2) {
     largest = max(largest, __shfl_xor_sync(0xffffffff, largest, lanes));
   }
-  return scale_of(largest);
+  return static_cast<uint32_t>(scale_of(static_cast<int32_t>(largest)));
 }
 #endif
 

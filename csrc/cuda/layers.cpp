@@ -99,10 +99,10 @@ void Layers::make_kept(const std::vector<int64_t>& sizes, Forward& found) const 
   const int64_t n = sizes.back();
   for (int part = 0; part < call_.width(); ++part) {
     if (call_.settings.keeps_h()) found.kept[part] = found.y;
-    if (call_.settings.keeps_bits()) found.beside[part] = make_bytes(sizes, cpu::bits_size(n));
+    if (call_.settings.keeps_bits()) found.beside[part] = make_bytes(sizes, bits_size(n));
     if (call_.settings.keeps_fp8()) {
       found.kept[part] = make_bytes(sizes, n);
-      found.beside[part] = make_bytes(sizes, cpu::scales_size(n));
+      found.beside[part] = make_bytes(sizes, scales_size(n));
     }
   }
 }

@@ -7,12 +7,16 @@ CODE says what a kernel keeps, or what it reads: ``""`` for numbers of the dtype
 
 from __future__ import annotations
 
+import struct
+
+import torch
 import triton
 import triton.language as tl
 
+from fastbp import compression
 from fastbp.backends.triton.blocks import beside, load_tile, rounded, store_tile, tile_mask, tile_pointers
 
-BLOCK = tl.constexpr(32)  # numbers that share a scale
+BLOCK = tl.constexpr(compression.BLOCK)  # numbers that share a scale
 # A byte of two numbers whose y is 0: with dh = 0 beside it, as beyond the last row, dz is 0. Two zeros would be NaN.
 BEYOND = tl.constexpr(0x44)
 
@@ -120,8 +124,9 @@ def side_of(y, DTYPE: tl.constexpr):
 
 @triton.constexpr_function
 def largest_bits(dtype):
-    """Of the largest number that e4m3 and a scale give back in a dtype: 1.875 times its largest power of two."""
-    return 0x47700000 if dtype.is_fp16() else 0x7F700000
+    """Of the largest number that e4m3 and a scale give back in a dtype, as float32."""
+    number = compression.LARGEST[torch.float16 if dtype.is_fp16() else torch.float32]
+    return struct.unpack("<i", struct.pack("<f", number))[0]
 
 
 @triton.jit

@@ -17,6 +17,10 @@ from fastbp import compression
 from fastbp.backends.triton.blocks import beside, load_tile, rounded, store_tile, tile_mask, tile_pointers
 
 BLOCK = tl.constexpr(compression.BLOCK)  # numbers that share a scale
+LARGEST, LARGEST_HALF = (
+    tl.constexpr(struct.unpack("<i", struct.pack("<f", compression.LARGEST[dtype]))[0])
+    for dtype in (torch.float32, torch.float16)
+)
 # A byte of two numbers whose y is 0: with dh = 0 beside it, as beyond the last row, dz is 0. Two zeros would be NaN.
 BEYOND = tl.constexpr(0x44)
 
@@ -125,8 +129,7 @@ def side_of(y, DTYPE: tl.constexpr):
 @triton.constexpr_function
 def largest_bits(dtype):
     """Of the largest number that e4m3 and a scale give back in a dtype, as float32."""
-    number = compression.LARGEST[torch.float16 if dtype.is_fp16() else torch.float32]
-    return struct.unpack("<i", struct.pack("<f", number))[0]
+    return (LARGEST_HALF if dtype.is_fp16() else LARGEST).value
 
 
 @triton.jit

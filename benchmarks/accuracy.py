@@ -24,7 +24,7 @@ from fastbp.compression import DTYPES, decode_fp8
 from fastbp.forms import LINEAR_ACT, MLP
 from fastbp.problem import configure
 from fastbp.reference import compose
-from fastbp.residuals import output_and_kept, read_kept
+from fastbp.residuals import output_and_kept, read_kept, sides
 from fastbp.saving import POLICIES, legal_policies
 
 DISTRIBUTIONS = {"N(0, 1)": (0.0, 1.0), "N(0, 3²)": (0.0, 3.0), "N(−2, 1)": (-2.0, 1.0)}
@@ -51,7 +51,7 @@ def slope(row: Activation, save: str, z: Tensor) -> Tensor:
         assert row.grad_from_output is not None
         return row.grad_from_output(one, read.double(), *config.params)
     assert row.grad_from_side is not None
-    return row.grad_from_side(one, *(t.double() for t in read))
+    return row.grad_from_side(one, *(t.double() for t in sides(config, *read)))
 
 
 def slopes(row: Activation, count: int) -> list[dict[str, object]]:

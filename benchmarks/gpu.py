@@ -94,6 +94,11 @@ STAGES: dict[str, Stage] = {
         (*QUICK, "--suite", "edges", "--case", "layer 1×8→8 gelu float32"),
         ("gpu_edges.json", "edges.json"),
     ),
+    "policies": Stage(
+        (*SUITE, "--suite", "gpu_policies"),
+        (*QUICK, "--suite", "policies", "--case", "layer 8192×64→64 gelu float32"),
+        ("gpu_policies.json", "policies.json"),
+    ),
     "memory": Stage(
         ("-m", "benchmarks.memory", "--device", "cuda", "--limit", "{soon}", "--output", "{output}"),
         ("-m", "benchmarks.memory", "--suite", "models", "--block", "bert", "--block", "llama", "--output", "{output}"),

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import fastbp
-from benchmarks.suites import Case
+from benchmarks.suites import POLICY_SUITES, Case
 from fastbp.activations import bind
 from fastbp.backends import native, triton
 from fastbp.forms import FORMS
-from fastbp.saving import legal_policies
+from fastbp.saving import POLICIES, legal_policies
 
 KINDS = {"layer": "linear_act", "gated": "gated_linear_act", "mlp": "mlp", "gated_mlp": "gated_mlp"}
 _MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -116,10 +116,12 @@ BOTH, GPU = ("cpu", "cuda"), ("cuda",)
 
 @dataclass(frozen=True)
 class Rival:
-    """A row: how it is made, whether it computes what the case says, and where it runs without being asked for."""
+    """A row: how it is made, whether it computes what the case says, and as exactly as eager, and where it runs
+    without being asked for."""
 
     make: Callable[..., Callable[[Tensor], Tensor] | None]
     same_function: bool = True
+    exact: bool = True
     always: tuple[str, ...] = BOTH
     route: str | None = None  # of a backend on a GPU
     backend: str = "triton"
@@ -148,6 +150,15 @@ RIVALS: dict[str, Rival] = {
     "fastbp native cublaslt": Rival(fused("native"), always=(), route="cublaslt", backend="native"),
     "fastbp native fused": Rival(fused("native"), always=(), route="fused", backend="native"),  # never run yet
     "fastbp reference": Rival(fused("reference"), always=()),
-    "fastbp recompute": Rival(fused(save="recompute"), always=()),
-    "fastbp output": Rival(fused(save="output"), always=()),
+    **{
+        f"fastbp {save}": Rival(fused(save=save), exact=not policy.compressed, always=())
+        for save, policy in POLICIES.items()
+    },
 }
+
+
+def rivals_of(suite: str, device: str) -> list[str]:
+    """Who runs in a suite without being asked for, eager first."""
+    if suite in POLICY_SUITES:
+        return ["eager", *(f"fastbp {save}" for save in POLICIES)]
+    return [name for name, rival in RIVALS.items() if device in rival.always]

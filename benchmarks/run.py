@@ -23,7 +23,7 @@ import torch
 from benchmarks import cuda_clock
 from benchmarks.environment import NOT_MEASURED, RESULTS, folder_of, keep_freed_memory, write
 from benchmarks.measure import burst, bursts, on_cuda, prepare, summarise
-from benchmarks.rivals import RIVALS
+from benchmarks.rivals import RIVALS, rivals_of
 from benchmarks.suites import SUITES, Case, suites_of
 
 
@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--suite", choices=list(SUITES), action="append", help="may be given more than once; all for the device if not"
     )
     parser.add_argument(
-        "--rival", choices=list(RIVALS), action="append", help="beside eager; those for every run if not"
+        "--rival", choices=list(RIVALS), action="append", help="beside eager; those of the suite if not"
     )
     parser.add_argument("--skip", choices=list(RIVALS), action="append", default=[], help="a rival to leave out")
     parser.add_argument("--case", default="", help="only cases whose name has this in it; nothing written")
@@ -89,12 +89,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--suite {only_gpu[0]} is for a GPU; for a CPU there are {', '.join(suites_of('cpu'))}")
     if "eager" in arguments.skip:
         parser.error("--skip eager: every other rival is compared with it")
-    names = ["eager", *(arguments.rival or [n for n, r in RIVALS.items() if arguments.device in r.always])]
     if arguments.quick:
         arguments.seconds = 0.1
-        arguments.skip += [name for name in names if name.startswith("torch.compile")]
-    arguments.names = [name for name in dict.fromkeys(names) if name not in arguments.skip]
+        arguments.skip += [name for name in RIVALS if name.startswith("torch.compile")]
     return arguments
+
+
+def names_of(suite: str, arguments: argparse.Namespace) -> list[str]:
+    """Who is measured in a suite."""
+    names = ["eager", *(arguments.rival or rivals_of(suite, arguments.device))]
+    return [name for name in dict.fromkeys(names) if name not in arguments.skip]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             torch._dynamo.reset()
             try:
-                rows.append(measure(case, arguments.names, arguments.seconds, device))
+                rows.append(measure(case, names_of(suite, arguments), arguments.seconds, device))
             except AssertionError as error:  # a wrong result is not worth timing
                 print(f"  {error}", file=sys.stderr)
                 failed = True

@@ -83,6 +83,16 @@ SUITES: dict[str, tuple[Case, ...]] = {
         for kind, sizes in (("layer", 2), ("mlp", 3))
         for activation in ("gelu", "silu", "relu")
     ),
+    "policies": tuple(
+        Case(*block, dtype=dtype)
+        for dtype in (FLOAT, BFLOAT)
+        for block in (
+            *(("layer", rows, features, name) for rows, features in LAYER_SHAPES for name in ("gelu", "silu")),
+            ("mlp", 512, (768, 3072, 768), "gelu"),
+            ("mlp", 8192, (64, 64, 64), "gelu"),
+            ("gated_mlp", 512, (512, 1408, 512), "silu"),
+        )
+    ),
     "gpu_layers": tuple(
         Case("layer", rows, (width, 4 * width), activation, dtype)
         for dtype in (BFLOAT, HALF)
@@ -94,8 +104,15 @@ SUITES: dict[str, tuple[Case, ...]] = {
         *(Case("mlp", 8192, (width, 4 * width, width), dtype=BFLOAT) for width in WIDTHS),
         *(Case("gated_mlp", 8192, (width, hidden, width), "silu", BFLOAT) for width, hidden in GATED_WIDTHS),
     ),
+    "gpu_policies": (
+        *(Case("layer", 8192, (1024, 4096), name, BFLOAT) for name in ("gelu", "silu")),
+        Case("mlp", 8192, (1024, 4096, 1024), dtype=BFLOAT),
+        Case("gated_mlp", 8192, (2048, 5632), "silu", BFLOAT),
+    ),
     "gpu_edges": tuple(Case(*edge, dtype=dtype) for dtype in (BFLOAT, FLOAT) for edge in GPU_EDGES),
 }
+
+POLICY_SUITES = ("policies", "gpu_policies")  # in which the save policies are the rivals
 
 
 def suites_of(device: str) -> list[str]:

@@ -12,8 +12,9 @@ float32 y has no next bits; they are 0 there.
 A y read back is taken to be no lower than ``floor``: next to the minimum, where the slope goes like √(y - y*), all that
 is rounded to one y with the minimum would else count as the minimum itself.
 
-In the lowest-bit form a negative y carries the side in the lowest bit of its mantissa. A left y of -0.0 stays -0.0, and
-a right one becomes +0.0, so that the sign bit and the lowest bit together always tell the side.
+In the lowest-bit form a negative y carries the side in the lowest bit of its mantissa. A left y of either zero (f is
+rounded to +0.0 by some) becomes -0.0, and a right one +0.0, so that the sign bit and the lowest bit together always
+tell the side.
 """
 
 from __future__ import annotations
@@ -70,11 +71,12 @@ def decode_bits(y: Tensor, bits: Tensor, floor: float) -> tuple[Tensor, Tensor]:
 
 
 def encode_lsb(z: Tensor, y: Tensor, minimum_at: float) -> Tensor:
-    """y with the side in the lowest bit where it is negative."""
+    """y with the side in the lowest bit where it is negative, and else in the sign."""
     right = z.float() >= minimum_at
     whole = y.view(_INTEGERS[y.itemsize])
     marked = ((whole & ~1) | right).view(y.dtype)
-    return torch.where(y < 0, marked, torch.where(right & (y == 0), 0.0, y))
+    # -0.0 + 0.0 is +0.0. A y above 0 on the left is an error of f's, which this takes away: the slope there is about 0.
+    return torch.where(y < 0, marked, torch.where(right, y + 0.0, torch.where(y >= 0, -0.0, y)))
 
 
 def decode_lsb(y: Tensor, floor: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,39 +15,66 @@ from fastbp.problem import Config
 from fastbp.saving import POLICIES
 
 Maybe = Tensor | None
+_IN_A_BLOCK = 1 << 18  # numbers
+
+
+def in_blocks(f: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> list[Tensor]:
+    """f(tensors), row after row of the last dimension, in blocks: what f makes on the way is never of whole tensors."""
+    shape = tensors[0].shape
+    step = max(1, _IN_A_BLOCK // max(1, shape[-1]))
+    if shape[:-1].numel() <= step:
+        return [*f(*tensors)]
+    blocks = zip(*(t.reshape(-1, t.shape[-1]).split(step) for t in tensors), strict=True)
+    results: list[Tensor] = []
+    for begin, found in enumerate(f(*block) for block in blocks):
+        if not results:
+            results = [t.new_empty(shape[:-1].numel(), t.shape[-1]) for t in found]
+        for result, part in zip(results, found, strict=True):
+            result[begin * step : begin * step + len(part)] = part
+    return [t.view(*shape[:-1], t.shape[-1]) for t in results]
 
 
 def output_and_kept(config: Config, z: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
     """f(z), as the policy has it, and what is kept of the layer (``saving.find_residuals``)."""
-    save, at = config.save, config.row.minimum_at
-    if save == "output_bits":
-        assert at is not None, config.row.name
-        wide_h = config.value(z.to(wide(z.dtype)))
-        h = wide_h.to(z.dtype)
-        bits = encode_bits(z, wide_h, h, at)
-        return h, (h, bits) if config.form.projected else (bits,)
-    h = config.value(z)
-    if save == "output_lsb":
-        assert at is not None, config.row.name
-        h = encode_lsb(z, h, at)
-    if save == "preact":
-        return h, (z,)
-    if save == "fp8":
-        return h, encode_fp8(z)
-    return h, (h,) if config.form.projected and POLICIES[save].from_output else ()
+    if config.save == "fp8":
+        return config.value(z), in_blocks(encode_fp8, z)
+    kept: Sequence[Tensor] = ()
+    if POLICIES[config.save].compressed:
+        h, *kept = in_blocks(partial(_output_and_codes, config), z)
+    else:
+        h = config.value(z)
+    if config.form.projected and POLICIES[config.save].from_output:
+        kept = (h, *kept)
+    return h, (z,) if config.save == "preact" else kept
+
+
+def _output_and_codes(config: Config, z: Tensor) -> Sequence[Tensor]:
+    """The output with its side in its lowest bit, or the output and its bits."""
+    at = config.row.minimum_at
+    assert at is not None, config.row.name
+    if config.save == "output_lsb":
+        return (encode_lsb(z, config.value(z), at),)
+    wide_h = config.value(z.to(wide(z.dtype)))
+    h = wide_h.to(z.dtype)
+    return h, encode_bits(z, wide_h, h, at)
 
 
 def gated_kept(config: Config, gate: Tensor, up: Tensor) -> Sequence[Tensor]:
     """What is kept of a gated layer."""
     if config.save == "preact":
         return gate, up
-    return (*encode_fp8(gate), *encode_fp8(up)) if config.save == "fp8" else ()
+    return (*in_blocks(encode_fp8, gate), *in_blocks(encode_fp8, up)) if config.save == "fp8" else ()
 
 
 def read_kept(config: Config, y: Maybe, kept: Sequence[Any], dtype: torch.dtype) -> tuple[Sequence[Any], Sequence[Any]]:
-    """For each hidden linear z or the output, and what the slope is computed from: the same, or y and its side."""
+    """Of each hidden linear z or the output, and what the slope is computed from: the same, or what ``sides`` reads."""
     if config.save == "fp8":
-        zs = [None if c is None else decode_fp8(c, s, dtype) for c, s in zip(kept[0::2], kept[1::2], strict=True)]
+
+        def of_block(codes: Tensor, scales: Tensor) -> Sequence[Tensor]:
+            return (decode_fp8(codes, scales, dtype),)
+
+        pairs = zip(kept[0::2], kept[1::2], strict=True)
+        zs = [None if c is None else in_blocks(of_block, c, s)[0] for c, s in pairs]
         return zs, zs
     if not POLICIES[config.save].from_output:
         return kept, kept
@@ -59,15 +87,25 @@ def read_kept(config: Config, y: Maybe, kept: Sequence[Any], dtype: torch.dtype)
         outputs = kept
     if config.save == "output":
         return outputs, outputs
-    assert config.row.lowest is not None, config.row.name
-    least = floor(config.row.lowest, dtype, config.save)
     if config.save == "output_lsb":
-        return outputs, [None if h is None else decode_lsb(h, least) for h in outputs]
-    return outputs, [None if b is None else decode_bits(h, b, least) for h, b in zip(outputs, bits, strict=True)]
+        return outputs, [None if h is None else (h,) for h in outputs]
+    return outputs, [None if b is None else (h, b) for h, b in zip(outputs, bits, strict=True)]
 
 
-def grad_from_side(config: Config, dy: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
-    """dz from dy, and from y and its side of the minimum, as ``compression`` decodes them."""
+def sides(config: Config, h: Tensor, bits: Maybe = None) -> tuple[Tensor, Tensor]:
+    """The output in float32, and 1.0 where z is not left of the minimum, as ``compression`` decodes them."""
+    assert config.row.lowest is not None, config.row.name
+    least = floor(config.row.lowest, h.dtype, config.save)
+    return decode_lsb(h, least) if bits is None else decode_bits(h, bits, least)
+
+
+def grad_from_side(config: Config, dy: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    """dz from dy, and from the output and its side of the minimum."""
     formula = config.row.grad_from_side
     assert formula is not None, config.row.name
-    return formula(dy.to(kept[0].dtype), *kept).to(dy.dtype)
+
+    def of_block(dy: Tensor, *kept: Tensor) -> Sequence[Tensor]:
+        from_y, right = sides(config, *kept)
+        return (formula(dy.to(from_y.dtype), from_y, right).to(dy.dtype),)
+
+    return in_blocks(of_block, dy, *kept)[0]

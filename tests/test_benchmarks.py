@@ -38,9 +38,9 @@ def test_dry_run(tmp_path):
         assert f"| {name} | {found['outcome']}" in text
         assert found["outcome"] == ("left out" if name == "build" else "passed")
     assert "no figure here means anything" in text
-    for suite in ("overhead", "small", "edges"):
+    for suite, rival in (("overhead", "fastbp"), ("small", "fastbp"), ("edges", "fastbp"), ("policies", "fastbp fp8")):
         (row,) = rows_of(tmp_path / f"{suite}.json")
-        assert row["rivals"]["fastbp"]["over_eager"] > 0
+        assert row["rivals"][rival]["over_eager"] > 0
         assert f"| {row['case']} |" in text
     for name in ("tests", "triton"):
         assert " passed, 0 failed, " in stages[name]["note"]
@@ -171,7 +171,7 @@ def test_the_commands_for_a_gpu_are_understood_and_end_in_time(monkeypatch, tmp_
             assert (arguments.device, arguments.output) == ("cuda", tmp_path)
             assert arguments.limit == limit - 60
             understood.add(name)
-    assert understood == {"kernels", "layers", "blocks", "edges", "memory"}
+    assert understood == {"kernels", "layers", "blocks", "edges", "policies", "memory"}
     assert "TRITON_INTERPRET" not in gpu.environment_of("tests", dry=False)
 
 

@@ -67,6 +67,26 @@ def test_lowest_bit_moves_y_by_at_most_a_unit_and_tells_the_side(row, dtype):
 
 
 @each("dtype", NARROW)
+def test_lowest_bit_tells_the_side_of_a_y_that_has_no_sign_of_its_own(dtype):
+    """PyTorch's own GELU is +0.0 far to the left in float32; and a rounded y must not be taken for a right one."""
+    z, at = torch.tensor([-6.0, -6.0, -6.0, 6.0, 6.0, 6.0, 6.0, 6.0, math.nan]).to(dtype), -0.75
+    plain = torch.tensor([0.0, -0.0, 1e-7, 0.0, -0.0, 1e-7, 6.0, math.inf, math.nan]).to(dtype)
+    y = compression.encode_lsb(z, plain, at)
+    assert torch.equal(y[2:].nan_to_num(), torch.cat([torch.tensor([0.0]), plain[3:].float()]).to(dtype).nan_to_num())
+    assert torch.equal(compression.decode_lsb(y, -math.inf)[1][:8].bool(), z[:8].float() >= at)
+
+
+@each("dtype", NARROW)
+@each("row", SIDED)
+def test_the_output_of_pytorch_itself_gives_the_slope_of_every_z(row, dtype):
+    """Also where its y is 0. Beside the minimum the slope is steep in y: a tenth, at most."""
+    z = torch.linspace(-30, 30, 60001, dtype=torch.float64).to(dtype)
+    for save in ("output_bits", "output_lsb"):
+        gap = (slope(row, save, z) - row.grad(torch.ones((), dtype=torch.float64), z.double())).abs()
+        assert gap.max() < (1e-3 if dtype == torch.float32 else 0.1), (save, z[gap.argmax()])
+
+
+@each("dtype", NARROW)
 def test_fp8_is_the_nearest_in_each_block(dtype):
     powers = torch.linspace(-24, 24, 64) if dtype != torch.float16 else torch.linspace(-4, 2, 64)
     z = (z_of(torch.float32, features=77) * 10.0 ** powers[:, None]).to(dtype)

@@ -11,7 +11,7 @@ from fastbp.backends import native, reference
 from fastbp.compression import DTYPES, decode_bits, encode_bits, encode_fp8, encode_lsb
 from fastbp.forms import FORMS, GATED_MLP, LINEAR_ACT, MLP
 from fastbp.problem import configure
-from fastbp.residuals import read_kept
+from fastbp.residuals import read_kept, sides
 from fastbp.saving import POLICIES, find_kept
 
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
@@ -59,7 +59,7 @@ def exact(config, dy, saved, residuals):
             if config.save == "fp8":
                 d = grad(d, inputs[i].double(), *config.params)
             else:
-                d = config.row.grad_from_side(d, *(t.double() for t in slopes[i]))
+                d = config.row.grad_from_side(d, *(t.double() for t in sides(config, *slopes[i])))
         below = inputs[i - 1].double() if i else x
         take(i, d, value(below, *config.params) if i and config.save == "fp8" else below)
         d = d @ weights[i]

@@ -15,7 +15,7 @@ from fastbp.compression import DTYPES
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP
 from fastbp.problem import configure
 from fastbp.reference import Saved
-from fastbp.residuals import read_kept
+from fastbp.residuals import read_kept, sides
 from fastbp.saving import POLICIES, find_residuals, kept
 
 if triton.unavailable is None:
@@ -114,7 +114,7 @@ def exact(form, activation, save, dy, saved, needs):
     d, found = dy.double().flatten(0, -2), [None] * len(needs)
     for i in range(len(saved.weights) - 1, -1, -1):
         if i < len(slopes):
-            d = activation.row.grad_from_side(d, *(t.double().flatten(0, -2) for t in slopes[i]))
+            d = activation.row.grad_from_side(d, *(t.double().flatten(0, -2) for t in sides(config, *slopes[i])))
         found[1 + i], found[half + i] = d.mT @ rows[i], d.sum(0)
         d = d @ wide[1 + i]
     found[0] = d.view(saved.x.shape)

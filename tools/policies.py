@@ -55,6 +55,19 @@ def gradient_table() -> str:
     return markdown(table)
 
 
+def speed_table() -> str:
+    """The time of a step by every policy, over that of ``preact``."""
+    rows = found("policies")
+    names = dict.fromkeys(name for row in rows for name in row["rivals"] if name not in ("eager", "fastbp preact"))
+    table = [["case", "`preact`, ms", *(f"`{name.removeprefix('fastbp ')}`" for name in names)]]
+    for row in rows:
+        times = {name: rival["ms"] for name, rival in row["rivals"].items()}
+        base = times["fastbp preact"]
+        cells = (f"{times[name] / base:.2f} ×" if name in times else "" for name in names)
+        table.append([row["case"], f"{base:.2f}", *cells])
+    return markdown(table)
+
+
 def training_table() -> str:
     """Losses on held-out data at the end: stock PyTorch over the seeds, and how far the policies are off."""
     rows = found("training")

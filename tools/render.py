@@ -263,6 +263,7 @@ TARGETS = (
     Target("README.md", results.memory_table, region="memory"),
     Target("docs/memory.md", results.kept_table, region="kept"),
     Target("docs/memory.md", results.in_use_table, region="in-use"),
+    Target("docs/memory.md", policies.speed_table, region="policy-speed"),
     Target("docs/numerics.md", policies.slope_table, region="slopes"),
     Target("docs/numerics.md", policies.gradient_table, region="gradients"),
     Target("docs/training.md", policies.training_table, region="training"),

@@ -111,8 +111,9 @@ HD Vec<float> marked(Vec<float> wide, Bits32 right, Bits32& code) {
   } else {
     const Bits32 whole = to_bits<T>(wide);
     const Vec<float> y = from_bits<T>(whole), zero(0.0f);
-    const Bits32 side = (whole & ~1) | (right & 1), same = whole & ~(right & (y == zero).m);  // right: -0 becomes 0
-    return from_bits<T>((y < zero).m ? side : same);
+    // Zero has the sign of its side, and so has what f should not have put above it on the left.
+    const Bits32 same = (y >= zero).m ? Vec<float>(right ? (y + zero).v : (-zero).v).bits() : y.bits();
+    return Vec<float>::of((y < zero).m ? from_bits<T>((whole & ~1) | (right & 1)).bits() : same);
   }
 }
 

@@ -34,12 +34,20 @@ HD uint32_t code_of(bool right, float wide_y, Memory<D> y) {
   return code;
 }
 
-// y with the side in the lowest bit where it is negative, and as the sign of a zero.
+// y with the side in the lowest bit where it is negative, and else in the sign.
 template <Dtype D>
 HD Memory<D> marked(bool right, Memory<D> y) {
+  constexpr auto minus_zero = static_cast<Whole<D>>(Whole<D>{1} << (8 * sizeof(Whole<D>) - 1));
   const float number = plain(wide(y));
-  const Whole<D> whole = std::bit_cast<Whole<D>>(y), other = static_cast<Whole<D>>((whole & ~1u) | right);
-  return std::bit_cast<Memory<D>>(number < 0 ? other : number == 0 && right ? Whole<D>{0} : whole);
+  auto whole = std::bit_cast<Whole<D>>(y);
+  if (number < 0) {
+    whole = static_cast<Whole<D>>((whole & ~1u) | right);
+  } else if (right) {
+    if (number == 0) whole = 0;
+  } else if (number >= 0) {
+    whole = minus_zero;
+  }
+  return std::bit_cast<Memory<D>>(whole);
 }
 
 // y = f(z), or f(z) · up of a gated layer, as a policy has it; and with Keeps::bits the codes of the pack, the first

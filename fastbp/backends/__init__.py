@@ -97,7 +97,8 @@ def choose_accumulating(config: Config, device: torch.device, dtype: torch.dtype
 
 
 def _choose_for_subclass(config: Config, data: Tensor, tensor: Tensor | None) -> Config:
-    check_dtype(config.save, data.dtype, f"fastbp.{config.form.name}")
+    if isinstance(data, Tensor):  # what is none is refused with its name, by whoever looks at all arguments
+        check_dtype(config.save, data.dtype, f"fastbp.{config.form.name}")
     if config.backend not in (AUTO, REFERENCE):
         raise ValueError(
             f"fastbp.{config.form.name}: backend {config.backend!r} takes plain tensors only, got a "

@@ -74,11 +74,13 @@ def adjacent(dtype):
 
 @triton.jit
 def mark_side(y, z, AT: tl.constexpr, DTYPE: tl.constexpr):
-    """y with the side of the minimum in the lowest bit where it is negative; a right y of -0.0 becomes +0.0."""
+    """y with the side of the minimum in the lowest bit where it is negative, and else in the sign."""
     wide, right = y.to(tl.float32), z.to(tl.float32) >= AT
     whole = integer(y) if tl.float32 == DTYPE else y.to(tl.int16, bitcast=True)
+    lowest: tl.constexpr = -(1 << (whole.dtype.primitive_bitwidth - 1))  # -0.0
     marked = (whole & ~1) | right.to(whole.dtype)
-    return tl.where(wide < 0.0, marked, tl.where(right & (wide == 0.0), 0, whole)).to(y.dtype, bitcast=True)
+    signed = tl.where(right, tl.where(wide == 0.0, 0, whole), tl.where(wide >= 0.0, lowest, whole))
+    return tl.where(wide < 0.0, marked, signed.to(whole.dtype)).to(y.dtype, bitcast=True)
 
 
 @triton.jit

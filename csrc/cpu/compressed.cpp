@@ -12,23 +12,22 @@ constexpr int kStretch = 576, kSets = kStretch / kLanes;
 constexpr int kPair = 2 * kLanes;  // a stretch is filled up with zeros to whole pairs of registers
 static_assert(kStretch % kPair == 0);
 
-// f on `side` registers side by side, in place; as many steps as whole ones there are, then pairs.
+// f on `side` registers side by side; as many steps as whole ones there are, then pairs.
 template <int side, class F>
-HD void in_place(int64_t n, float* numbers, const F& f) {
-  const auto step = [&]<int count>(std::integral_constant<int, count>, float* at) {
+HD void each_register(int64_t n, const float* from, float* to, const F& f) {
+  const auto step = [&]<int count>(std::integral_constant<int, count>, int64_t i) {
     Vec<float> found[count];
-    FASTBP_UNROLL for (int j = 0; j < count; ++j) found[j] = f(Vec<float>::load(at + j * kLanes));
-    FASTBP_UNROLL for (int j = 0; j < count; ++j) found[j].store(at + j * kLanes);
+    FASTBP_UNROLL for (int j = 0; j < count; ++j) found[j] = f(Vec<float>::load(from + i + j * kLanes));
+    FASTBP_UNROLL for (int j = 0; j < count; ++j) found[j].store(to + i + j * kLanes);
   };
   int64_t i = 0;
-  for (; i + side * kLanes <= n; i += side * kLanes) step(std::integral_constant<int, side>{}, numbers + i);
-  for (; i < n; i += kPair) step(std::integral_constant<int, 2>{}, numbers + i);
+  for (; i + side * kLanes <= n; i += side * kLanes) step(std::integral_constant<int, side>{}, i);
+  for (; i < n; i += kPair) step(std::integral_constant<int, 2>{}, i);
 }
 
-// f(z) in the place of z.
 template <class A, class S>
-static void values(int64_t n, float* z) {
-  in_place<4>(n, z, [](Vec<float> x) { return Vec<float>(A::value(Vec<S>(x.v)).v); });
+static void values(int64_t n, const float* z, float* y) {
+  each_register<4>(n, z, y, [](Vec<float> x) { return Vec<float>(A::value(Vec<S>(x.v)).v); });
 }
 
 // Zeros after the first n numbers, up to a whole pair of registers.
@@ -36,43 +35,26 @@ HD void fill_up(int64_t n, float* numbers) {
   if (n % kPair) FASTBP_UNROLL for (int j = 0; j < 2; ++j) Vec<float>(0.0f).store(numbers + n + j * kLanes);
 }
 
-// The slope on one side of the minimum: with a side that the compiler sees, half of the formula is gone.
+// The slope on one side of the minimum, in the place of y: with a side that the compiler sees, half of the formula is
+// gone.
 template <class A, class S, bool right>
-HD Vec<float> slope(Vec<float> y) {
-  const Vec<S> one(1.0f), side(right ? 1.0f : 0.0f);
-  if constexpr (std::is_same_v<S, Coarse>) {
-    return Vec<float>(A::grad_from_side_16(one, Vec<S>(y.v), side).v);
-  } else {
-    return A::grad_from_side(one, y, side);
-  }
-}
-
-// The slope in the place of y; `lefts` has a bit for each lane of a register whose z is left of the minimum. The left
-// side takes more work than the right and has fewer numbers, so they are put next to one another for it.
-template <class A, class S>
-static void slopes(int64_t n, float* y, const uint32_t* lefts) {
-  float apart[kStretch + kPair];
-  int64_t count = 0;
-  for (int64_t i = 0, r = 0; i < n; i += kLanes, ++r) {
-    store_together(Vec<float>::load(y + i), lefts[r], apart + count);
-    count += __builtin_popcount(lefts[r]);
-  }
-  fill_up(count, apart);
-  in_place<4>(count, apart, [](Vec<float> x) { return slope<A, S, false>(x); });
-  in_place<6>(n, y, [](Vec<float> x) { return slope<A, S, true>(x); });
-  count = 0;
-  for (int64_t i = 0, r = 0; i < n; i += kLanes, ++r) {
-    if (!lefts[r]) continue;
-    store_selected(load_apart(apart + count, lefts[r]), lefts[r], y + i);
-    count += __builtin_popcount(lefts[r]);
-  }
+static void slopes(int64_t n, float* y) {
+  each_register<right ? 6 : 4>(n, y, y, [](Vec<float> y) {
+    const Vec<S> one(1.0f), side(right ? 1.0f : 0.0f);
+    if constexpr (std::is_same_v<S, Coarse>) {
+      return Vec<float>(A::grad_from_side_16(one, Vec<S>(y.v), side).v);
+    } else {
+      return A::grad_from_side(one, y, side);
+    }
+  });
 }
 
 // An activation, for rows of one dtype: what it is computed by, where its minimum is, and the least y that is read
 // back.
 struct Sided {
-  void (*values)(int64_t n, float* z);
-  void (*slopes)(int64_t n, float* y, const uint32_t* lefts);
+  void (*values)(int64_t n, const float* z, float* y);
+  void (*right_slopes)(int64_t n, float* y);
+  void (*left_slopes)(int64_t n, float* y);
   float minimum_at, least_of_bits, least_marked;
 };
 
@@ -117,17 +99,30 @@ HD Vec<float> marked(Vec<float> wide, Bits32 right, Bits32& code) {
   }
 }
 
+// What the next stretch reads comes into the first cache while this one is computed: the loads of a stretch stand
+// together, with nothing beside them to wait for.
+template <class Row>
+HD void fetch_next(const Row* at) {
+  __builtin_prefetch(at + kStretch);
+}
+
 template <class T, class Row, bool in_bits>
 [[gnu::noinline, gnu::noclone]] static void value_of(const Sided& activation, int64_t n, const Row* z, Row* y,
                                                      uint8_t* bits) {
   float wide[kStretch + kPair];
   for (int64_t begin = 0; begin < n; begin += kStretch, z += kStretch, y += kStretch) {
     const int64_t count = n - begin < kStretch ? n - begin : kStretch;
-    for_registers(count, [&](int64_t i, auto whole, int some) { read<Row, whole>(z + i, some).store(wide + i); });
-    fill_up(count, wide);
-    activation.values(count, wide);
+    const float* from = wide;
+    if (std::is_same_v<Row, float> && count % kPair == 0) {
+      from = reinterpret_cast<const float*>(z);
+    } else {
+      for_registers(count, [&](int64_t i, auto whole, int some) { read<Row, whole>(z + i, some).store(wide + i); });
+      fill_up(count, wide);
+    }
+    activation.values(count, from, wide);
     for_registers(count, [&](int64_t i, auto whole, int some) {
       const Bits32 right = (read<Row, whole>(z + i, some) >= Vec<float>(activation.minimum_at)).m;
+      fetch_next(z + i);
       Bits32 code;
       write<Row, whole>(marked<T, in_bits>(Vec<float>::load(wide + i), right, code), y + i, some);
       if constexpr (in_bits) store_halves(code, bits + (begin + i) / 2, some);
@@ -135,17 +130,21 @@ template <class T, class Row, bool in_bits>
   }
 }
 
+// The left side takes more work than the right and has fewer numbers, so they are put next to one another for it.
 template <class T, class Row, bool in_bits>
 [[gnu::noinline, gnu::noclone]] static void grad_of(const Sided& activation, int64_t n, const Row* dy, const Row* y,
                                                     const uint8_t* bits, Row* dz) {
   constexpr int spare = kSpare<T>;
   const Vec<float> least(in_bits ? activation.least_of_bits : activation.least_marked);
-  float wide[kStretch + kPair];
+  float wide[kStretch + kPair], apart[kStretch + kPair];
   uint32_t lefts[kSets];
   for (int64_t begin = 0; begin < n; begin += kStretch, dy += kStretch, y += kStretch, dz += kStretch) {
     const int64_t count = n - begin < kStretch ? n - begin : kStretch;
+    int64_t left = 0;
     for_registers(count, [&](int64_t i, auto whole, int some) {
       Vec<float> numbers = read<Row, whole>(y + i, some);
+      fetch_next(y + i);
+      fetch_next(dy + i);
       Bits32 right;  // in the highest bit
       if constexpr (in_bits) {
         const Bits32 code = load_halves(bits + (begin + i) / 2, some);
@@ -157,13 +156,23 @@ template <class T, class Row, bool in_bits>
       } else {
         right = ~numbers.bits() | to_bits<T>(numbers) << 31;
       }
-      greater(numbers, least).store(wide + i);
-      lefts[i / kLanes] = ~high_bits(right) & ((uint32_t{1} << some) - 1);
+      numbers = greater(numbers, least);
+      numbers.store(wide + i);
+      const uint32_t set = ~high_bits(right) & ((uint32_t{1} << some) - 1);
+      store_together(numbers, set, apart + left);
+      left += __builtin_popcount(set);
+      lefts[i / kLanes] = set;
     });
     fill_up(count, wide);
-    activation.slopes(count, wide, lefts);
+    fill_up(left, apart);
+    activation.right_slopes(count, wide);
+    activation.left_slopes(left, apart);
+    left = 0;
     for_registers(count, [&](int64_t i, auto whole, int some) {
-      write<Row, whole>(read<Row, whole>(dy + i, some) * Vec<float>::load(wide + i), dz + i, some);
+      const uint32_t set = lefts[i / kLanes];
+      const Vec<float> slope = put_back(Vec<float>::load(wide + i), set, apart + left);
+      left += __builtin_popcount(set);
+      write<Row, whole>(read<Row, whole>(dy + i, some) * slope, dz + i, some);
     });
   }
 }
@@ -172,7 +181,8 @@ template <class T, class Row, bool in_bits>
 template <class A, class T, class Values, class Slopes>
 static constexpr Sided kSided = {
     values<A, Values>,
-    slopes<A, Slopes>,
+    slopes<A, Slopes, true>,
+    slopes<A, Slopes, false>,
     static_cast<float>(A::minimum_at),
     static_cast<float>(floor_of(A::lowest, kDtype<T>, true)),
     static_cast<float>(floor_of(A::lowest, kDtype<T>, false)),

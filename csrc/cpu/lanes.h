@@ -156,7 +156,7 @@ HD Vec<float> reordered(Vec<float> x, const uint64_t& order) {
 }
 #endif
 
-// The lanes of a set next to one another, and anything after them; and back into their places.
+// The lanes of a set next to one another, and anything after them.
 HD void store_together(Vec<float> x, uint32_t set, float* to) {
 #if defined(__AVX512F__)
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(set), (__m512)x.v));
@@ -169,34 +169,25 @@ HD void store_together(Vec<float> x, uint32_t set, float* to) {
   }
 #endif
 }
-HD Vec<float> load_apart(const float* from, uint32_t set) {
-#if defined(__AVX512F__)
-  const __m512 found = _mm512_maskz_expand_ps(static_cast<__mmask16>(set), _mm512_loadu_ps(from));
-  return Vec<float>(reinterpret_cast<Vec<float>::Lanes>(found));
-#elif defined(__AVX2__)
-  return reordered(Vec<float>::load(from), kApart[set]);
-#else
-  Vec<float> x;
-  for (int i = 0; i < kLanes; ++i) {
-    x.v[i] = *from;
-    from += set >> i & 1;
-  }
-  return x;
-#endif
-}
 
-// The lanes of a set, in the place of those that are there.
-HD void store_selected(Vec<float> x, uint32_t set, float* to) {
+// x with those numbers back in the lanes of the set.
+HD Vec<float> put_back(Vec<float> x, uint32_t set, const float* from) {
 #if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(set), (__m512)x.v);
+  const __m512 numbers = _mm512_loadu_ps(from);
+  return Vec<float>(
+      reinterpret_cast<Vec<float>::Lanes>(_mm512_mask_expand_ps((__m512)x.v, static_cast<__mmask16>(set), numbers)));
 #elif defined(__AVX2__)
   const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(set)), bits), bits);
-  _mm256_maskstore_ps(to, chosen, (__m256)x.v);
+  const Vec<float> numbers = reordered(Vec<float>::load(from), kApart[set]);
+  return Vec<float>(reinterpret_cast<Vec<float>::Lanes>(
+      _mm256_blendv_ps((__m256)x.v, (__m256)numbers.v, reinterpret_cast<__m256>(chosen))));
 #else
   for (int i = 0; i < kLanes; ++i) {
-    if (set >> i & 1) to[i] = x.v[i];
+    if (!(set >> i & 1)) continue;
+    x.v[i] = *from++;
   }
+  return x;
 #endif
 }
 

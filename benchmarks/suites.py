@@ -87,7 +87,8 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case(*block, dtype=dtype)
         for dtype in (FLOAT, BFLOAT)
         for block in (
-            *(("layer", rows, features, name) for rows, features in LAYER_SHAPES for name in ("gelu", "silu")),
+            # Eager takes half a minute for the first shape in bfloat16, where a CPU has no products of it.
+            *(("layer", *shape, name) for shape in LAYER_SHAPES[dtype == BFLOAT :] for name in ("gelu", "silu")),
             ("mlp", 512, (768, 3072, 768), "gelu"),
             ("mlp", 8192, (64, 64, 64), "gelu"),
             ("gated_mlp", 512, (512, 1408, 512), "silu"),

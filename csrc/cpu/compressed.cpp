@@ -12,14 +12,15 @@ constexpr int kStretch = 576, kSets = kStretch / kLanes;
 constexpr int kPair = 2 * kLanes;  // a stretch is filled up with zeros to whole pairs of registers
 static_assert(kStretch % kPair == 0);
 
-// f on `side` registers side by side; as many steps as whole ones there are, then pairs.
-template <int side, class F>
+// f on registers, four side by side and then pairs.
+template <class F>
 HD void each_register(int64_t n, const float* from, float* to, const F& f) {
   const auto step = [&]<int count>(std::integral_constant<int, count>, int64_t i) {
     Vec<float> found[count];
     FASTBP_UNROLL for (int j = 0; j < count; ++j) found[j] = f(Vec<float>::load(from + i + j * kLanes));
     FASTBP_UNROLL for (int j = 0; j < count; ++j) found[j].store(to + i + j * kLanes);
   };
+  constexpr int side = 4;
   int64_t i = 0;
   for (; i + side * kLanes <= n; i += side * kLanes) step(std::integral_constant<int, side>{}, i);
   for (; i < n; i += kPair) step(std::integral_constant<int, 2>{}, i);
@@ -27,7 +28,7 @@ HD void each_register(int64_t n, const float* from, float* to, const F& f) {
 
 template <class A, class S>
 static void values(int64_t n, const float* z, float* y) {
-  each_register<4>(n, z, y, [](Vec<float> x) { return Vec<float>(A::value(Vec<S>(x.v)).v); });
+  each_register(n, z, y, [](Vec<float> x) { return Vec<float>(A::value(Vec<S>(x.v)).v); });
 }
 
 // Zeros after the first n numbers, up to a whole pair of registers.
@@ -39,7 +40,7 @@ HD void fill_up(int64_t n, float* numbers) {
 // gone.
 template <class A, class S, bool right>
 static void slopes(int64_t n, float* y) {
-  each_register<right ? 6 : 4>(n, y, y, [](Vec<float> y) {
+  each_register(n, y, y, [](Vec<float> y) {
     const Vec<S> one(1.0f), side(right ? 1.0f : 0.0f);
     if constexpr (std::is_same_v<S, Coarse>) {
       return Vec<float>(A::grad_from_side_16(one, Vec<S>(y.v), side).v);

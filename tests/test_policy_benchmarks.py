@@ -47,7 +47,7 @@ def test_gradients_of_an_mlp_are_as_good_as_published():
             assert found["fp8"][kind] > 1.1 * found["eager"][kind]  # or nothing was measured
 
 
-@each("task", [task for task in training.TASKS if task != "deep"])  # which is not settled: docs/training.md
+@each("task", training.TASKS)
 def test_training_does_not_notice(task):
     """In the committed runs the policies' mean is within the spread of the seeds of stock PyTorch."""
     losses = {

@@ -15,13 +15,13 @@ from fastbp.problem import Config
 from fastbp.saving import POLICIES
 
 Maybe = Tensor | None
-_IN_A_BLOCK = 1 << 18  # numbers
+IN_A_BLOCK = 1 << 18  # numbers
 
 
 def in_blocks(f: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> list[Tensor]:
     """f(tensors), row after row of the last dimension, in blocks: what f makes on the way is never of whole tensors."""
     shape = tensors[0].shape
-    step = max(1, _IN_A_BLOCK // max(1, shape[-1]))
+    step = max(1, IN_A_BLOCK // max(1, shape[-1]))
     if shape[:-1].numel() <= step:
         return [*f(*tensors)]
     blocks = zip(*(t.reshape(-1, t.shape[-1]).split(step) for t in tensors), strict=True)

@@ -61,7 +61,7 @@ STAGES: dict[str, Stage] = {
     ),
     "static": Stage(
         ("-m", "benchmarks.static", "--quick"),
-        ("-m", "benchmarks.static", "--quick", "--family", "sm_80", "--activation", "relu"),
+        ("-m", "benchmarks.static", "--quick", "--only", "triton", "--family", "sm_80", "--activation", "relu"),
         environment={"TRITON_INTERPRET": "0"},
     ),
     "tests": Stage(

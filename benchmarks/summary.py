@@ -54,9 +54,34 @@ def worst(head: list[str], rows: list[tuple[float, list[str]]]) -> str:
     return table(head, [cells for _, cells in rows[:SHOWN]]) + f"\n{line}\n"
 
 
+def policy_times(rows: list[Row]) -> list[list[str]]:
+    """The time of a step by every policy, over that of ``preact``: cells, the head first."""
+    names = dict.fromkeys(name for row in rows for name in row["rivals"] if name not in ("eager", "fastbp preact"))
+    cells = [["case", "`preact`, ms", *(f"`{name.removeprefix('fastbp ')}`" for name in names)]]
+    for row in rows:
+        times = {name: rival["ms"] for name, rival in row["rivals"].items()}
+        base = times["fastbp preact"]
+        ratios = (f"{times[name] / base:.2f} ×" if name in times else "" for name in names)
+        cells.append([row["case"], f"{base:.2f}", *ratios])
+    return cells
+
+
+def _policies(suite: str, rows: list[Row], of: str) -> str:
+    head, *cells = policy_times(rows)
+    return f"## {suite}: time over preact's ({of})\n\n" + table(head, cells)
+
+
 def _suite(suite: str, rows: list[Row], of: str) -> str:
     """fastbp over eager, by events; beside it by the replayed graph, what is noise, and the rivals."""
-    beside = ("eager again", "torch.compile", "torch.compile max-autotune", "fastbp library", "fastbp fused")
+    if all("fastbp preact" in row["rivals"] for row in rows):
+        return _policies(suite, rows, of)
+    beside: tuple[str, ...] = (
+        "eager again",
+        "torch.compile",
+        "torch.compile max-autotune",
+        "fastbp library",
+        "fastbp fused",
+    )
     beside += ("fastbp native library", "fastbp native fused")
     found = []
     for row in rows:

@@ -9,6 +9,8 @@ from typing import Any
 
 from results import RESULTS, Row, markdown
 
+from benchmarks.summary import policy_times
+
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -56,16 +58,8 @@ def gradient_table() -> str:
 
 
 def speed_table() -> str:
-    """The time of a step by every policy, over that of ``preact``."""
-    rows = found("policies")
-    names = dict.fromkeys(name for row in rows for name in row["rivals"] if name not in ("eager", "fastbp preact"))
-    table = [["case", "`preact`, ms", *(f"`{name.removeprefix('fastbp ')}`" for name in names)]]
-    for row in rows:
-        times = {name: rival["ms"] for name, rival in row["rivals"].items()}
-        base = times["fastbp preact"]
-        cells = (f"{times[name] / base:.2f} ×" if name in times else "" for name in names)
-        table.append([row["case"], f"{base:.2f}", *cells])
-    return markdown(table)
+    """The time of a step by every policy."""
+    return markdown(policy_times(found("policies")))
 
 
 def training_table() -> str:

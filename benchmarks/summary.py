@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.suites import POLICY_SUITES
+
 SHOWN = 10  # rows of a table
+BESIDE = (
+    "eager again", "torch.compile", "torch.compile max-autotune", "fastbp library", "fastbp fused",
+    "fastbp native library", "fastbp native fused",
+)  # fmt: skip
 FACTS = (
     "gpu", "capability", "multiprocessors", "memory_gib", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit",
     "cpu", "cuda", "torch", "triton", "python", "fastbp", "native", "commit", "date", "command",
@@ -33,8 +38,10 @@ def summary(output: Path, facts: dict[str, Any], stages: dict[str, dict[str, Any
         of = f"commit {found['commit']}, {found['date']}"
         if path.stem == "kernels":
             parts += _kernels(content["rows"], of)
+        elif path.stem == "model_memory":
+            parts.append(_memory(content["rows"], of))
         else:
-            parts.append((_memory if path.stem == "model_memory" else partial(_suite, path.stem))(content["rows"], of))
+            parts.append((_policies if path.stem in POLICY_SUITES else _suite)(path.stem, content["rows"], of))
     return "\n".join(parts)
 
 
@@ -66,23 +73,25 @@ def policy_times(rows: list[Row]) -> list[list[str]]:
     return cells
 
 
+def _remarks(rows: list[Row]) -> str:
+    """Who was left out, has no graph or is broken, and that first."""
+    remarks = {
+        f"- {name} {words}: {reason} ({row['case']})\n"
+        for row in rows
+        for key, words in (("broken", "is BROKEN"), ("left_out", "was left out"), ("no_graph", "has no graph"))
+        for name, reason in row.get(key, {}).items()
+    }
+    return "".join(sorted(remarks, key=lambda r: "BROKEN" not in r)[:SHOWN])
+
+
 def _policies(suite: str, rows: list[Row], of: str) -> str:
+    """What a step takes by every policy, and who does not serve."""
     head, *cells = policy_times(rows)
-    return f"## {suite}: time over preact's ({of})\n\n" + table(head, cells)
+    return f"## {suite}: time over preact's ({of})\n\n" + table(head, cells) + _remarks(rows)
 
 
 def _suite(suite: str, rows: list[Row], of: str) -> str:
     """fastbp over eager, by events; beside it by the replayed graph, what is noise, and the rivals."""
-    if all("fastbp preact" in row["rivals"] for row in rows):
-        return _policies(suite, rows, of)
-    beside: tuple[str, ...] = (
-        "eager again",
-        "torch.compile",
-        "torch.compile max-autotune",
-        "fastbp library",
-        "fastbp fused",
-    )
-    beside += ("fastbp native library", "fastbp native fused")
     found = []
     for row in rows:
         rivals = row["rivals"]
@@ -90,22 +99,12 @@ def _suite(suite: str, rows: list[Row], of: str) -> str:
         if mine is None:
             continue
         figures = [mine["over_eager"], mine.get("graph_over_eager")]
-        figures += [rivals.get(name, {}).get("over_eager") for name in beside]
+        figures += [rivals.get(name, {}).get("over_eager") for name in BESIDE]
         cells = ["" if figure is None else f"{figure:.2f}" for figure in figures]
         found.append((mine["over_eager"], [row["case"], f"{mine['ms']:.3f}", *cells]))
-    head = ["case", "fastbp, ms", "× eager", "× eager in a graph", *beside]
+    head = ["case", "fastbp, ms", "× eager", "× eager in a graph", *BESIDE]
     heading = f"## {suite}: eager's time over fastbp's ({of})\n\n"
-    remarks = {
-        f"- {name} {words}: {reason} ({row['case']})\n"
-        for row in rows
-        for key, words in (("broken", "is BROKEN"), ("left_out", "was left out"), ("no_graph", "has no graph"))
-        for name, reason in row.get(key, {}).items()
-    }
-    return (
-        heading
-        + (worst(head, found) if found else "")
-        + "".join(sorted(remarks, key=lambda r: "BROKEN" not in r)[:SHOWN])
-    )
+    return heading + (worst(head, found) if found else "") + _remarks(rows)
 
 
 def _memory(rows: list[Row], of: str) -> str:

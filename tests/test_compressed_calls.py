@@ -23,6 +23,7 @@ from torch import nn
 
 import fastbp
 from benchmarks.accuracy import slope
+from fastbp import residuals
 from fastbp.activations import TABLE, bind
 from fastbp.forms import FORMS, GATED_LINEAR_ACT, LINEAR_ACT, MLP
 from fastbp.problem import configure
@@ -229,3 +230,20 @@ def test_compiled_calls_keep_and_compute_the_same(form, activation, save):
     assert torch.equal(ours, eagers)
     for a, b in zip(grads(ours, inputs, like(ours, 17)), grads(eagers, inputs, like(ours, 17)), strict=True):
         assert torch.equal(a, b)
+
+
+@each("dtype", NARROW)
+@each(("form", "activation", "save"), CASES)
+def test_blocks_of_rows_give_what_the_whole_gives(form, activation, save, dtype, monkeypatch):
+    """In plain torch rows are taken in blocks; here of two rows and one, and the last one is cut short."""
+    inputs = flatten(*tensors(form, dtype, seed=8, rows=(3, 7), features=(5, 33, 34, 6)))
+    half = 1 + len(inputs) // 2
+
+    def step():
+        y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save, backend="reference")
+        return [y, *grads(y, inputs, like(y, 9))]
+
+    whole = step()
+    monkeypatch.setattr(residuals, "IN_A_BLOCK", 67)
+    for mine, other in zip(step(), whole, strict=True):  # equal, but for the last places at the end of a register
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)

@@ -90,6 +90,12 @@ void e4m3_as(const void* z, void* codes, uint8_t* scales, void* back, size_t blo
   }
 }
 
+template <Dtype D>
+void mark_as(const uint8_t* right, const void* y, void* marks, size_t n) {
+  const auto* from = static_cast<const Memory<D>*>(y);
+  for (size_t i = 0; i < n; ++i) static_cast<Memory<D>*>(marks)[i] = marked<D>(right[i], from[i]);
+}
+
 using Run = void (*)(int, const void*, const void*, const void*, void*, void*, double*, size_t, double, double);
 
 template <Dtype D>
@@ -142,6 +148,12 @@ void e4m3(int dtype, const void* z, void* codes, uint8_t* scales, void* back, si
   constexpr decltype(&e4m3_as<Dtype::float32>) of[] = {nullptr, e4m3_as<Dtype::float32>, e4m3_as<Dtype::bfloat16>,
                                                        e4m3_as<Dtype::float16>};
   of[dtype](z, codes, scales, back, blocks);
+}
+
+void mark(int dtype, const uint8_t* right, const void* y, void* marks, size_t n) {
+  constexpr decltype(&mark_as<Dtype::float32>) of[] = {nullptr, mark_as<Dtype::float32>, mark_as<Dtype::bfloat16>,
+                                                       mark_as<Dtype::float16>};
+  of[dtype](right, y, marks, n);
 }
 
 // A tile of whole numbers, out (128 × 128) = A (128 × 64) B, by the way of the kernel: B is 128 × 64, or by steps 64 ×

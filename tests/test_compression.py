@@ -3,6 +3,7 @@
 import math
 
 import torch
+from bits import every_side_and_sign, whole
 from support import (
     DTYPES,
     each,
@@ -58,10 +59,10 @@ def test_lowest_bit_moves_y_by_at_most_a_unit_and_tells_the_side(row, dtype):
     z = torch.cat([z_of(dtype).flatten(), torch.tensor([-200.0, -40.0, -0.0, 0.0, -1e-30, 200.0]).to(dtype)])
     plain = row.value(z.float()).to(dtype)
     y = compression.encode_lsb(z, plain, row.minimum_at)
-    whole, before = (t.view(torch.int16 if dtype.itemsize == 2 else torch.int32).long() for t in (y, plain))
+    after, before = (whole(t).long() for t in (y, plain))
     moved = y != plain  # -0.0 is 0.0
     assert moved.any() and (plain[moved] < 0).all()
-    assert ((whole - before).abs()[moved] == 1).all()
+    assert ((after - before).abs()[moved] == 1).all()
     right = compression.decode_lsb(y, -math.inf)[1].bool()
     assert torch.equal(right, z.float() >= row.minimum_at)
 
@@ -69,11 +70,13 @@ def test_lowest_bit_moves_y_by_at_most_a_unit_and_tells_the_side(row, dtype):
 @each("dtype", NARROW)
 def test_lowest_bit_tells_the_side_of_a_y_that_has_no_sign_of_its_own(dtype):
     """PyTorch's own GELU is +0.0 far to the left in float32; and a rounded y must not be taken for a right one."""
-    z, at = torch.tensor([-6.0, -6.0, -6.0, 6.0, 6.0, 6.0, 6.0, 6.0, math.nan]).to(dtype), -0.75
-    plain = torch.tensor([0.0, -0.0, 1e-7, 0.0, -0.0, 1e-7, 6.0, math.inf, math.nan]).to(dtype)
-    y = compression.encode_lsb(z, plain, at)
-    assert torch.equal(y[2:].nan_to_num(), torch.cat([torch.tensor([0.0]), plain[3:].float()]).to(dtype).nan_to_num())
-    assert torch.equal(compression.decode_lsb(y, -math.inf)[1][:8].bool(), z[:8].float() >= at)
+    z, plain = every_side_and_sign(dtype)
+    right = z.float() >= -0.75
+    y = compression.encode_lsb(z, plain, -0.75)
+    assert torch.equal(compression.decode_lsb(y, -math.inf)[1].bool()[~y.isnan()], right[~y.isnan()])
+    moved = (y != plain) & ~y.isnan()
+    assert torch.equal(moved & (plain >= 0), ~right & (plain > 0))  # which are no outputs
+    assert ((whole(y).long() - whole(plain).long()).abs() <= 1)[plain < 0].all()
 
 
 @each("dtype", NARROW)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bits import every_side_and_sign, whole
 from support import ACTIVATIONS, each, places
 
 from fastbp import side_formulas
@@ -177,10 +178,6 @@ def side(library, row, forward, in_codes, a, b, codes):
     return out, wide_y, sums
 
 
-def whole(tensor):
-    return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32)
-
-
 SIDES = [row for row in TABLE if row.grad_from_side is not None]
 each_compressed = each("dtype", COMPRESSED)
 
@@ -223,6 +220,16 @@ def test_the_side_and_the_next_bits(library, row, dtype):
         by_place = exact[few].double().view(-1, sums.numel())
         bound = 2**-15 * dy[few].double().abs().view(-1, sums.numel()).sum(0)
         assert ((sums - by_place.sum(0)).abs() <= bound).all() and by_place.abs().sum() > 1
+
+
+@each_compressed
+def test_marks_of_every_side_and_sign(library, dtype):
+    """Of y that f should not give, too: where the side and the sign disagree."""
+    z, y = every_side_and_sign(dtype)
+    right, marks = (z >= -0.75).to(torch.uint8), torch.full_like(y, 5.0)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (right, y, marks)]
+    library.mark(DTYPES.index(dtype), *pointers, ctypes.c_size_t(y.numel()))
+    assert torch.equal(whole(marks), whole(encode_lsb(z, y, -0.75)))
 
 
 @each_compressed

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from bits import every_side_and_sign, whole
 from routes import TRITON_DEVICE, each_triton_route
 from support import (
     assert_as_good_as_eager,
@@ -32,7 +33,16 @@ from fastbp.residuals import read_kept, sides
 from fastbp.saving import POLICIES, find_residuals, kept
 
 if triton.unavailable is None:
-    from fastbp.backends.triton import choice, configs, launch, layers
+    import triton.language as tl
+    from triton import jit
+
+    from fastbp.backends.triton import choice, codes, configs, launch, layers
+
+    @jit
+    def mark_kernel(z, y, marks, AT: tl.constexpr, DTYPE: tl.constexpr, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(marks + i, codes.mark_side(tl.load(y + i), tl.load(z + i), AT, DTYPE))
+
 
 pytestmark = pytest.mark.skipif(triton.unavailable is not None, reason=f"triton: {triton.unavailable}")
 tensors = functools.partial(draw, device=TRITON_DEVICE, requires_grad=False)
@@ -63,10 +73,6 @@ def forward(form, activation, save, x, weights, biases):
         (r.features(weights[r.linear].shape[0]), r.dtype(x.dtype)) for r in find_residuals(form, save, len(weights))
     ]
     return y, residuals
-
-
-def whole(t):
-    return t.view(torch.int16 if t.itemsize == 2 else torch.int32)
 
 
 def wide_value(activation, z):
@@ -230,6 +236,15 @@ def test_through_autograd_the_same_bits_again(form, activation, save, dtype, tri
     with torch.no_grad():
         again = ops.backward(config_of(form, activation, save), like(y, 78), saved, needs)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@each("dtype", DTYPES)
+def test_marks_of_every_side_and_sign(dtype):
+    """Of y that f should not give, too: where the side and the sign disagree."""
+    z, y = (t.to(TRITON_DEVICE) for t in every_side_and_sign(dtype))
+    marks = torch.full_like(y, 5.0)
+    mark_kernel[(1,)](z, y, marks, -0.75, getattr(tl, str(dtype).removeprefix("torch.")), y.numel())
+    assert torch.equal(whole(marks), whole(compression.encode_lsb(z, y, -0.75)))
 
 
 @each("save", ["output_bits", "output_lsb", "fp8"])

@@ -185,8 +185,8 @@ static constexpr Sided kSided = {
     slopes<A, Slopes, true>,
     slopes<A, Slopes, false>,
     static_cast<float>(A::minimum_at),
-    static_cast<float>(floor_of(A::lowest, kDtype<T>, true)),
-    static_cast<float>(floor_of(A::lowest, kDtype<T>, false)),
+    static_cast<float>(floor_of(A::lowest, kDtypeOf<T>, true)),
+    static_cast<float>(floor_of(A::lowest, kDtypeOf<T>, false)),
 };
 
 template <class T, class Row, const Sided& activation>

@@ -36,7 +36,7 @@ HD void for_block(const F& f) {
 // Of numbers of T, in rows of them or of float.
 template <class T, class Row>
 static void encode_fp8(int64_t n, const void* z, uint8_t* codes, uint8_t* scales) {
-  constexpr int32_t held = largest_bits(kDtype<T>);
+  constexpr int32_t held = largest_bits(kDtypeOf<T>);
   for (int64_t b = 0; b < n; b += kBlock) {
     const int64_t count = n - b < kBlock ? n - b : kBlock;
     const Row* from = static_cast<const Row*>(z) + b;

@@ -95,6 +95,10 @@ struct Kernels {
 
 template <class S>
 constexpr Dtype kDtypeOf = sizeof(S) == 8 ? Dtype::float64 : Dtype::float32;
+template <>
+inline constexpr Dtype kDtypeOf<BFloat16> = Dtype::bfloat16;
+template <>
+inline constexpr Dtype kDtypeOf<Half> = Dtype::float16;
 
 struct Capability {
   const char* name;

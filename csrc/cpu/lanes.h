@@ -13,15 +13,9 @@ namespace fastbp::cpu::FASTBP_CAPABILITY {
 typedef uint64_t Quads __attribute__((vector_size(FASTBP_VECTOR_BYTES)));
 constexpr int kLanes = Vec<float>::size;
 
-template <class T>
-constexpr Dtype kDtype = Dtype::float32;
-template <>
-inline constexpr Dtype kDtype<BFloat16> = Dtype::bfloat16;
-template <>
-inline constexpr Dtype kDtype<Half> = Dtype::float16;
 // How many bits float's mantissa has more than T's.
 template <class T>
-constexpr int kSpare = spare_bits(kDtype<T>);
+constexpr int kSpare = spare_bits(kDtypeOf<T>);
 
 // A number as T rounds it; and the bits that T has of it, at the low end of a lane, and back.
 template <class T>

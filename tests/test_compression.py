@@ -129,6 +129,16 @@ def test_fp8_keeps_what_is_finite_apart_from_what_is_not():
     assert torch.equal(read[z.isfinite()], clean[z.isfinite()])
 
 
+@each("dtype", NARROW)
+def test_fp8_gives_back_the_largest_numbers_of_a_dtype_as_numbers(dtype):
+    """Rounded to three bits of mantissa they would be beyond it."""
+    largest = torch.finfo(dtype).max
+    z = torch.tensor([largest, -largest, 1.0, 0.0]).to(dtype)
+    read = compression.decode_fp8(*compression.encode_fp8(z), dtype)
+    assert (read[:2].abs() >= largest / 16 * 15).all() and (read[:2].abs() <= largest).all()
+    assert torch.equal(read.sign(), torch.tensor([1.0, -1.0, read[2].sign(), 0.0]).to(dtype))
+
+
 # The slope.
 
 

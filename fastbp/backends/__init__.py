@@ -90,8 +90,10 @@ _chosen: dict[tuple[Any, ...], Config] = {}  # grows with the settings a program
 
 @lru_cache(maxsize=4096)
 def choose_accumulating(config: Config, device: torch.device, dtype: torch.dtype) -> Config:
-    """``choose`` for plain tensors, among the backends that add weight gradients to tensors of the caller's."""
-    check_dtype(config.save, dtype, f"fastbp.{config.form.name}")
+    """``choose`` for plain tensors, among the backends that add weight gradients to tensors of the caller's.
+
+    The weights have been checked: none is of float64, which compressed policies do not serve either.
+    """
     problem = Problem(config, device, dtype, accumulates=True)
     return with_backend(config, _named(problem) or _first_that_supports(problem))
 

@@ -21,11 +21,16 @@ def key(row):
 
 @each("row", [row for row in TABLE if any(POLICIES[s].compressed for s in legal_policies(bind(row.name)))])
 def test_published_slopes_are_what_is_found(row):
-    """The same numbers of every distribution, fewer of them: within what that changes."""
+    """The same numbers of every distribution, fewer of them: within what that changes. In float32 what is lost is the
+    rounding of y next to the minimum, and PyTorch rounds GELU otherwise on another CPU: 3.8e-6 on one, 1.8e-6 on
+    another.
+    """
     committed = {key(row): row for row in rows("accuracy")}
     for found in accuracy.slopes(row, 1 << 16):
         if POLICIES[found["save"]].compressed:
-            assert 0.7 < found["relative"] / committed[key(found)]["relative"] < 1.4, key(found)
+            by_y = found["dtype"] == "float32" and found["save"] != "fp8"
+            off = found["relative"] / committed[key(found)]["relative"]
+            assert 1 / 1.4 < off < 1.4 or (by_y and 1 / 3 < off < 3), key(found)
 
 
 def test_every_compressed_policy_has_its_rows():

@@ -1,3 +1,6 @@
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <stdlib.h>
 #include <string.h>
 
@@ -45,20 +48,34 @@ bool multiplies_bf16() {
 #endif
 }
 
+// AMX. Asked of the CPU itself, for not every compiler that builds the rest knows its name; and of the operating
+// system, which must keep the tiles. Of a CPU that has AVX-512 only.
+bool multiplies_bf16_in_tiles() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1)) return false;
+  asm("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  return (a >> 17 & 3) == 3;
+#else
+  return false;
+#endif
+}
+
 Capability find() {
   const char* asked = getenv("FASTBP_CPU_CAPABILITY");
   if (asked && !*asked) asked = nullptr;
   std::string known;
-#define FASTBP_TRY(NAME)                                          \
-  known += std::string(known.empty() ? "" : ", ") + #NAME;        \
-  if (runs(#NAME) && (!asked || !strcmp(asked, #NAME))) {         \
-    Capability found{#NAME, !asked && multiplies_bf16(), {}, {}}; \
-    NAME::fill_products(found.in_float);                          \
-    NAME::fill_products(found.in_double);                         \
-    NAME::fill_elementwise(found.in_float);                       \
-    NAME::fill_elementwise(found.in_double);                      \
-    NAME::fill_compressed(found.in_float);                        \
-    return found;                                                 \
+#define FASTBP_TRY(NAME)                                                       \
+  known += std::string(known.empty() ? "" : ", ") + #NAME;                     \
+  if (runs(#NAME) && (!asked || !strcmp(asked, #NAME))) {                      \
+    const bool bf16 = !asked && multiplies_bf16();                             \
+    Capability found{#NAME, bf16, bf16 && multiplies_bf16_in_tiles(), {}, {}}; \
+    NAME::fill_products(found.in_float);                                       \
+    NAME::fill_products(found.in_double);                                      \
+    NAME::fill_elementwise(found.in_float);                                    \
+    NAME::fill_elementwise(found.in_double);                                   \
+    NAME::fill_compressed(found.in_float);                                     \
+    return found;                                                              \
   }
   FASTBP_FOR_EACH_CAPABILITY(FASTBP_TRY)
 #undef FASTBP_TRY

@@ -103,6 +103,7 @@ inline constexpr Dtype kDtypeOf<Half> = Dtype::float16;
 struct Capability {
   const char* name;
   bool bf16;  // whether the CPU multiplies bfloat16 itself, which the library GEMM then uses
+  bool amx;   // and in tiles, which the library GEMM uses too and our own products do not
   Kernels<float> in_float;
   Kernels<double> in_double;
 };

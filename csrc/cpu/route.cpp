@@ -12,6 +12,10 @@ namespace fastbp::cpu {
 namespace {
 
 constexpr int64_t kNarrowFeatures = 256, kNarrowWeights = 1 << 18;
+// Where the library's products are faster than ours, what decides is what a call of it costs and what packing the
+// weights costs us: docs/decisions/2026-11-27-narrow-layers-beside-amx.md.
+constexpr int64_t kTinyFeatures = 32, kTinyWork = 1 << 22, kPackingRows = 16;
+constexpr int64_t kSmallWeights = 1 << 15, kRowsWorthPacking = 1024;
 
 bool is_intel() {
 #if defined(__x86_64__)
@@ -57,13 +61,16 @@ Route route_of(const Call& call) {
   const bool narrow = widest <= kNarrowFeatures && total <= kNarrowWeights;
   switch (call.dtype) {
     case Dtype::bfloat16:  // where the CPU multiplies bfloat16 itself, that is twice as fast as float panels
-      if (narrow && pairs) return Route::narrow_pairs;
+      if (narrow && pairs) {
+        const bool tiny = widest <= kTinyFeatures || (call.rows + kPackingRows) * total <= kTinyWork;
+        return capability().amx && !tiny ? Route::library : Route::narrow_pairs;
+      }
       if (capability().bf16) return Route::library;
       break;
     case Dtype::float16:
       break;
     default:
-      if (narrow) break;
+      if (narrow && (total <= kSmallWeights || call.rows >= kRowsWorthPacking)) break;
       if (call.dtype == Dtype::float32 && is_intel()) return Route::library;  // MKL is at the CPU's limit there
   }
   return narrow ? Route::narrow : Route::wide;

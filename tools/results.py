@@ -7,15 +7,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "cpu"
+ALL_RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+RESULTS = ALL_RESULTS / "cpu"
+AMX = "cpu-amx"  # where the results of an Intel CPU with AMX are
 SUITES_SHOWN = ("layers", "blocks", "small", "edges", "overhead")
 DTYPES = ("float32", "bfloat16")
 Row = dict[str, Any]
 
 
-def rows_of(suite: str) -> list[tuple[str, list[Row]]]:
+def rows_of(suite: str, machine: str = "cpu") -> list[tuple[str, list[Row]]]:
     """A file's rows, by dtype."""
-    rows = json.loads((RESULTS / f"{suite}.json").read_text())["rows"]
+    rows = json.loads((ALL_RESULTS / machine / f"{suite}.json").read_text())["rows"]
     chosen = [(dtype, [row for row in rows if row["case"].endswith(dtype)]) for dtype in DTYPES]
     return [(dtype, found) for dtype, found in chosen if found]
 
@@ -30,19 +32,17 @@ def markdown(table: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
-def speed_table() -> str:
-    """Each suite on a CPU: fastbp over eager, the slowest case first."""
-    table = [
-        ["suite", "dtype", "cases", "× eager: worst, median, best", "worst case", "torch.compile: worst, median, best"]
-    ]
+def speed_table(machine: str = "cpu", beside: str = "torch.compile") -> str:
+    """Each suite on a CPU: fastbp over eager, the slowest case first, and another rival over eager."""
+    head = ["suite", "dtype", "cases", "× eager: worst, median, best", "worst case"]
+    table = [[*head, f"{beside}: worst, median, best"]]
     for suite in SUITES_SHOWN:
-        for dtype, rows in rows_of(suite):
-            mine, compiled = (
-                sorted((row["rivals"][who]["over_eager"], row["case"]) for row in rows)
-                for who in ("fastbp", "torch.compile")
+        for dtype, rows in rows_of(suite, machine):
+            mine, other = (
+                sorted((row["rivals"][who]["over_eager"], row["case"]) for row in rows) for who in ("fastbp", beside)
             )
             worst = mine[0][1].removesuffix(f" {dtype}")
-            table.append([suite, dtype, str(len(rows)), f"**{span(mine)}**", worst, span(compiled)])
+            table.append([suite, dtype, str(len(rows)), f"**{span(mine)}**", worst, span(other)])
     return markdown(table)
 
 

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kNarrowFeatures = 256, kNarrowWeights = 1 << 18;
 // Where the library's products are faster than ours, what decides is what a call of it costs and what packing the
 // weights costs us: docs/decisions/2026-11-27-narrow-layers-beside-amx.md.
-constexpr int64_t kTinyFeatures = 32, kTinyWork = 1 << 22, kPackingRows = 16;
+constexpr int64_t kTinyFeatures = 32, kTinyWork = 5 << 20, kPackingRows = 32;
 constexpr int64_t kSmallWeights = 1 << 15, kRowsWorthPacking = 1024;
 
 bool is_intel() {

@@ -1,0 +1,56 @@
+"""Which way the C++ kernels take by themselves, told from the bits of what they compute."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastbp
+from fastbp.backends import native
+
+pytestmark = [
+    pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}"),
+    pytest.mark.skipif("FASTBP_CPU_CAPABILITY" in os.environ, reason="the CPU is told to do less than it can"),
+]
+
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+AMX = pytest.mark.skipif("amx_bf16" not in CPU, reason="this CPU has no AMX")
+INTEL = pytest.mark.skipif("GenuineIntel" not in CPU, reason="this CPU is not Intel's")
+FLOAT, BFLOAT = torch.float32, torch.bfloat16
+
+
+def results(x, layer, dy):
+    y = layer(x)
+    return [y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)]
+
+
+# docs/decisions/2026-11-27-narrow-layers-beside-amx.md has the figures.
+@pytest.mark.parametrize(
+    ("rows", "features", "dtype", "chosen", "other"),
+    [
+        pytest.param(4096, 256, BFLOAT, "library", "narrow_pairs", marks=AMX),
+        pytest.param(8192, 64, BFLOAT, "library", "narrow_pairs", marks=AMX),
+        pytest.param(64, 256, BFLOAT, "library", "narrow_pairs", marks=AMX),
+        pytest.param(8192, 32, BFLOAT, "narrow_pairs", "library", marks=AMX),
+        pytest.param(1024, 64, BFLOAT, "narrow_pairs", "library", marks=AMX),
+        pytest.param(16, 256, BFLOAT, "narrow_pairs", "library", marks=AMX),
+        pytest.param(256, 256, FLOAT, "library", "narrow", marks=INTEL),
+        pytest.param(1024, 256, FLOAT, "narrow", "library", marks=INTEL),
+        pytest.param(256, 64, FLOAT, "narrow", "library", marks=INTEL),
+    ],
+)
+def test_narrow_layers_take_the_faster_way(rows, features, dtype, chosen, other, seeded):
+    layer = fastbp.LinearAct(features, features, activation="gelu", backend="native", dtype=dtype)
+    x = torch.randn(rows, features, dtype=dtype, requires_grad=True)
+    dy = torch.randn(rows, features, dtype=dtype)
+    found = results(x, layer, dy)
+    try:
+        torch.ops.fastbp_native.set_debug(False, chosen)
+        same = results(x, layer, dy)
+        torch.ops.fastbp_native.set_debug(False, other)
+        different = results(x, layer, dy)
+    finally:
+        torch.ops.fastbp_native.set_debug(False, "")
+    assert all(map(torch.equal, found, same))
+    assert not all(map(torch.equal, found, different))

@@ -267,6 +267,7 @@ def assert_accurate(
     *,
     backend: str | None = None,
     view: Callable[[Tensor], Tensor] = lambda dy: dy,
+    spare_units: int = 1,
     **options: Any,
 ) -> None:
     """Output and gradients of one call, with ``view`` of a random dy, held to the rule above."""
@@ -281,6 +282,7 @@ def assert_accurate(
         [ours, *grads(ours, inputs, dy, **options)],
         [theirs, *grads(theirs, inputs, dy)],
         [truth, *grads(truth, wide, dy.double())],
+        spare_units,
     )
 
 

@@ -77,7 +77,9 @@ def test_sizes_around_every_edge(form, rows, features, dtype, triton_route):
 @each("form", FORMS.values())
 def test_sizes_of_zero(form, size, dtype, triton_route):
     rows, k, n = size
-    accurate(form, GELU, "preact", tensors(form, dtype, seed=34, rows=rows, features=(k, n, n, 5)))
+    # From no features every row is the same: what h is off by adds up in dW, ours and eager's, whose h is exact on some
+    # CPUs.
+    accurate(form, GELU, "preact", tensors(form, dtype, seed=34, rows=rows, features=(k, n, n, 5)), spare_units=4)
 
 
 # Views of other strides with the same numbers: x, dy, weights and biases as they may come.

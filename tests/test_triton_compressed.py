@@ -104,7 +104,7 @@ def test_codes_are_those_of_plain_torch(form, activation, save, features, dtype,
         for kept_z, codes, scales in zip(zs, residuals[0::2], residuals[1::2], strict=True):
             expected = compression.encode_fp8(kept_z)
             assert torch.equal(codes, expected[0]) and torch.equal(scales, expected[1])
-            # But for a row before them in each layer: PyTorch's product on AMX reads on into the next row where K is odd.
+            # But for a row before them in each layer: where K is odd, PyTorch's product on AMX reads into the next row.
             assert (codes[0, :4] != 0x7F).all() and (codes[1, :2] == 0x7F).any()
         return
     expected = compression.encode_bits(z, wide_value(activation, z), y, activation.row.minimum_at)

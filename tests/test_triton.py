@@ -77,9 +77,10 @@ def test_sizes_around_every_edge(form, rows, features, dtype, triton_route):
 @each("form", FORMS.values())
 def test_sizes_of_zero(form, size, dtype, triton_route):
     rows, k, n = size
-    # From no features every row is the same: what h is off by adds up in dW, ours and eager's, whose h is exact on some
-    # CPUs.
-    accurate(form, GELU, "preact", tensors(form, dtype, seed=34, rows=rows, features=(k, n, n, 5)), spare_units=4)
+    # From no features every row is the same: what h is off by adds up in dW, in float32 seen beside an eager whose h is
+    # exact by chance of the CPU.
+    units = 4 if k == 0 and dtype == torch.float32 else 1
+    accurate(form, GELU, "preact", tensors(form, dtype, seed=34, rows=rows, features=(k, n, n, 5)), spare_units=units)
 
 
 # Views of other strides with the same numbers: x, dy, weights and biases as they may come.

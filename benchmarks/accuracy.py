@@ -4,7 +4,7 @@ Two tables, which ``tools/render.py`` puts into docs/numerics.md. For every poli
 backward computes from what was kept, against the slope at the unrounded z in float64; and the gradients of an MLP of
 two hidden layers by every policy, beside eager PyTorch's own, against float64. z is normal: as wide as at the start of
 training, wide, and far to the left of zero. The slopes are of the arithmetic in plain torch, the MLP's of the backend
-that serves. Results go to benchmarks/results/cpu/accuracy.json.
+that serves. Results go to benchmarks/results/<device>/accuracy.jsonl.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastbp
-from benchmarks.environment import RESULTS, write
+from benchmarks.environment import CPU, results_of, write
 from fastbp.activations import TABLE, Activation, bind
 from fastbp.compression import DTYPES, decode_fp8
 from fastbp.forms import LINEAR_ACT, MLP
@@ -117,9 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     by_output = [row for row in TABLE if "output" in legal_policies(bind(row.name)) and row.name != "identity"]
     rows = [r for row in (*compressed, *by_output) for r in slopes(row, 1 << 12 if arguments.quick else COUNT)]
     rows += [r for row in compressed for dtype in DTYPES for r in gradients(row.name, dtype)]
-    output = arguments.output or (None if arguments.quick else RESULTS / "cpu")
+    output = arguments.output or (None if arguments.quick else results_of(CPU))
     if output is not None:
-        write(output / "accuracy.json", rows, ["benchmarks.accuracy", *(argv if argv is not None else sys.argv[1:])])
+        write(output / "accuracy.jsonl", rows, ["benchmarks.accuracy", *(argv if argv is not None else sys.argv[1:])])
     return 0
 
 

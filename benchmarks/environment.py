@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,30 +18,40 @@ from typing import TypeVar
 import torch
 
 import fastbp
+from benchmarks import records
 from fastbp.backends import native
 
-RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 NOT_MEASURED = ": not measured, the time is up"  # printed after a case's name; benchmarks.gpu counts them
 # What nvidia-smi knows of a GPU that torch does not say.
 QUERIES = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 T = TypeVar("T")
+_VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
 
 
 def folder_of(device: torch.device) -> str:
-    """Where in ``RESULTS`` the files of a device are: ``cpu``, or the name of the GPU, like ``nvidia-h200``."""
+    """Where among the results the files of a device are: ``cpu-intel-amx``, or the GPU's name, like ``nvidia-h200``.
+
+    Of a CPU the vendor and what its products are made with: one that differs in either is another machine.
+    """
     if device.type != "cuda":
-        return "cpu"
+        facts = cpu_facts()
+        vendor = _VENDORS.get(facts.get("vendor_id", ""), platform.machine())
+        kernels = "amx" if "amx_bf16" in facts.get("flags", "").split() else native_capability().replace("_", "-")
+        return f"cpu-{vendor}-{kernels}".lower()
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def results_of(device: torch.device) -> Path:
+    """Where the result files of a device are."""
+    return records.RESULTS / folder_of(device)
 
 
 def write(
     path: Path, rows: list[dict[str, object]], command: list[str], device: torch.device = CPU, quiet: bool = False
 ) -> None:
     """A result file: what it belongs to, and its rows. ``command`` is the module that measured, and its arguments."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"environment": environment(f"python -m {' '.join(command)}", device), "rows": rows}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    records.write(path, environment(f"python -m {shlex.join(command)}", device), rows)
     if not quiet:
         print(f"written to {path}")
 
@@ -64,6 +74,18 @@ def _said(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def cpu_facts() -> dict[str, str]:
+    """What Linux says of the first core."""
+    info = Path("/proc/cpuinfo")
+    core = info.read_text().partition("\n\n")[0] if info.exists() else ""
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in core.splitlines())}
+
+
+def native_capability() -> str:
+    """What the C++ kernels use of this CPU, or why there are none."""
+    return native.capability() if native.unavailable is None else native.unavailable
 
 
 @lru_cache(maxsize=8)
@@ -93,18 +115,17 @@ def gpu(device: torch.device) -> dict[str, object]:
 
 
 def environment(command: str, device: torch.device = CPU) -> dict[str, object]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
         "date": date.today().isoformat(),
         "commit": _said("git", "rev-parse", "--short", "HEAD"),
         "command": command,
-        "cpu": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}",
+        "device": device.type,
+        "cpu": f"{cpu_facts().get('model name', 'unknown')}, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu_mhz": cpu_facts().get("cpu MHz", "unknown"),  # of the moment
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "native": native.capability() if native.unavailable is None else native.unavailable,
+        "native": native_capability(),
         "python": platform.python_version(),
         "fastbp": fastbp.__version__,
         **(gpu(device) if device.type == "cuda" else {}),

@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from benchmarks.environment import NOT_MEASURED, RESULTS, environment, folder_of
+from benchmarks.environment import NOT_MEASURED, environment, results_of
 from benchmarks.summary import summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,32 +77,32 @@ STAGES: dict[str, Stage] = {
     "kernels": Stage(
         ("-m", "benchmarks.kernels", "--remember", "--limit", "{soon}", "--output", "{output}"),
         ("-m", "benchmarks.kernels", "--device", "cpu", "--quick", "--output", "{output}"),
-        ("kernels.json",),
+        ("kernels.jsonl",),
     ),
     "layers": Stage(
         (*SUITE, "--suite", "gpu_layers", *TUNED),
         (*QUICK, "--suite", "overhead", "--case", "layer 4×8→8 relu"),
-        ("gpu_layers.json", "overhead.json"),
+        ("gpu_layers.jsonl", "overhead.jsonl"),
     ),
     "blocks": Stage(
         (*SUITE, "--suite", "gpu_blocks"),
         (*QUICK, "--suite", "small", "--case", "mlp 8192×128→128→128→128 relu float32"),
-        ("gpu_blocks.json", "small.json"),
+        ("gpu_blocks.jsonl", "small.jsonl"),
     ),
     "edges": Stage(
         (*SUITE, "--suite", "gpu_edges", *TUNED),
         (*QUICK, "--suite", "edges", "--case", "layer 1×8→8 gelu float32"),
-        ("gpu_edges.json", "edges.json"),
+        ("gpu_edges.jsonl", "edges.jsonl"),
     ),
     "policies": Stage(
         (*SUITE, "--suite", "gpu_policies"),
         (*QUICK, "--suite", "policies", "--case", "layer 8192×64→64 gelu float32"),
-        ("gpu_policies.json", "policies.json"),
+        ("gpu_policies.jsonl", "policies.jsonl"),
     ),
     "memory": Stage(
         ("-m", "benchmarks.memory", "--device", "cuda", "--limit", "{soon}", "--output", "{output}"),
         ("-m", "benchmarks.memory", "--suite", "models", "--block", "bert", "--block", "llama", "--output", "{output}"),
-        ("model_memory.json",),
+        ("model_memory.jsonl",),
     ),
     "demo": Stage(
         ("-m", "fastbp", "demo", "--quick", "--output-dir", "{output}/demo"),
@@ -195,9 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         print("no GPU that torch can use (`python -m fastbp doctor`); --dry-run tries every stage without one")
         return 1
     device = torch.device("cpu") if dry else torch.device("cuda", 0)
-    output = arguments.output or (
-        Path(tempfile.mkdtemp(prefix="fastbp-dry-run-")) if dry else RESULTS / folder_of(device)
-    )
+    output = arguments.output or (Path(tempfile.mkdtemp(prefix="fastbp-dry-run-")) if dry else results_of(device))
     output = output.resolve()  # the stages run in the repository
     (output / "logs").mkdir(parents=True, exist_ok=True)
     kept = output / "stages.json"

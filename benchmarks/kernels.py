@@ -6,7 +6,7 @@ float64 and timed, all in turn, each call on a cold L2 cache. Beside them stand 
 elementwise kernels are compared with a copy of as many bytes. ``--remember`` makes the fastest candidates what calls of
 these sizes take from now on.
 
-Results go to benchmarks/results/<device>/kernels.json. On a CPU, with TRITON_INTERPRET=1, small matrices go the same
+Results go to benchmarks/results/<device>/kernels.jsonl. On a CPU, with TRITON_INTERPRET=1, small matrices go the same
 way: a rehearsal, whose times mean nothing and which writes only to --output.
 """
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import cuda_clock
-from benchmarks.environment import NOT_MEASURED, RESULTS, folder_of, write
+from benchmarks.environment import NOT_MEASURED, results_of, write
 from benchmarks.measure import burst, bursts, quantiles
 from benchmarks.suites import ACTIVATIONS, BFLOAT, GATED_WIDTHS, HALF, WIDTHS
 from fastbp.activations import bind
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(arguments.device, 0 if arguments.device == "cuda" else None)
     if device.type == "cpu":
         print("a rehearsal on the interpreter: the times mean nothing")
-    output = arguments.output or (None if arguments.quick else RESULTS / folder_of(device))
+    output = arguments.output or (None if arguments.quick else results_of(device))
     command = ["benchmarks.kernels", *(argv if argv is not None else sys.argv[1:])]
     rows: list[Row] = []
     failed = False
@@ -256,9 +256,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         print_row(rows[-1])
         if output is not None:  # now, should this process be ended before the last case
-            write(output / "kernels.json", rows, command, device, quiet=True)
+            write(output / "kernels.jsonl", rows, command, device, quiet=True)
     if output is not None and rows:
-        print(f"written to {output / 'kernels.json'}")
+        print(f"written to {output / 'kernels.jsonl'}")
     return int(failed)
 
 

@@ -10,7 +10,7 @@ element, as benchmarks/model_memory.py counts them without memory; with ``--proc
 memory of a process, as above, which takes minutes a block. With ``--device cuda`` by PyTorch's allocator, and snapshots
 of two steps for https://pytorch.org/memory_viz.
 
-Results go to benchmarks/results/<device>/memory.json and model_memory.json.
+Results go to benchmarks/results/<device>/memory.jsonl and model_memory.jsonl.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks import model_memory
-from benchmarks.environment import NOT_MEASURED, RESULTS, folder_of, write
+from benchmarks.environment import NOT_MEASURED, results_of, write
 from benchmarks.model_memory import SAVERS, has_kernels, hidden_elements
 from benchmarks.rivals import RIVALS, make_linears
 from benchmarks.suites import MEMORY, MODEL_BLOCKS, Case
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     cuda = arguments.device == "cuda"
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     whole = not (arguments.case or arguments.block or arguments.rival)
-    output = arguments.output or (RESULTS / folder_of(device) if whole else None)
+    output = arguments.output or (results_of(device) if whole else None)
     command = ["benchmarks.memory", *(argv if argv is not None else sys.argv[1:])]
     rows: list[dict[str, Any]] = []
     for number, case in enumerate(MEMORY if "steps" in arguments.suite else ()):
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, r in rivals.items():
             print(f"  {name:18}{r['mib']:8.1f} MiB   {r['mib'] / rivals['eager']['mib']:5.2f} × eager", flush=True)
     if output is not None and rows:
-        write(output / "memory.json", rows, command)
+        write(output / "memory.jsonl", rows, command)
     rows = []
     for block in (arguments.block or MODEL_BLOCKS) if "models" in arguments.suite else ():
         if time.monotonic() - start > arguments.limit:
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(measure_block(block, names, where, processes, pictures))
         print_block(rows[-1])
         if output is not None:  # now, should this process be ended before the last block
-            write(output / "model_memory.json", rows, command, device, quiet=block != list(MODEL_BLOCKS)[-1])
+            write(output / "model_memory.jsonl", rows, command, device, quiet=block != list(MODEL_BLOCKS)[-1])
     return 0
 
 

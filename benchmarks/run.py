@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cuda_clock
-from benchmarks.environment import NOT_MEASURED, RESULTS, folder_of, keep_freed_memory, write
+from benchmarks.environment import NOT_MEASURED, keep_freed_memory, results_of, write
 from benchmarks.measure import burst, bursts, on_cuda, prepare, summarise
 from benchmarks.rivals import RIVALS, rivals_of
 from benchmarks.suites import SUITES, Case, suites_of
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     device = torch.device(arguments.device, 0 if arguments.device == "cuda" else None)
     # A result file holds a whole suite: a part of one goes only where it is sent.
-    output = arguments.output or (None if arguments.quick or arguments.case else RESULTS / folder_of(device))
+    output = arguments.output or (None if arguments.quick or arguments.case else results_of(device))
     command = ["benchmarks.run", *(argv if argv is not None else sys.argv[1:])]
     keep_freed_memory()
     failed = False
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             failed = failed or "broken" in rows[-1]
             print_row(rows[-1])
             if output is not None:  # now, should this process be ended before the last case
-                write(output / f"{suite}.json", rows, command, device, quiet=True)
+                write(output / f"{suite}.jsonl", rows, command, device, quiet=True)
         if output is not None and rows:
             print(f"written to {output / suite}.json")
     return int(failed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks import records
+from benchmarks.records import Row
 from benchmarks.suites import POLICY_SUITES
 
 SHOWN = 10  # rows of a table
@@ -18,7 +19,6 @@ FACTS = (
     "gpu", "capability", "multiprocessors", "memory_gib", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit",
     "cpu", "cuda", "torch", "triton", "python", "fastbp", "native", "commit", "date", "command",
 )  # fmt: skip
-Row = dict[str, Any]
 
 
 def summary(output: Path, facts: dict[str, Any], stages: dict[str, dict[str, Any]], dry: bool) -> str:
@@ -30,18 +30,17 @@ def summary(output: Path, facts: dict[str, Any], stages: dict[str, dict[str, Any
         for name, s in stages.items()
     ]
     parts.append("## Stages\n\n" + table(["stage", "outcome", "seconds", "", "date"], rows))
-    for path in sorted(output.glob("*.json")):
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict) or "rows" not in content or not content["rows"]:
+    for path in sorted(output.glob("*.jsonl")):
+        found, measured = records.read(path)
+        if not measured:
             continue
-        found = content["environment"]
         of = f"commit {found['commit']}, {found['date']}"
         if path.stem == "kernels":
-            parts += _kernels(content["rows"], of)
+            parts += _kernels(measured, of)
         elif path.stem == "model_memory":
-            parts.append(_memory(content["rows"], of))
+            parts.append(_memory(measured, of))
         else:
-            parts.append((_policies if path.stem in POLICY_SUITES else _suite)(path.stem, content["rows"], of))
+            parts.append((_policies if path.stem in POLICY_SUITES else _suite)(path.stem, measured, of))
     return "\n".join(parts)
 
 

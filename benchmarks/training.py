@@ -3,7 +3,7 @@
 The demo's two tasks and a deep MLP are trained from several seeds: by stock PyTorch, with z kept exactly, and with each
 compressed policy on every block; in bfloat16 by autocast, at a rate that falls to zero. A seed draws the weights and
 the batches, which all runs share. What counts is the loss on held-out data at the end: the policies' against the spread
-of stock PyTorch's over the seeds. Results go to benchmarks/results/cpu/training.json; ``tools/render.py`` makes
+of stock PyTorch's over the seeds. Results go to benchmarks/results/<device>/training.jsonl; ``tools/render.py`` makes
 docs/training.md and its picture from it.
 """
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastbp
-from benchmarks.environment import CPU, RESULTS, write
+from benchmarks.environment import CPU, results_of, write
 from fastbp.demo.tasks import Task, digits, text
 from fastbp.saving import POLICIES
 
@@ -103,9 +103,9 @@ def main(argv: list[str] | None = None) -> int:
                     f"{row['task']:8}seed {row['seed']}  {row['save']:12}held out {row['held_out']:.4f} {row['unit']}"
                 )
             sys.stdout.flush()
-    output = arguments.output or (None if arguments.quick else RESULTS / "cpu")
+    output = arguments.output or (None if arguments.quick else results_of(CPU))
     if output is not None:
-        write(output / "training.json", rows, ["benchmarks.training", *(argv if argv is not None else sys.argv[1:])])
+        write(output / "training.jsonl", rows, ["benchmarks.training", *(argv if argv is not None else sys.argv[1:])])
     return 0
 
 

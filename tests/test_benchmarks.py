@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import cuda_clock, environment, gpu, kernels, measure, memory, rivals, run, summary
+from benchmarks import cuda_clock, environment, gpu, kernels, measure, memory, records, rivals, run, summary
 from benchmarks.suites import MODEL_BLOCKS, SUITES, Case, suites_of
 from fastbp.backends import triton
 from fastbp.saving import POLICIES
@@ -20,9 +20,9 @@ IN_DRY_RUN = [name for name in gpu.STAGES if name != "demo"]  # test_demo.py run
 
 
 def rows_of(path):
-    content = json.loads(path.read_text())
-    assert content["environment"]["command"].startswith("python -m benchmarks.")
-    return content["rows"]
+    environment, rows = records.read(path)
+    assert environment["command"].startswith("python -m benchmarks.")
+    return rows
 
 
 @with_triton
@@ -39,14 +39,14 @@ def test_dry_run(tmp_path):
         assert found["outcome"] == ("left out" if name == "build" else "passed")
     assert "no figure here means anything" in text
     for suite, rival in (("overhead", "fastbp"), ("small", "fastbp"), ("edges", "fastbp"), ("policies", "fastbp fp8")):
-        (row,) = rows_of(tmp_path / f"{suite}.json")
+        (row,) = rows_of(tmp_path / f"{suite}.jsonl")
         assert row["rivals"][rival]["over_eager"] > 0
         assert f"| {row['case']} |" in text
     for name in ("tests", "triton"):
         assert " passed, 0 failed, " in stages[name]["note"]
-    assert [row["block"] for row in rows_of(tmp_path / "model_memory.json")] == ["bert", "llama"]
+    assert [row["block"] for row in rows_of(tmp_path / "model_memory.jsonl")] == ["bert", "llama"]
     assert "| bert | torch.compile | 4.00 |" in text and "| llama | fastbp preact | 4.00 |" in text
-    check_kernels({row["case"].split()[0]: row for row in rows_of(tmp_path / "kernels.json")})
+    check_kernels({row["case"].split()[0]: row for row in rows_of(tmp_path / "kernels.jsonl")})
     assert "the times mean nothing" in (tmp_path / "logs" / "kernels.log").read_text()
 
 
@@ -100,12 +100,12 @@ def test_a_stage_over_its_limit_ends_with_all_it_started(tmp_path, monkeypatch, 
 
 
 def test_stages_of_several_calls_add_up_and_old_results_go(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "STAGES", {"one": stage("", results=("one.json",)), "two": stage("")})
-    (tmp_path / "one.json").write_text('{"environment": {"commit": "0", "date": "0"}, "rows": [{"rivals": {}}]}')
+    monkeypatch.setattr(gpu, "STAGES", {"one": stage("", results=("one.jsonl",)), "two": stage("")})
+    (tmp_path / "one.jsonl").write_text('{"environment": {"commit": "0", "date": "0"}}\n{"case": "a", "rivals": {}}\n')
     assert gpu.main(["--dry-run", "--stage", "two", "--output", str(tmp_path)]) == 0
-    assert (tmp_path / "one.json").exists()
+    assert (tmp_path / "one.jsonl").exists()
     assert gpu.main(["--dry-run", "--stage", "one", "--output", str(tmp_path)]) == 0
-    assert not (tmp_path / "one.json").exists()
+    assert not (tmp_path / "one.jsonl").exists()
     text = (tmp_path / "summary.md").read_text()
     assert text.index("| one | passed") < text.index("| two | passed")
 
@@ -251,8 +251,7 @@ def test_who_cannot_be_captured_is_noted(monkeypatch, capsys, tmp_path):
     run.print_row(row)
     printed = capsys.readouterr().out
     assert "has no CUDA graph: RuntimeError" in printed and "left out: is not there" in printed
-    found = {"environment": {"commit": "c0ffee", "date": "today"}, "rows": [row]}
-    (tmp_path / "gpu_edges.json").write_text(json.dumps(found))
+    records.write(tmp_path / "gpu_edges.jsonl", {"commit": "c0ffee", "date": "today"}, [row])
     text = summary.summary(tmp_path, {"gpu": "Wonder 1"}, {}, dry=False)
     assert "Wonder 1" in text and "c0ffee" in text and f"{mine['over_eager']:.2f}" in text
     assert "torch.compile has no graph" in text and "fastbp fused was left out" in text
@@ -264,7 +263,7 @@ def test_the_worst_ratios_come_first_and_refusals_are_listed(tmp_path):
         | dict.fromkeys(("over_library", "over_library_again", "over_eager", "over_gemm"), 1 + i % 7 / 10)
         for i in range(14)
     ]
-    (tmp_path / "kernels.json").write_text(json.dumps({"environment": {"commit": "a", "date": "b"}, "rows": rows}))
+    records.write(tmp_path / "kernels.jsonl", {"commit": "a", "date": "b"}, rows)
     text = summary.summary(tmp_path, {}, {}, dry=False)
     shown = [float(line.split("|")[3]) for line in text.splitlines() if line.startswith("| forward")]
     assert shown == sorted(shown) and len(shown) == summary.SHOWN and shown[0] == 1.0
@@ -280,7 +279,7 @@ def test_the_facts_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: found.name)
     device = torch.device("cuda", 0)
-    assert environment.folder_of(device) == "nvidia-h200" and environment.folder_of(CPU) == "cpu"
+    assert environment.folder_of(device) == "nvidia-h200"
     answers = "580.1, 1980 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 700.00 W"
     monkeypatch.setattr(environment, "_said", lambda *command: asked.append(command) or answers)
     environment.gpu.cache_clear()

@@ -1,6 +1,5 @@
 """The benchmark of models' blocks: what it counts, on small blocks, and that the committed figures are found again."""
 
-import json
 import weakref
 from itertools import product
 
@@ -9,8 +8,7 @@ import torch
 from torch import nn
 
 import fastbp
-from benchmarks import memory, model_memory
-from benchmarks.environment import RESULTS
+from benchmarks import memory, model_memory, records
 from benchmarks.model_memory import SAVERS, InUse, has_kernels, hidden_elements, measure
 from benchmarks.suites import MODEL_BLOCKS, Case
 from fastbp.backends import native
@@ -104,7 +102,7 @@ def test_compressed_policies_have_little_more_in_use_than_preact(save):
     ],
 )
 def test_the_committed_figures_are_what_is_found(block, name):
-    rows = json.loads((RESULTS / "cpu" / "model_memory.json").read_text())["rows"]
+    rows = records.read(records.RESULTS / "cpu-amd-avx512-bf16" / "model_memory.jsonl").rows
     assert [row["block"] for row in rows] == list(MODEL_BLOCKS)
     row = next(row for row in rows if row["block"] == block)
     assert row["case"] == MODEL_BLOCKS[block].name
@@ -118,9 +116,8 @@ def test_the_committed_figures_are_what_is_found(block, name):
 def test_main_writes_and_prints(tmp_path, capsys):
     arguments = ["--suite", "models", "--block", "t5", "--rival", "eager", "--rival", "fastbp output"]
     assert memory.main([*arguments, "--output", str(tmp_path)]) == 0
-    content = json.loads((tmp_path / "model_memory.json").read_text())
-    assert content["environment"]["command"].startswith("python -m benchmarks.memory --suite models --block t5")
-    (row,) = content["rows"]
+    environment, (row,) = records.read(tmp_path / "model_memory.jsonl")
+    assert environment["command"].startswith("python -m benchmarks.memory --suite models --block t5")
     assert list(row["rivals"]) == ["eager", "fastbp output"] and row["auto"] == "fastbp output"
     assert "kept   2.000" in capsys.readouterr().out
     assert memory.main([*arguments, "--limit", "0"]) == 0

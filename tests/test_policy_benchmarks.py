@@ -1,18 +1,15 @@
 """The benchmarks of what the save policies lose: small runs of them, and their result files."""
 
-import json
-
 import pytest
 from support import each
 
-from benchmarks import accuracy, training
-from benchmarks.environment import RESULTS
+from benchmarks import accuracy, records, training
 from fastbp.activations import TABLE, bind
 from fastbp.saving import POLICIES, legal_policies
 
 
 def rows(name):
-    return json.loads((RESULTS / "cpu" / f"{name}.json").read_text())["rows"]
+    return records.read(records.RESULTS / "cpu-amd-avx512-bf16" / f"{name}.jsonl").rows
 
 
 def key(row):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import io
-import json
 import statistics
 from typing import Any
 
-from results import ALL_RESULTS, Row, markdown
+from results import ZEN, markdown
 
+from benchmarks import records
+from benchmarks.records import RESULTS, Row
 from benchmarks.summary import policy_times
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-def found(name: str, machine: str = "cpu", **wanted: Any) -> list[Row]:
+def found(name: str, machine: str = ZEN, **wanted: Any) -> list[Row]:
     """The rows of a result file that have these values."""
-    rows: list[Row] = json.loads((ALL_RESULTS / machine / f"{name}.json").read_text())["rows"]
+    rows = records.read(RESULTS / machine / f"{name}.jsonl").rows
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
@@ -57,7 +58,7 @@ def gradient_table() -> str:
     return markdown(table)
 
 
-def speed_table(machine: str = "cpu") -> str:
+def speed_table(machine: str = ZEN) -> str:
     """The time of a step by every policy."""
     return markdown(policy_times(found("policies", machine)))
 

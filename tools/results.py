@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
-from typing import Any
 
-ALL_RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-RESULTS = ALL_RESULTS / "cpu"
-AMX = "cpu-amx"  # where the results of an Intel CPU with AMX are
+from benchmarks import records
+from benchmarks.records import RESULTS, Row
+
+ZEN = "cpu-amd-avx512-bf16"  # where the results of an AMD CPU are
+AMX = "cpu-intel-amx"  # where the results of an Intel CPU with AMX are
 SUITES_SHOWN = ("layers", "blocks", "small", "edges", "overhead")
 DTYPES = ("float32", "bfloat16")
-Row = dict[str, Any]
 
 
-def rows_of(suite: str, machine: str = "cpu") -> list[tuple[str, list[Row]]]:
+def rows_of(suite: str, machine: str = ZEN) -> list[tuple[str, list[Row]]]:
     """A file's rows, by dtype."""
-    rows = json.loads((ALL_RESULTS / machine / f"{suite}.json").read_text())["rows"]
+    rows = records.read(RESULTS / machine / f"{suite}.jsonl").rows
     chosen = [(dtype, [row for row in rows if row["case"].endswith(dtype)]) for dtype in DTYPES]
     return [(dtype, found) for dtype, found in chosen if found]
 
@@ -32,7 +30,7 @@ def markdown(table: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
-def speed_table(machine: str = "cpu", beside: str = "torch.compile") -> str:
+def speed_table(machine: str = ZEN, beside: str = "torch.compile") -> str:
     """Each suite on a CPU: fastbp over eager, the slowest case first, and another rival over eager."""
     head = ["suite", "dtype", "cases", "× eager: worst, median, best", "worst case"]
     table = [[*head, f"{beside}: worst, median, best"]]
@@ -73,7 +71,7 @@ def in_use_table() -> str:
 
 def by_block(key: str, form: str) -> str:
     """A row for each rival with such a figure, a column for each block; what ``auto`` takes is bold."""
-    rows = json.loads((RESULTS / "model_memory.json").read_text())["rows"]
+    rows = records.read(RESULTS / ZEN / "model_memory.jsonl").rows
     names = dict.fromkeys(name for row in rows for name, found in row["rivals"].items() if key in found)
     shapes = [row["case"].partition("×")[2].removesuffix(" bfloat16") for row in rows]
     table = [["", *(f"{row['block']} {shape}" for row, shape in zip(rows, shapes, strict=True))]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +32,9 @@ def write(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> None:
     path.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
 
 
-def read(path: Path, needed: Sequence[str] = ()) -> Records:
-    """A file's environment and rows. What is no row, or lacks a ``needed`` key, is skipped with a warning.
+def read(path: Path, needed: Sequence[str] = (), fault: Callable[[Row], str] = lambda row: "") -> Records:
+    """A file's environment and rows. What is no row, lacks a ``needed`` key, or has a ``fault``, in words what is wrong
+    with it, is skipped with a warning.
 
     A file without an environment has no rows: nobody knows what they belong to.
     """
@@ -51,6 +52,8 @@ def read(path: Path, needed: Sequence[str] = ()) -> Records:
             _skip(path, number, "no line before it says to which environment it belongs")
         elif missing := [key for key in needed if key not in found]:
             _skip(path, number, f"it has no {', '.join(missing)}")
+        elif wrong := fault(found):
+            _skip(path, number, wrong)
         else:
             rows.append(found)
     return Records(environment or {}, rows)

@@ -43,6 +43,14 @@ def test_a_broken_line_is_named_and_the_others_are_read(tmp_path, line, words, n
     assert text.startswith(f"{path}, line {number}, is skipped: ") and words in text
 
 
+def test_a_row_with_a_fault_is_named(tmp_path):
+    path = tmp_path / "layers.jsonl"
+    records.write(path, ENVIRONMENT, ROWS)
+    with pytest.warns(RuntimeWarning, match=r"layers\.jsonl, line 3, is skipped: nobody ran") as caught:
+        found = records.read(path, needed=("case",), fault=lambda row: "" if row["rivals"] else "nobody ran")
+    assert found.rows == ROWS[:1] and len(caught) == 1
+
+
 def test_rows_of_an_unknown_environment_are_not_read(tmp_path):
     path = tmp_path / "layers.jsonl"
     records.write(path, ENVIRONMENT, ROWS)

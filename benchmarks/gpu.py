@@ -80,24 +80,24 @@ STAGES: dict[str, Stage] = {
         ("kernels.jsonl",),
     ),
     "layers": Stage(
-        (*SUITE, "--suite", "gpu_layers", *TUNED),
+        (*SUITE, "--suite", "layers", *TUNED),
         (*QUICK, "--suite", "overhead", "--case", "layer 4×8→8 relu"),
-        ("gpu_layers.jsonl", "overhead.jsonl"),
+        ("layers.jsonl", "overhead.jsonl"),
     ),
     "blocks": Stage(
-        (*SUITE, "--suite", "gpu_blocks"),
+        (*SUITE, "--suite", "blocks"),
         (*QUICK, "--suite", "small", "--case", "mlp 8192×128→128→128→128 relu float32"),
-        ("gpu_blocks.jsonl", "small.jsonl"),
+        ("blocks.jsonl", "small.jsonl"),
     ),
     "edges": Stage(
-        (*SUITE, "--suite", "gpu_edges", *TUNED),
+        (*SUITE, "--suite", "edges", *TUNED),
         (*QUICK, "--suite", "edges", "--case", "layer 1×8→8 gelu float32"),
-        ("gpu_edges.jsonl", "edges.jsonl"),
+        ("edges.jsonl",),
     ),
     "policies": Stage(
-        (*SUITE, "--suite", "gpu_policies"),
+        (*SUITE, "--suite", "policies"),
         (*QUICK, "--suite", "policies", "--case", "layer 8192×64→64 gelu float32"),
-        ("gpu_policies.jsonl", "policies.jsonl"),
+        ("policies.jsonl",),
     ),
     "memory": Stage(
         ("-m", "benchmarks.memory", "--device", "cuda", "--limit", "{soon}", "--output", "{output}"),

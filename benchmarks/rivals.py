@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbp
-from benchmarks.suites import POLICY_SUITES, Case
+from benchmarks.suites import SUITES, Case
 from fastbp.activations import bind
 from fastbp.backends import native, triton
 from fastbp.forms import FORMS
@@ -157,8 +157,6 @@ RIVALS: dict[str, Rival] = {
 }
 
 
-def rivals_of(suite: str, device: str) -> list[str]:
+def rivals_of(suite: str, case: Case, device: str) -> list[str]:
     """Who runs in a suite without being asked for, eager first."""
-    if suite in POLICY_SUITES:
-        return ["eager", *(f"fastbp {save}" for save in POLICIES)]
-    return [name for name, rival in RIVALS.items() if device in rival.always]
+    return [name for name in SUITES[suite].rivals_of(case, device) if name in RIVALS]

@@ -24,7 +24,7 @@ from benchmarks import cuda_clock
 from benchmarks.environment import NOT_MEASURED, keep_freed_memory, results_of, write
 from benchmarks.measure import burst, bursts, on_cuda, prepare, summarise
 from benchmarks.rivals import RIVALS, rivals_of
-from benchmarks.suites import SUITES, Case, suites_of
+from benchmarks.suites import SUITES, Case
 
 
 def measure(case: Case, names: list[str], seconds: float, device: torch.device) -> dict[str, object]:
@@ -83,10 +83,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU that torch can use; `python -m fastbp doctor` says more")
-    arguments.suite = arguments.suite or suites_of(arguments.device)
-    only_gpu = [suite for suite in arguments.suite if suite in suites_of("cuda")]
-    if arguments.device == "cpu" and only_gpu:
-        parser.error(f"--suite {only_gpu[0]} is for a GPU; for a CPU there are {', '.join(suites_of('cpu'))}")
+    timed = [name for name, suite in SUITES.items() if not suite.module and name != "models"]
+    arguments.suite = arguments.suite or timed
     if "eager" in arguments.skip:
         parser.error("--skip eager: every other rival is compared with it")
     if arguments.quick:
@@ -95,9 +93,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def names_of(suite: str, arguments: argparse.Namespace) -> list[str]:
+def names_of(suite: str, case: Case, arguments: argparse.Namespace) -> list[str]:
     """Who is measured in a suite."""
-    names = ["eager", *(arguments.rival or rivals_of(suite, arguments.device))]
+    names = ["eager", *(arguments.rival or rivals_of(suite, case, arguments.device))]
     return [name for name in dict.fromkeys(names) if name not in arguments.skip]
 
 
@@ -112,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     for suite in arguments.suite:
         rows: list[dict[str, object]] = []
-        for case in SUITES[suite]:
+        for case in SUITES[suite].cases[arguments.device]:
             if arguments.case not in case.name:
                 continue
             if time.monotonic() - start > arguments.limit:
@@ -120,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             torch._dynamo.reset()
             try:
-                rows.append(measure(case, names_of(suite, arguments), arguments.seconds, device))
+                rows.append(measure(case, names_of(suite, case, arguments), arguments.seconds, device))
             except AssertionError as error:  # a wrong result is not worth timing
                 print(f"  {error}", file=sys.stderr)
                 failed = True

@@ -1,33 +1,47 @@
-"""What is measured: one table of cases for each suite. A suite named gpu_... is for a GPU, and runs nowhere else.
+"""What is measured: one table of suites, each with its cases for a CPU and for a GPU, its modes and its rivals.
 
-Of those the cases that say most come first, because time on a GPU may be short.
+Of the cases those that say most come first, because time on a GPU may be short.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True)
-class Case:
-    """A block of linears: what it is made of, and the rows it is given."""
-
-    kind: str  # layer, gated, mlp, gated_mlp
-    rows: int
-    features: tuple[int, ...]  # in, hidden ..., out; a gated block has one hidden size
-    activation: str = "gelu"
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def name(self) -> str:
-        sizes = "→".join(map(str, self.features))
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.kind} {self.rows}×{sizes} {self.activation} {dtype}"
-
+from benchmarks.cases import Case as Case
+from benchmarks.cases import Model, name_of
+from fastbp.activations import TABLE, bind
+from fastbp.forms import MLP
+from fastbp.saving import POLICIES, legal_policies
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
+# fwd_bwd: forward and backward. fwd: a forward pass of which nothing is kept. bwd: the backward pass of a forward one
+# that is not timed. train: both by way of a cross entropy, and a step of AdamW.
+MODES = ("fwd_bwd", "fwd", "bwd", "train")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A table of cases, and how they are measured where nothing else is asked for.
+
+    ``rivals`` by device; under a device and a dtype (``cpu float32``) those that only such cases have beside them.
+    """
+
+    about: str
+    cases: Mapping[str, tuple[Case, ...]]
+    rivals: Mapping[str, tuple[str, ...]]
+    modes: tuple[str, ...] = ("fwd_bwd",)
+    quick: tuple[Case, ...] = ()  # what --quick takes; if nothing, the case of least arithmetic
+    module: str = ""  # what measures it in place of benchmarks.measure
+    takes: tuple[str, ...] = ()  # of --case, --mode, --dtype and --rival those that such a module knows
+
+    def rivals_of(self, case: Case, device: str) -> tuple[str, ...]:
+        """Who runs unasked, eager first."""
+        return (*self.rivals.get(device, ()), *self.rivals.get(f"{device} {name_of(case.dtype)}", ()))
+
+
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu")
 WIDTHS = (768, 1024, 2048, 4096)  # of models, with a hidden layer four times as wide
 GATED_WIDTHS = ((4096, 14336), (2048, 5632))  # of models with SwiGLU, and their hidden layers
@@ -49,81 +63,38 @@ GPU_EDGES = (
     ("mlp", 65536, (64,) * 6),
     ("gated_mlp", 333, (500, 1300, 500)),
 )
+BLOCKS = (
+    ("mlp", 2048, (768, 3072, 768), "gelu"),
+    ("mlp", 2048, (768, 3072, 768), "relu"),
+    ("mlp", 512, (768, 3072, 768), "gelu"),  # BERT base
+    ("mlp", 8 * 197, (768, 3072, 768), "gelu"),  # ViT-B, eight pictures
+    ("mlp", 1024, (768, 3072, 768), "gelu_tanh"),  # GPT-2, one context
+    ("gated_mlp", 256, (2048, 5632, 2048), "silu"),  # as Llama of 1B
+    ("gated_mlp", 2048, (512, 1408, 512), "silu"),
+    ("gated", 2048, (512, 1408), "silu"),
+)
+SMALL = (
+    *((64, rows, name) for rows in (1 << 13, 1 << 16) for name in ("gelu", "relu", "silu")),
+    *((64, 1 << power, "gelu") for power in (8, 10, 18)),
+    *((128, 1 << 13, "relu"), (128, 1 << 8, "gelu"), (128, 1 << 16, "silu")),
+    *((256, 1 << power, "gelu") for power in (13, 8, 16)),
+)
+OVERHEAD = tuple((kind, 4, (8,) * sizes) for kind, sizes in (("layer", 2), ("mlp", 3), ("gated_mlp", 3)))
 
-SUITES: dict[str, tuple[Case, ...]] = {
-    "layers": tuple(
-        Case("layer", rows, features, activation, dtype)
-        for dtype in (FLOAT, BFLOAT)
-        for rows, features in LAYER_SHAPES
-        for activation in ACTIVATIONS
-    ),
-    "edges": tuple(Case("layer", *edge, dtype=dtype) for dtype in (FLOAT, BFLOAT) for edge in EDGES),
-    "blocks": tuple(
-        Case(*block, dtype=dtype)  # type: ignore[misc]
-        for dtype in (FLOAT, BFLOAT)
-        for block in (
-            ("mlp", 2048, (768, 3072, 768), "gelu"),
-            ("mlp", 2048, (768, 3072, 768), "relu"),
-            ("mlp", 512, (768, 3072, 768), "gelu"),
-            ("gated_mlp", 2048, (512, 1408, 512), "silu"),
-            ("gated", 2048, (512, 1408), "silu"),
-        )
-    ),
-    "small": tuple(
-        Case("mlp", rows, (64,) * 6 if width == 64 else (width,) * 4, activation, dtype)
-        for dtype in (FLOAT, BFLOAT)
-        for width, rows, activation in (
-            *((64, rows, name) for rows in (8192, 65536) for name in ("gelu", "relu", "silu")),
-            (128, 8192, "relu"),
-            (256, 8192, "gelu"),
-        )
-    ),
-    "overhead": tuple(
-        Case(kind, 4, (8,) * sizes, activation)
-        for kind, sizes in (("layer", 2), ("mlp", 3))
-        for activation in ("gelu", "silu", "relu")
-    ),
-    "policies": tuple(
-        Case(*block, dtype=dtype)
-        for dtype in (FLOAT, BFLOAT)
-        for block in (
-            # Without the largest in bfloat16: where a CPU has no products of it, eager is very slow.
-            *(
-                ("layer", *shape, name)
-                for shape in (LAYER_SHAPES if dtype == FLOAT else LAYER_SHAPES[1:])
-                for name in ("gelu", "silu")
-            ),
-            ("mlp", 512, (768, 3072, 768), "gelu"),
-            ("mlp", 8192, (64, 64, 64), "gelu"),
-            ("gated_mlp", 512, (512, 1408, 512), "silu"),
-        )
-    ),
-    "gpu_layers": tuple(
-        Case("layer", rows, (width, 4 * width), activation, dtype)
-        for dtype in (BFLOAT, HALF)
-        for rows in (8192, 16384)
-        for activation in ACTIVATIONS
-        for width in WIDTHS
-    ),
-    "gpu_blocks": (
-        *(Case("mlp", 8192, (width, 4 * width, width), dtype=BFLOAT) for width in WIDTHS),
-        *(Case("gated_mlp", 8192, (width, hidden, width), "silu", BFLOAT) for width, hidden in GATED_WIDTHS),
-    ),
-    "gpu_policies": (
-        *(Case("layer", 8192, (1024, 4096), name, BFLOAT) for name in ("gelu", "silu")),
-        Case("mlp", 8192, (1024, 4096, 1024), dtype=BFLOAT),
-        Case("gated_mlp", 8192, (2048, 5632), "silu", BFLOAT),
-    ),
-    "gpu_edges": tuple(Case(*edge, dtype=dtype) for dtype in (BFLOAT, FLOAT) for edge in GPU_EDGES),
-}
-
-POLICY_SUITES = ("policies", "gpu_policies")  # in which the save policies are the rivals
-
-
-def suites_of(device: str) -> list[str]:
-    """The suites that are for this kind of device."""
-    return [suite for suite in SUITES if suite.startswith("gpu_") == (device == "cuda")]
-
+FLAGS = (
+    "torch.compile, ban_recompute_materialized_backward=False",
+    "torch.compile, activation_memory_budget=0.5",
+)
+PLAIN = ("eager", "eager again", "linears alone", "fastbp")
+COMPILED = ("eager", "eager again", "linears alone", "torch.compile", "fastbp")
+ROUTES = ("fastbp library", "fastbp fused", "fastbp native library")
+ON_GPU = (*COMPILED[:-1], "torch.compile max-autotune", "fastbp", *ROUTES)
+OUTSIDE = ("quack", "liger", "transformer-engine", "flash-attn")
+ADDMM = ("torch addmm_activation",)
+OF_POLICIES = ("eager", *(f"fastbp {save}" for save in POLICIES))
+OF_MODELS = ("eager", "eager again", "torch.compile", *FLAGS, "fastbp", "fastbp recompute")
+STEPS = ("eager", "fastbp", "fastbp recompute")  # a process each
+SAVERS = ("eager", "torch.compile", *FLAGS, *OF_POLICIES[1:])
 
 # For benchmarks/memory.py: an activation of which z is kept, and one of which y is enough.
 MEMORY: tuple[Case, ...] = tuple(
@@ -139,7 +110,6 @@ MEMORY: tuple[Case, ...] = tuple(
         ("mlp", 65536, (64,) * 6, "gelu"),
     )
 )
-
 # For benchmarks/model_memory.py: the feed-forward blocks of models people know.
 MODEL_BLOCKS: dict[str, Case] = {
     "t5": Case("mlp", 8192, (1024, 4096, 1024), "relu", BFLOAT),  # T5 large
@@ -147,4 +117,137 @@ MODEL_BLOCKS: dict[str, Case] = {
     "vit": Case("mlp", 8192, (1024, 4096, 1024), "gelu", BFLOAT),  # ViT-L
     "gpt2": Case("mlp", 8192, (1600, 6400, 1600), "gelu_tanh", BFLOAT),  # GPT-2 XL
     "llama": Case("gated_mlp", 8192, (4096, 11008, 4096), "silu", BFLOAT),  # Llama-7B
+}
+# For benchmarks/accuracy.py: an MLP with each activation that a compressed policy serves.
+ACCURACY: tuple[Case, ...] = tuple(
+    Case("mlp", 512, (256, 1024, 1024, 256), row.name, dtype)
+    for row in TABLE
+    if any(POLICIES[save].compressed for save in legal_policies(bind(row.name), MLP))
+    for dtype in (FLOAT, BFLOAT, HALF)
+)
+
+
+def model(kind: str, dtype: torch.dtype, batch: int, length: int, width: int, hidden: int, **sizes: int) -> Model:
+    activation = {"vit": "gelu", "gpt2": "gelu_tanh", "llama": "silu"}[kind]
+    return Model(kind, batch * length, (width, hidden, width), activation, dtype, batch, **sizes)
+
+
+MODELS: dict[str, tuple[Model, ...]] = {
+    "cpu": (  # with a step of training of some tenths of a second
+        model("vit", FLOAT, 8, 197, 192, 768, depth=12, heads=3, classes=1000),  # ViT-Ti
+        model("gpt2", FLOAT, 8, 256, 256, 1024, depth=6, heads=8, classes=1024),
+        model("llama", FLOAT, 8, 256, 256, 688, depth=6, heads=8, classes=1024),
+    ),
+    "cuda": (
+        model("gpt2", BFLOAT, 8, 1024, 768, 3072, depth=12, heads=12, classes=50304),  # GPT-2 of 124M
+        model("vit", BFLOAT, 64, 197, 768, 3072, depth=12, heads=12, classes=1000),  # ViT-B
+        model("llama", BFLOAT, 8, 1024, 2048, 5632, depth=16, heads=32, classes=32000),  # 0.95B
+    ),
+}
+TINY = tuple(
+    model(kind, FLOAT, 2, length, 32, hidden, depth=2, heads=2, classes=10)
+    for kind, length, hidden in (("vit", 197, 128), ("gpt2", 16, 128), ("llama", 16, 88))
+)
+
+
+def _each(blocks: tuple[tuple[object, ...], ...], *dtypes: torch.dtype) -> tuple[Case, ...]:
+    return tuple(Case(*block, dtype=dtype) for dtype in dtypes for block in blocks)  # type: ignore[arg-type]
+
+
+_SMALL = tuple(("mlp", rows, (64,) * 6 if width == 64 else (width,) * 4, name) for width, rows, name in SMALL)
+_OVERHEAD = tuple((*block, name) for block in OVERHEAD for name in ("gelu", "silu", "relu"))
+
+SUITES: dict[str, Suite] = {
+    "layers": Suite(
+        "single layers of model sizes and of narrow ones, by activation",
+        {
+            "cpu": _each(
+                tuple(("layer", *shape, name) for shape in LAYER_SHAPES for name in ACTIVATIONS), FLOAT, BFLOAT
+            ),
+            "cuda": tuple(
+                Case("layer", rows, (width, 4 * width), activation, dtype)
+                for dtype in (BFLOAT, HALF)
+                for rows in (8192, 16384)
+                for activation in ACTIVATIONS
+                for width in WIDTHS
+            ),
+        },
+        {"cpu": (*COMPILED, *ADDMM), "cuda": (*ON_GPU, *ADDMM, *OUTSIDE)},
+        modes=("fwd_bwd", "fwd", "bwd"),
+    ),
+    "blocks": Suite(
+        "the MLPs and gated MLPs of transformers; on a CPU the compiler's two memory flags in float32 only",
+        {
+            "cpu": _each(BLOCKS, FLOAT, BFLOAT),
+            "cuda": (
+                *(
+                    Case("mlp", 8192, (width, 4 * width, width), name, BFLOAT)
+                    for width in WIDTHS
+                    for name in ("gelu", "gelu_tanh")
+                ),
+                *(Case("gated_mlp", 8192, (width, hidden, width), "silu", BFLOAT) for width, hidden in GATED_WIDTHS),
+            ),
+        },
+        {"cpu": COMPILED, "cpu float32": FLAGS, "cuda": (*ON_GPU, *FLAGS, *OUTSIDE)},
+        modes=("fwd_bwd", "fwd", "bwd"),
+    ),
+    "small": Suite(
+        "narrow networks of several layers, by the rows they are given",
+        dict.fromkeys(("cpu", "cuda"), _each(_SMALL, FLOAT, BFLOAT)),
+        {"cpu": PLAIN, "cuda": ON_GPU},
+    ),
+    "edges": Suite(
+        "shapes at the edges: one row, odd sizes, much longer than wide",
+        {
+            "cpu": _each(tuple(("layer", *edge) for edge in EDGES), FLOAT, BFLOAT),
+            "cuda": _each(GPU_EDGES, BFLOAT, FLOAT),
+        },
+        {"cpu": PLAIN, "cuda": ON_GPU},
+    ),
+    "overhead": Suite(
+        "a call on next to nothing, whose time is the host's",
+        dict.fromkeys(("cpu", "cuda"), _each(_OVERHEAD, FLOAT)),
+        {"cpu": PLAIN, "cuda": ON_GPU},
+    ),
+    "policies": Suite(
+        "every save policy; on a CPU without the largest in bfloat16, where one may have no products of it",
+        {
+            "cpu": tuple(
+                Case(*block, dtype=dtype)  # type: ignore[misc]
+                for dtype, shapes in ((FLOAT, LAYER_SHAPES), (BFLOAT, LAYER_SHAPES[1:]))
+                for block in (
+                    *(("layer", *shape, name) for shape in shapes for name in ("gelu", "silu")),
+                    ("mlp", 512, (768, 3072, 768), "gelu"),
+                    ("mlp", 8192, (64, 64, 64), "gelu"),
+                    ("gated_mlp", 512, (512, 1408, 512), "silu"),
+                )
+            ),
+            "cuda": (
+                *(Case("layer", 8192, (1024, 4096), name, BFLOAT) for name in ("gelu", "silu")),
+                Case("mlp", 8192, (1024, 4096, 1024), dtype=BFLOAT),
+                Case("gated_mlp", 8192, (2048, 5632, 2048), "silu", BFLOAT),
+            ),
+        },
+        {"cpu": OF_POLICIES, "cuda": OF_POLICIES},
+    ),
+    "models": Suite(
+        "a ViT, a GPT-2 and a Llama in plain PyTorch: small ones on a CPU, of known sizes on a GPU",
+        MODELS,
+        {"cpu": OF_MODELS, "cuda": (*OF_MODELS, "torch.compile max-autotune")},
+        modes=("fwd_bwd", "fwd", "train"),
+        quick=TINY,
+    ),
+    "memory": Suite(
+        "the bytes of a step: kept for backward, and the most in use",
+        {"cpu": (*MEMORY, *MODEL_BLOCKS.values()), "cuda": tuple(MODEL_BLOCKS.values())},
+        {"cpu": SAVERS, "cuda": SAVERS},
+        module="benchmarks.memory",
+        takes=("case", "rival"),
+    ),
+    "accuracy": Suite(
+        "the errors of every save policy: slopes, and the gradients of an MLP",
+        dict.fromkeys(("cpu", "cuda"), ACCURACY),
+        {"cpu": OF_POLICIES, "cuda": OF_POLICIES},
+        module="benchmarks.accuracy",
+    ),
 }

@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.records import Row
-from benchmarks.suites import POLICY_SUITES
 
 SHOWN = 10  # rows of a table
 BESIDE = (
@@ -40,7 +39,7 @@ def summary(output: Path, facts: dict[str, Any], stages: dict[str, dict[str, Any
         elif path.stem == "model_memory":
             parts.append(_memory(measured, of))
         else:
-            parts.append((_policies if path.stem in POLICY_SUITES else _suite)(path.stem, measured, of))
+            parts.append((_policies if path.stem == "policies" else _suite)(path.stem, measured, of))
     return "\n".join(parts)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import cuda_clock, environment, gpu, kernels, measure, memory, records, rivals, run, summary
-from benchmarks.suites import MODEL_BLOCKS, SUITES, Case, suites_of
+from benchmarks.suites import MODEL_BLOCKS, SUITES, Case
 from fastbp.backends import triton
 from fastbp.saving import POLICIES
 
@@ -133,7 +133,6 @@ def test_without_a_gpu_one_line_says_so(capsys):
 REFUSED = [
     (gpu, ["--stage", "nope"], ["nope", *gpu.STAGES]),
     (run, ["--suite", "nope"], ["nope", *SUITES]),
-    (run, ["--suite", "gpu_layers"], ["gpu_layers is for a GPU", *suites_of("cpu")]),
     (run, ["--skip", "eager"], ["eager"]),
     (memory, ["--block", "nope"], ["nope", *MODEL_BLOCKS]),
     (memory, ["--rival", "nope"], ["nope", *(f"fastbp {policy}" for policy in POLICIES)]),
@@ -251,7 +250,7 @@ def test_who_cannot_be_captured_is_noted(monkeypatch, capsys, tmp_path):
     run.print_row(row)
     printed = capsys.readouterr().out
     assert "has no CUDA graph: RuntimeError" in printed and "left out: is not there" in printed
-    records.write(tmp_path / "gpu_edges.jsonl", {"commit": "c0ffee", "date": "today"}, [row])
+    records.write(tmp_path / "edges.jsonl", {"commit": "c0ffee", "date": "today"}, [row])
     text = summary.summary(tmp_path, {"gpu": "Wonder 1"}, {}, dry=False)
     assert "Wonder 1" in text and "c0ffee" in text and f"{mine['over_eager']:.2f}" in text
     assert "torch.compile has no graph" in text and "fastbp fused was left out" in text

@@ -1,4 +1,5 @@
-"""Renders the table of activations into Triton, into C++ and into the README, so that none of them is a second list.
+"""Renders what stands in more than one place, so that nothing is a second list: the table of activations into Triton,
+C++ and the README, and the results (benchmarks/report/places.py) into the README and docs/.
 
     python tools/render.py            writes what is stale
     python tools/render.py --check    exits 1 and names what is stale
@@ -25,9 +26,8 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tree this file lies in, whichever fastbp is installed
 
-import policies  # noqa: E402
-import results  # noqa: E402
-
+from benchmarks.report.load import ReportError  # noqa: E402
+from benchmarks.report.places import places  # noqa: E402
 from fastbp import saving  # noqa: E402
 from fastbp.activations import TABLE, Activation, bind  # noqa: E402
 from fastbp.forms import LINEAR_ACT  # noqa: E402
@@ -259,29 +259,21 @@ TARGETS = (
     Target("fastbp/backends/triton/_activations_16.py", partial(triton_activations, "primitives_16", for_16_bits=True)),
     Target("csrc/activations.h", cxx_activations),
     Target("README.md", readme_table, region="activations"),
-    Target("README.md", results.speed_table, region="speed"),
-    Target("README.md", partial(results.speed_table, results.AMX, "eager again"), region="speed-amx"),
-    Target("README.md", results.memory_table, region="memory"),
-    Target("docs/memory.md", results.kept_table, region="kept"),
-    Target("docs/memory.md", results.in_use_table, region="in-use"),
-    Target("docs/memory.md", policies.speed_table, region="policy-speed"),
-    Target("docs/memory.md", partial(policies.speed_table, results.AMX), region="policy-speed-amx"),
-    Target("docs/numerics.md", policies.slope_table, region="slopes"),
-    Target("docs/numerics.md", policies.gradient_table, region="gradients"),
-    Target("docs/training.md", policies.training_table, region="training"),
-    Target("docs/training.svg", policies.training_picture),
+    *(Target(place.path, place.write, place.region) for place in places()),
 )
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(description="Render the table of activations into Triton, C++ and the README.")
+    parser = argparse.ArgumentParser(
+        description="Render the table of activations and the results where they are shown."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 and name what is stale")
     check = parser.parse_args(argv).check
     failed = False
     for target in TARGETS:
         try:
             text = target.expected(root)
-        except RenderError as error:
+        except (RenderError, ReportError) as error:
             print(f"render: {error}", file=sys.stderr)
             failed = True
             continue

@@ -1,0 +1,132 @@
+"""All results as one page that needs nothing else: every case, mode and rival, to sort and to filter."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from benchmarks.report import drawing, pictures
+from benchmarks.report.grid import Line, grid, shown
+from benchmarks.report.load import Machine, Suite
+from benchmarks.report.tables import stamp
+
+HERE = Path(__file__).parent
+# Colours of a picture in the page's, which are others in the dark.
+COLORS = {
+    drawing.INK: "--ink",
+    drawing.FAINT: "--faint",
+    drawing.PALE: "--pale",
+    drawing.PAPER: "--paper",
+    **{color: f"--{name.replace('.', '-')}" for name, (color, _) in drawing.SERIES.items()},
+}
+
+
+def page(machines: Sequence[Machine]) -> str:
+    """The page of these machines."""
+    script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Only this script runs, and nothing is fetched, whatever a result file holds.
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
+    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
+        policy=policy,
+        style=style,
+        script=script,
+        links="".join(f"<ul>{''.join(_links(machine))}</ul>" for machine in machines),
+        body="".join(map(_machine, machines)),
+    )
+
+
+def _links(machine: Machine) -> Iterator[str]:
+    yield f'<li><a href="#{_id(machine.name)}">{escape(machine.name)}</a></li>'
+    for name in machine.suites:
+        yield f'<li><a href="#{_id(machine.name, name, "suite")}">{escape(name)}</a></li>'
+
+
+def _machine(machine: Machine) -> str:
+    return (
+        f'<article>\n<h2 id="{_id(machine.name)}">{escape(machine.title)} <small>{escape(machine.name)}</small></h2>\n'
+        f"{''.join(_suite(machine, suite) for suite in machine.suites.values())}</article>\n"
+    )
+
+
+def _suite(machine: Machine, suite: Suite) -> str:
+    """A file: what it was measured on, its picture, its table, and the commands."""
+    place = _id(machine.name, suite.name)
+    facts = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in suite.environment.items())
+    return (
+        f'<section id="{_id(machine.name, suite.name, "suite")}">\n'
+        f"<h3>{escape(suite.name)} <small>{escape(machine.name)}, {len(suite.rows)} rows</small></h3>\n"
+        f'<p class="facts">{escape(stamp(suite.environment))}</p>\n'
+        f"<details><summary>Environment</summary><dl>{facts}</dl></details>\n"
+        f"{''.join(_pictures(machine, suite, place))}{_table(suite, place)}{_commands(suite, place)}</section>\n"
+    )
+
+
+def _pictures(machine: Machine, suite: Suite, place: str) -> Iterator[str]:
+    """Those that a file allows, and in words why there is none of its speed."""
+    alone = Machine(machine.name, {suite.name: suite})
+    found = pictures.of(alone)
+    for name, draw in found.items():
+        words = pictures.CAPTIONS[name]
+        yield f"<figure>{_inline(draw(), f'{place}/{name}', words)}<figcaption>{words}</figcaption></figure>\n"
+    if suite.timed and not {"floor", "floor-edges"} & set(found):
+        yield "<p>No picture of speed over the floor: no row has both <i>linears alone</i> and <i>fastbp</i>.</p>\n"
+    if suite.timed and "roofline" not in found:
+        yield "<p>No roofline: the file lacks flops and bytes of its rows, or the machine's peaks.</p>\n"
+
+
+def _inline(svg: str, prefix: str, words: str) -> str:
+    """A picture as a part of the page: in its colours, and with names that no other has."""
+    body = svg[svg.index("<svg") :].partition("<metadata>")
+    text = body[0] + body[2].partition("</metadata>")[2]
+    text = re.sub(r' (width|height)="[0-9.]+pt"', "", text, count=2)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}/", text)
+    text = re.sub("#[0-9a-f]{6}", lambda m: f"var({COLORS[m[0]]})" if m[0] in COLORS else m[0], text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(words)}"', 1)
+
+
+def _table(suite: Suite, place: str) -> str:
+    table = grid(suite)
+    numeric = [table.numeric(column) for column in range(len(table.heads))]
+    heads = "".join(
+        f'<th scope="col"{" class=n" * figures}><button type="button">{escape(head)}</button></th>'
+        for head, figures in zip(table.heads, numeric, strict=True)
+    )
+    link = f"{place}/" if suite.timed else ""
+    body = "".join(_row(line, table.heads, numeric, link) for line in table.lines)
+    return (
+        f'<div class="scroll" role="region" aria-label="{escape(suite.name)}" tabindex="0">'
+        f'<table class="data" id="{place}"><thead><tr>{heads}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
+    )
+
+
+def _row(line: Line, heads: list[str], numeric: list[bool], link: str) -> str:
+    cells = []
+    for head, figures, cell in zip(heads, numeric, line.cells, strict=True):
+        text = escape(shown(head, cell))
+        if link and head == "case":
+            text = f'<a href="#{link}{line.of}">{text}</a>'
+        kind = " class=n" if figures else " class=note" if head == "note" else ""
+        cells.append(f"<td{kind}>{text}</td>")
+    kinds = " ".join(["ours"] * line.ours + ["wrong"] * line.wrong)
+    return f'<tr class="{kinds}">{"".join(cells)}</tr>\n' if kinds else f"<tr>{''.join(cells)}</tr>\n"
+
+
+def _commands(suite: Suite, place: str) -> str:
+    """What measures each row again."""
+    if not suite.timed:
+        return f"<p>Again: <code>{escape(str(suite.environment.get('command', '')))}</code></p>\n"
+    items = "".join(
+        f'<li id="{place}/{of}"><code>{escape(suite.command(row))}</code></li>\n' for of, row in enumerate(suite.rows)
+    )
+    return f"<details><summary>Commands that measure a row again</summary><ol>\n{items}</ol></details>\n"
+
+
+def _id(*parts: str) -> str:
+    """A name in the page, without blanks and quotes."""
+    return "/".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)

@@ -28,9 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     output: Path = arguments.output
     if output.suffix not in KINDS:
         parser.error(f"--output {output}: its end says what it becomes; there are {', '.join(KINDS)}")
-    warnings.showwarning = lambda message, *_: print(f"report: {message}", file=sys.stderr)
     try:
-        machines = load(arguments.results, arguments.machine)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            machines = load(arguments.results, arguments.machine)
+        for warning in caught:
+            print(f"report: {warning.message}", file=sys.stderr)
         text = KINDS[output.suffix](machines)
     except ReportError as error:
         print(f"report: {error}", file=sys.stderr)

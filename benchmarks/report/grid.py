@@ -55,9 +55,9 @@ class Grid:
     lines: list[Line]
 
     def numeric(self, column: int) -> bool:
-        """Whether it is a column of figures, "1.02 to 1.05" among them."""
+        """Whether it is a column of figures, "1.02 to 1.05" and "NaN" among them."""
         found = [line.cells[column] for line in self.lines if line.cells[column] is not None]
-        return bool(found) and all(not isinstance(cell, str) or _is_spread(cell) for cell in found)
+        return bool(found) and all(not isinstance(cell, str) or _is_figure(cell) for cell in found)
 
 
 def grid(suite: Suite) -> Grid:
@@ -145,6 +145,6 @@ def _cell(value: Any) -> Cell:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _is_spread(cell: str) -> bool:
+def _is_figure(cell: str) -> bool:
     low, to, _ = cell.partition(" to ")
-    return bool(to) and low.replace(".", "").isdigit()
+    return cell in ("NaN", "Infinity", "-Infinity") or (bool(to) and low.replace(".", "").isdigit())

@@ -19,6 +19,11 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 MODES = ("fwd_bwd", "fwd", "bwd", "train")  # what is asked for most comes first
 TIMES = ("ms", "over_eager", "over_eager_p20", "over_eager_p80")  # what every timed rival has
 YARDSTICKS = ("linears alone", "eager again")  # the floor and the noise: not rivals
+KEYS = {  # of rows of the files that have tables of their own, beside case and rivals
+    "model_memory": ("block", "auto"),
+    "training": ("task", "unit", "save", "held_out", "kept"),
+    "accuracy": ("table", "activation", "save", "dtype"),
+}
 REMARKS = {"left_out": "left out", "broken": "broken", "no_graph": "no CUDA graph"}
 
 
@@ -58,7 +63,8 @@ class Suite:
         words = ["python", "-m", "benchmarks.run", "--suite", self.name, "--case", row["case"], "--mode", row["mode"]]
         if self.environment.get("device") == "cuda":
             words[3:3] = ["--device", "cuda"]
-        settings = self.environment.get("settings") or {}
+        settings = self.environment.get("settings")
+        settings = settings if isinstance(settings, dict) else {}
         return " ".join([*(f"{key}={shlex.quote(str(value))}" for key, value in settings.items()), shlex.join(words)])
 
 
@@ -121,11 +127,10 @@ def _suite(path: Path) -> Suite:
         warnings.simplefilter("ignore")  # the second reading says it
         rows = records.read(path).rows
     timed = any(_timed(row) for row in rows)
+    needed = KEYS.get(path.stem, ())
     if any("rivals" in row for row in rows):
-        needed = ("case", "mode", "rivals") if timed else ("case", "rivals")
-        found = records.read(path, needed, partial(_fault, timed=timed))
-    else:
-        found = records.read(path)
+        needed = ("case", *(("mode",) if timed else ()), "rivals", *needed)
+    found = records.read(path, needed, partial(_fault, timed=timed))
     if not found.rows:
         warnings.warn(f"{path} has no rows and is left out", RuntimeWarning, stacklevel=2)
     return Suite(path.stem, *found)
@@ -138,6 +143,8 @@ def _timed(row: Row) -> bool:
 
 def _fault(row: Row, timed: bool) -> str:
     """Why a row with rivals cannot be shown; nothing where it can."""
+    if "rivals" not in row:
+        return ""
     if not all(isinstance(row.get(key, ""), str) for key in ("case", "mode")):
         return "its case and mode must be text"
     rivals = row["rivals"]
@@ -150,6 +157,12 @@ def _fault(row: Row, timed: bool) -> str:
             if not is_number(found.get(key)) or found[key] <= 0:
                 return f"{key} of {name} is {found.get(key)!r}, not a positive number"
     return ""
+
+
+def peaks_of(suite: Suite) -> dict[str, float]:
+    """What the machine was seen to do at most when this was measured, as far as the file says."""
+    found = suite.environment.get("peaks")
+    return {key: peak for key, peak in found.items() if is_number(peak)} if isinstance(found, dict) else {}
 
 
 def is_number(value: object) -> bool:

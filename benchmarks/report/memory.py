@@ -21,7 +21,7 @@ def steps(machine: Machine) -> str:
 
 def _of_eager(rows: list[Row], who: str) -> list[Ratio]:
     """A rival's memory over eager's, the most first."""
-    found = [(row["rivals"], row["case"]) for row in rows if who in row["rivals"]]
+    found = [(row["rivals"], row["case"]) for row in rows if {who, "eager"} <= set(row["rivals"])]
     return sorted((Ratio(rivals[who]["mib"] / rivals["eager"]["mib"], case) for rivals, case in found), reverse=True)
 
 

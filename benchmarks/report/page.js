@@ -11,8 +11,9 @@ const sorted = new Map(); // of each table: the column from 1, and whether it fa
 
 function compare(numeric, falls) {
   const sign = falls ? -1 : 1;
+  const absent = (text) => text === "" || (numeric && Number.isNaN(parseFloat(text)));
   return ([a], [b]) => {
-    if (a === "" || b === "") return (a === "") - (b === ""); // what has no figure stays below
+    if (absent(a) || absent(b)) return absent(a) - absent(b); // what has no figure stays below
     return sign * (numeric ? parseFloat(a) - parseFloat(b) : a.localeCompare(b, "en", { numeric: true }));
   };
 }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.records import Row
 from benchmarks.report.drawing import FAINT, INK, OURS, PALE, SERIES, name_series, panels, plain_ticks, svg
-from benchmarks.report.load import DTYPES, Machine, Suite, dtype_of, in_order, is_number
+from benchmarks.report.load import DTYPES, Machine, Suite, dtype_of, in_order, is_number, peaks_of
 from benchmarks.report.policies import values
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def of(machine: Machine) -> dict[str, Drawing]:
 
 
 def parted(machine: Machine) -> tuple[list[Suite], list[Suite]]:
-    """The suites in which fastbp was timed: ordinary ones, and those of the ends of the range, which have many shapes."""
+    """The suites in which fastbp was timed: ordinary ones, and those of the ends of the range, of many shapes."""
     timed = [suite for suite in machine.timed if any("fastbp" in row["rivals"] for row in suite.rows)]
     extreme = [suite for suite in timed if suite.name.endswith(EXTREMES)]
     return [suite for suite in timed if suite not in extreme], extreme
@@ -124,7 +124,7 @@ def kept(machine: Machine) -> Drawing | None:
     names = list(dict.fromkeys(name for row in rows for name in row["rivals"]))
 
     def draw(figure: Figure) -> None:
-        most = max(found.get("kept_per_hidden", 0) for row in rows for found in row["rivals"].values())
+        most = max(found.get("kept_per_hidden", 0) for row in rows for found in row["rivals"].values()) or 1
         for axes, row in zip(panels(figure, len(rows)), rows, strict=True):
             for place, name in enumerate(names):
                 if (value := row["rivals"].get(name, {}).get("kept_per_hidden")) is None:
@@ -151,15 +151,15 @@ def roofline(suites: Sequence[Suite]) -> Drawing | None:
     peaks: dict[str, float] = {}
     rows: list[Row] = []
     for suite in suites:
-        seen = suite.environment.get("peaks")
+        seen = peaks_of(suite)
         found = [
             row
             for row in suite.part(MODE)
             if "fastbp" in row["rivals"] and is_number(row.get("flops")) and is_number(row.get("bytes"))
         ]
-        if isinstance(seen, dict) and found:
+        if seen and found:
             rows += found
-            peaks |= {key: max(peak, peaks.get(key, 0)) for key, peak in seen.items() if is_number(peak)}
+            peaks |= {key: max(peak, peaks.get(key, 0)) for key, peak in seen.items()}
     dtypes = [dtype for dtype in in_order(map(dtype_of, rows), DTYPES) if dtype in peaks]
     if "copy" not in peaks or not dtypes:
         return None
@@ -197,6 +197,8 @@ def training(machine: Machine) -> Drawing | None:
     if not rows:
         return None
     tasks, saves = values(rows, "task"), values(rows, "save")
+    if any(len(machine.rows("training", task=task, save="stock")) < 2 for task in tasks):
+        return None  # without a second seed there is no spread
 
     def draw(figure: Figure) -> None:
         for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.records import Row
-from benchmarks.report.load import REMARKS, YARDSTICKS, Machine, Suite
+from benchmarks.report.load import REMARKS, YARDSTICKS, Machine, Suite, is_number, peaks_of
 from benchmarks.report.tables import WORDS, folded, markdown, over_eager, over_floor, rivals_in, span
 
 
@@ -93,7 +93,8 @@ def failures(machine: Machine) -> str:
             eager = row["rivals"].get("eager", {}).get("error")
             for name, rival in row["rivals"].items():
                 if rival.get("accurate") is False:
-                    times = rival["error"] / eager if eager and "error" in rival else 0.0
+                    known = is_number(eager) and is_number(rival.get("error")) and eager > 0
+                    times = rival["error"] / eager if known else 0.0
                     wrong.setdefault((suite.name, name), []).append((times, f"{row['case']} `{row['mode']}`"))
             for key, words in REMARKS.items():
                 for name, reason in row.get(key, {}).items():
@@ -141,7 +142,7 @@ def peaks(machine: Machine) -> str:
     """The most that a machine was seen to do, in words; nothing where that was not measured."""
     seen: dict[str, float] = {}
     for suite in machine.timed:
-        for name, peak in (suite.environment.get("peaks") or {}).items():
+        for name, peak in peaks_of(suite).items():
             seen[name] = max(peak, seen.get(name, 0))
     units = {"copy": "GB/s copied"}
     return ", ".join(f"{peak:.4g} {units.get(name, f'GFLOP/s in {name}')}" for name, peak in seen.items())

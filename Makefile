@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test workers: one per core, and one thread in each, so that they do not fight over the cores.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 
-.PHONY: demo test check bench gpu sanitize render clean
+.PHONY: demo test check bench gpu sanitize render report clean
 
 # The stamps are newer than what they were made from, so a second `make` starts at once. torch comes first and by itself:
 # a later resolver run must not replace the build that was chosen. FASTBP_BUILD=auto, the default, builds what it can.
@@ -57,9 +57,14 @@ sanitize: $(VENV)/.stamp
 	  FASTBP_NATIVE_LIBRARY=$(SANITIZED)/fastbp/_native.abi3.so \
 	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_native.py tests/test_native_overwrite.py -k "not every_capability" $(ARGS)
 
-# Rewrite the files that are made from the tables: Triton and C++ activations, tables in README.md.
+# Rewrite the files that are made from the tables and the results: activations in Triton and C++, tables and pictures in
+# README.md and docs/.
 render: $(VENV)/.stamp
 	$(BIN)/python tools/render.py
+
+# After a measurement: what README.md and docs/ show of the results, and build/report.html with every row.
+report: render
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache

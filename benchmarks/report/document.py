@@ -9,9 +9,15 @@ from pathlib import Path
 from benchmarks.report import pictures, speed
 from benchmarks.report.load import Machine, Suite
 from benchmarks.report.tables import markdown, over_eager, stamp
+from benchmarks.suites import SUITES
 
 MODE = "fwd_bwd"  # what README.md shows
 BESIDE = ("torch.compile",)  # and beside fastbp
+
+
+def suites() -> str:
+    """What each suite is."""
+    return markdown(["suite", "what is measured"], [[f"`{name}`", suite.about] for name, suite in SUITES.items()])
 
 
 def document(machines: Sequence[Machine]) -> str:

@@ -13,10 +13,9 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.records import RESULTS, Row
-from benchmarks.suites import SUITES
+from benchmarks.suites import MODES, SUITES
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-MODES = ("fwd_bwd", "fwd", "bwd", "train")  # what is asked for most comes first
 TIMES = ("ms", "over_eager", "over_eager_p20", "over_eager_p80")  # what every timed rival has
 YARDSTICKS = ("linears alone", "eager again")  # the floor and the noise: not rivals
 KEYS = {  # of rows of the files that have tables of their own, beside case and rivals

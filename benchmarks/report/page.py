@@ -14,6 +14,7 @@ from benchmarks.report import drawing, pictures
 from benchmarks.report.grid import Line, grid, shown
 from benchmarks.report.load import Machine, Suite
 from benchmarks.report.tables import stamp
+from benchmarks.suites import SUITES
 
 HERE = Path(__file__).parent
 # Colours of a picture in the page's, which are others in the dark.
@@ -61,10 +62,16 @@ def _suite(machine: Machine, suite: Suite) -> str:
     return (
         f'<section id="{_id(machine.name, suite.name, "suite")}">\n'
         f"<h3>{escape(suite.name)} <small>{escape(machine.name)}, {len(suite.rows)} rows</small></h3>\n"
+        f"<p>{escape(_about(suite.name))}</p>\n"
         f'<p class="facts">{escape(stamp(suite.environment))}</p>\n'
         f"<details><summary>Environment</summary><dl>{facts}</dl></details>\n"
         f"{''.join(_pictures(machine, suite, place))}{_table(suite, place)}{_commands(suite, place)}</section>\n"
     )
+
+
+def _about(suite: str) -> str:
+    """What a suite is; nothing of one that is not known."""
+    return f"{SUITES[suite].about}." if suite in SUITES else ""
 
 
 def _pictures(machine: Machine, suite: Suite, place: str) -> Iterator[str]:

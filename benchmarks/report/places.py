@@ -41,6 +41,7 @@ def places() -> Iterator[Place]:
     yield Place("README.md", "speed", partial(document.readme, machines))
     yield Place("README.md", "floor", partial(document.readme_picture, machines))
     yield Place("README.md", "demo", partial(document.demo, RESULTS / ZEN / "demo.json"))
+    yield Place("docs/benchmarks.md", "suites", document.suites)
     yield Place("docs/benchmarks.md", "machines", partial(document.document, machines))
     for path, region, name, write in TABLES:
         yield Place(path, region, partial(write, by_name[name]))

@@ -163,4 +163,4 @@ def test_every_row_has_its_command(path):
 def test_a_figure_that_is_none_is_shown_and_sorts_as_one(tmp_path):
     rows = [row("layer 1×8→8 gelu float32", rivals={"fastbp": rival(4.0, error=float("nan"))})]
     text = page(load(write(tmp_path, layers=rows)))
-    assert "<td class=n>NaN</td>" in text
+    assert '<td class="n">NaN</td>' in text

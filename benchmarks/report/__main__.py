@@ -12,7 +12,8 @@ import warnings
 from pathlib import Path
 
 from benchmarks.records import RESULTS
-from benchmarks.report.document import document
+from benchmarks.report import pictures
+from benchmarks.report.document import document, picture_file, shown
 from benchmarks.report.load import ReportError, load
 from benchmarks.report.page import page
 
@@ -34,14 +35,23 @@ def main(argv: list[str] | None = None) -> int:
             machines = load(arguments.results, arguments.machine)
         for warning in caught:
             print(f"report: {warning.message}", file=sys.stderr)
-        text = KINDS[output.suffix](machines)
+        files = {output: KINDS[output.suffix](machines)}
+        if output.suffix == ".md":  # a page has its pictures in it
+            files |= {
+                output.with_name(picture_file(machine, name)): pictures.of(machine)[name]()
+                for machine in machines
+                for name in shown(machine)
+            }
     except ReportError as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8")
     rows = sum(len(suite.rows) for machine in machines for suite in machine.suites.values())
-    print(f"{output}: {rows} rows of {', '.join(machine.name for machine in machines)}, {len(text) / 1e6:.1f} MB")
+    print(
+        f"{output}: {rows} rows of {', '.join(machine.name for machine in machines)}, {len(files[output]) // 1000} kB"
+    )
     return 0
 
 

@@ -31,7 +31,7 @@ def _section(machine: Machine) -> str:
         parts.append(f"The most that was seen of it: {peaks}.\n")
     if machine.timed:
         parts += ["### fastbp over eager\n", speed.summary(machine)]
-        parts += [f"![{pictures.CAPTIONS[name]}]({picture_file(machine, name)})\n" for name in _shown(machine)]
+        parts += [f"![{pictures.CAPTIONS[name]}]({picture_file(machine, name)})\n" for name in shown(machine)]
         parts += [f"{reason}\n" for reason in missing(machine)]
         parts += ["### Everybody over eager: worst, median, best\n", speed.rivals(machine)]
         parts += ["### Where a rival is ahead\n", speed.ahead(machine)]
@@ -39,7 +39,7 @@ def _section(machine: Machine) -> str:
     return "\n".join(parts)
 
 
-def _shown(machine: Machine) -> list[str]:
+def shown(machine: Machine) -> list[str]:
     """The pictures of speed; those of memory and training have pages of their own."""
     return [name for name in pictures.of(machine) if name not in ("kept", "training")]
 

@@ -39,9 +39,9 @@ def shown(head: str, cell: Cell) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table; ``of`` counts the rows of the file."""
+    """A row of the table: its cells by column; ``of`` counts the rows of the file."""
 
-    cells: list[Cell]
+    cells: dict[str, Cell]
     of: int
     ours: bool = False
     wrong: bool = False
@@ -51,13 +51,18 @@ class Line:
 class Grid:
     """A table."""
 
-    heads: list[str]
     lines: list[Line]
 
-    def numeric(self, column: int) -> bool:
+    @property
+    def heads(self) -> list[str]:
+        """The columns in which anything stands, as they come."""
+        filled = {head for line in self.lines for head, cell in line.cells.items() if cell is not None}
+        return [head for head in dict.fromkeys(head for line in self.lines for head in line.cells) if head in filled]
+
+    def numeric(self, head: str) -> bool:
         """Whether it is a column of figures, "1.02 to 1.05" and "NaN" among them."""
-        found = [line.cells[column] for line in self.lines if line.cells[column] is not None]
-        return bool(found) and all(not isinstance(cell, str) or _is_figure(cell) for cell in found)
+        found = [cell for line in self.lines if (cell := line.cells.get(head)) is not None]
+        return all(not isinstance(cell, str) or _is_figure(cell) for cell in found)
 
 
 def grid(suite: Suite) -> Grid:
@@ -70,64 +75,67 @@ def grid(suite: Suite) -> Grid:
 def _timed(suite: Suite) -> Grid:
     """Milliseconds, the same over eager's and over the floor's, and the error; then whatever else there is."""
     known = (*TIMES, "ms_p20", "ms_p80", "error", "accurate")
-    extra, own = _others(suite, known), _scalars(suite)
-    floor = any("linears alone" in row["rivals"] for row in suite.rows)
-    flops = any(is_number(row.get("flops")) for row in suite.rows)
-    heads = ["case", "mode", "rival", "ms", "× eager", "p20 to p80"]
-    heads += ["× floor"] * floor + ["error"] + [HEADS.get(key, key) for key in extra] + ["GFLOP/s"] * flops + own
     lines = []
     for of, row in enumerate(suite.rows):
+        own = {"case": row["case"], "mode": row["mode"]}
+        rest = _scalars(row, "flops", "bytes")
         base = row["rivals"].get("linears alone", {}).get("ms")
         for name, found in row["rivals"].items():
-            cells: list[Cell] = [row["case"], row["mode"], name, found["ms"]]
-            cells += [found["over_eager"], f"{found['over_eager_p20']:.3f} to {found['over_eager_p80']:.3f}"]
-            cells += [found["ms"] / base if base else None] * floor + [_cell(found.get("error"))]
-            cells += [_cell(found.get(key)) for key in extra]
-            cells += [row["flops"] / found["ms"] / 1e6 if is_number(row.get("flops")) else None] * flops
-            cells += [_cell(row.get(key)) for key in own]
             wrong = found.get("accurate") is False
-            lines.append(Line([*cells, _note(row, name, wrong)], of, name.startswith("fastbp"), wrong))
-        lines += _absent(row, of, [row["case"], row["mode"]], len(heads))
-    return Grid([*heads, "note"], lines)
+            cells = own | {"rival": name, "ms": found["ms"], "× eager": found["over_eager"]}
+            cells["p20 to p80"] = f"{found['over_eager_p20']:.3f} to {found['over_eager_p80']:.3f}"
+            cells |= {"× floor": found["ms"] / base if base else None, "error": _cell(found.get("error"))}
+            cells |= {"note": _note(row, name, wrong)} | _roofline(row, found) | _figures(found, known) | rest
+            lines.append(Line(cells, of, name.startswith("fastbp"), wrong))
+        lines += _absent(row, of, own)
+    return Grid(lines)
 
 
 def _by_rival(suite: Suite) -> Grid:
     """Of each rival whatever figures it has."""
-    keys, own = _others(suite), _scalars(suite)
-    heads = ["case", *own, "rival", *(HEADS.get(key, key.replace("_", " ")) for key in keys)]
     lines = []
     for of, row in enumerate(suite.rows):
-        first = [row["case"], *(_cell(row.get(key)) for key in own)]
+        own = {"case": row["case"]} | _scalars(row)
         for name, found in row["rivals"].items():
-            cells = [*first, name, *(_cell(found.get(key)) for key in keys)]
-            lines.append(Line([*cells, _note(row, name)], of, name.startswith("fastbp")))
-        lines += _absent(row, of, first, len(heads))
-    return Grid([*heads, "note"], lines)
+            cells = own | {"rival": name} | _figures(found) | {"note": _note(row, name)}
+            lines.append(Line(cells, of, name.startswith("fastbp")))
+        lines += _absent(row, of, own)
+    return Grid(lines)
 
 
 def _plain(suite: Suite) -> Grid:
     """Rows of any other kind: a column for each key."""
-    keys = list(dict.fromkeys(key for row in suite.rows for key in row))
-    lines = [Line([_cell(row.get(key)) for key in keys], of) for of, row in enumerate(suite.rows)]
-    return Grid([key.replace("_", " ") for key in keys], lines)
+    return Grid(
+        [Line({_head(key): _cell(value) for key, value in row.items()}, of) for of, row in enumerate(suite.rows)]
+    )
 
 
-def _others(suite: Suite, known: tuple[str, ...] = ()) -> list[str]:
-    """What rivals have beside the ``known`` figures."""
-    keys = dict.fromkeys(key for row in suite.rows for found in row["rivals"].values() for key in found)
-    return [key for key in keys if key not in known]
+def _figures(found: dict[str, Any], known: tuple[str, ...] = ()) -> dict[str, Cell]:
+    """What a rival has beside the ``known`` figures."""
+    return {_head(key): _cell(value) for key, value in found.items() if key not in known}
 
 
-def _scalars(suite: Suite) -> list[str]:
-    """What rows have beside case, mode and rivals."""
-    return list(dict.fromkeys(key for row in suite.rows for key in row if key not in NOT_COLUMNS))
+def _scalars(row: Row, *known: str) -> dict[str, Cell]:
+    """What a row has beside case, mode and rivals."""
+    return {_head(key): _cell(value) for key, value in row.items() if key not in (*NOT_COLUMNS, *known)}
 
 
-def _absent(row: Row, of: int, first: list[Cell], width: int) -> list[Line]:
+def _roofline(row: Row, found: dict[str, Any]) -> dict[str, Cell]:
+    """The speed of a step's products, where their number is known."""
+    if not is_number(row.get("flops")):
+        return {}
+    by_byte = row["flops"] / row["bytes"] if is_number(row.get("bytes")) and row["bytes"] else None
+    return {"GFLOP/s": row["flops"] / found["ms"] / 1e6, "operations by byte": by_byte}
+
+
+def _absent(row: Row, of: int, own: dict[str, Cell]) -> list[Line]:
     """Rivals that have no figures, with the reason."""
     names = dict.fromkeys(name for key in REMARKS for name in row.get(key, {}) if name not in row["rivals"])
-    blank: list[Cell] = [None] * (width - len(first) - 1)
-    return [Line([*first, name, *blank, _note(row, name)], of, wrong="broken" in row) for name in names]
+    return [Line(own | {"rival": name, "note": _note(row, name)}, of, wrong="broken" in row) for name in names]
+
+
+def _head(key: str) -> str:
+    return HEADS.get(key, key.replace("_", " "))
 
 
 def _note(row: Row, name: str, wrong: bool = False) -> Cell:

@@ -26,6 +26,8 @@ COLORS = {
     **{color: f"--{name.replace('.', '-')}" for name, (color, _) in drawing.SERIES.items()},
 }
 
+KINDS = {"note": "note", "rival": "rival"}  # columns whose text may take several lines
+
 
 def page(machines: Sequence[Machine]) -> str:
     """The page of these machines."""
@@ -71,7 +73,8 @@ def _suite(machine: Machine, suite: Suite) -> str:
 
 def _about(suite: str) -> str:
     """What a suite is; nothing of one that is not known."""
-    return f"{SUITES[suite].about}." if suite in SUITES else ""
+    about = SUITES[suite].about if suite in SUITES else ""
+    return about[:1].upper() + about[1:]
 
 
 def _pictures(machine: Machine, suite: Suite, place: str) -> Iterator[str]:
@@ -99,29 +102,32 @@ def _inline(svg: str, prefix: str, words: str) -> str:
 
 def _table(suite: Suite, place: str) -> str:
     table = grid(suite)
-    numeric = [table.numeric(column) for column in range(len(table.heads))]
+    kinds = {head: "n" if table.numeric(head) else KINDS.get(head, "") for head in table.heads}
     heads = "".join(
-        f'<th scope="col"{" class=n" * figures}><button type="button">{escape(head)}</button></th>'
-        for head, figures in zip(table.heads, numeric, strict=True)
+        f'<th scope="col"{_class(kind)}><button type="button">{escape(head)}</button></th>'
+        for head, kind in kinds.items()
     )
     link = f"{place}/" if suite.timed else ""
-    body = "".join(_row(line, table.heads, numeric, link) for line in table.lines)
+    body = "".join(_row(line, kinds, link) for line in table.lines)
     return (
         f'<div class="scroll" role="region" aria-label="{escape(suite.name)}" tabindex="0">'
         f'<table class="data" id="{place}"><thead><tr>{heads}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
     )
 
 
-def _row(line: Line, heads: list[str], numeric: list[bool], link: str) -> str:
+def _row(line: Line, kinds: dict[str, str], link: str) -> str:
     cells = []
-    for head, figures, cell in zip(heads, numeric, line.cells, strict=True):
-        text = escape(shown(head, cell))
+    for head, kind in kinds.items():
+        text = escape(shown(head, line.cells.get(head)))
         if link and head == "case":
             text = f'<a href="#{link}{line.of}">{text}</a>'
-        kind = " class=n" if figures else " class=note" if head == "note" else ""
-        cells.append(f"<td{kind}>{text}</td>")
-    kinds = " ".join(["ours"] * line.ours + ["wrong"] * line.wrong)
-    return f'<tr class="{kinds}">{"".join(cells)}</tr>\n' if kinds else f"<tr>{''.join(cells)}</tr>\n"
+        cells.append(f"<td{_class(kind)}>{text}</td>")
+    marks = " ".join(["ours"] * line.ours + ["wrong"] * line.wrong)
+    return f"<tr{_class(marks)}>{''.join(cells)}</tr>\n"
+
+
+def _class(name: str) -> str:
+    return f' class="{name}"' if name else ""
 
 
 def _commands(suite: Suite, place: str) -> str:

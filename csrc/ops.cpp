@@ -21,7 +21,8 @@ STABLE_TORCH_LIBRARY(fastbp_native, m) {
   m.def("absent() -> Tensor");
   // `tensors` are the weights and then the biases. `settings` is 1 for a
   // gated form, plus 2 for a projected one, plus 4 times the policy (in the order of saving.py), plus 32 times the
-  // activation. Returns y and the residuals of the policy.
+  // activation, plus 4096 times one more than the way of computing that the call asks for (cpu/route.h, cuda/route.h).
+  // Returns y and the residuals of the policy.
   m.def("forward(Tensor x, Tensor[] tensors, int settings, float[] params) -> Tensor[]");
   // `saved` is x, y, the weights, the biases, the residuals. Returns a gradient for each true entry of needs, which is
   // about x, the weights, the biases. With 2048 added to `settings` the residuals (policy preact) may be written over.

@@ -7,6 +7,7 @@ from fastbp.fusion import FusionReport, fuse, unfuse
 from fastbp.memory import SavedBytes
 from fastbp.modules import MLP, GatedLinear, GatedMLP, Linear, LinearAct
 from fastbp.planner import MemoryPlan, plan_memory
+from fastbp.tuning import TuningReport, tune
 from fastbp.version import __version__
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LinearAct",
     "MemoryPlan",
     "SavedBytes",
+    "TuningReport",
     "__version__",
     "autograd",
     "available_activations",
@@ -28,6 +30,7 @@ __all__ = [
     "linear_act",
     "mlp",
     "plan_memory",
+    "tune",
     "unfuse",
     "use",
 ]

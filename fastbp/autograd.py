@@ -25,7 +25,8 @@ from torch.compiler import is_compiling
 
 from fastbp import ops, reference
 from fastbp.activations import ROWS, bind
-from fastbp.backends import BACKENDS, choose, module_of
+from fastbp.backends import BACKENDS, choose, module_of, with_choice
+from fastbp.backends.measured import EAGER, Choice
 from fastbp.forms import FORMS
 from fastbp.problem import Config, Names, check, configure
 from fastbp.reference import Saved, unflatten
@@ -238,13 +239,26 @@ def run(
 
     ``tensors`` are the weights and the biases in one row.
     """
-    config = choose(config, x, tensors)
+    return run_chosen(choose(config, x, tensors, weights), x, weights, biases, tensors)
+
+
+def run_chosen(
+    config: Config,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    tensors: tuple[Tensor | None, ...],
+) -> Tensor:
+    """``run`` by the backend that the config names."""
+    if config.backend == EAGER:
+        check(config.form, x, weights, biases)
+        return reference.compose(config.form, config.value, x, weights, biases)
     if (functorch_active() or forward_ad._current_level >= 0) and POLICIES[config.save].compressed:
         config = _with_save(config, "recompute")  # transforms do not look into bits; and it keeps no more
     if functorch_active():
         check(config.form, x, weights, biases)
         if _nested_forward_mode():
-            return reference.compose(config.form, bind(config.row.name, config.params), x, weights, biases)
+            return reference.compose(config.form, config.value, x, weights, biases)
         return FUNCTIONS[config.form.name].apply(config, x, *tensors)[0]  # type: ignore[no-any-return]
     module = module_of(config)
     if not module.CHECKS_TENSORS:
@@ -282,4 +296,4 @@ def _nested_forward_mode() -> bool:
 def _with_save(config: Config, save: str) -> Config:
     """The same call with another policy."""
     form, activation, params, _, backend = config.names
-    return configure(form, activation, params, save, backend)
+    return with_choice(configure(form, activation, params, save, backend), Choice(backend, config.route))

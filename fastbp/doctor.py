@@ -9,7 +9,8 @@ import shutil
 
 import torch
 
-from fastbp.backends import available_backends, native, triton
+from fastbp import backends, cache
+from fastbp.backends import available_backends, measured, native, triton
 from fastbp.version import __version__
 
 # Optional packages: what they are for, and how they come. The versions are those of pyproject.toml.
@@ -29,6 +30,7 @@ def report() -> str:
         "backends, fastest first": [f"{name}: {status}" for name, status in available_backends().items()],
         "native kernels": _native(),
         "Triton kernels": _triton(),
+        "measured choices": _measured(),
         "optional packages": [_optional(name) for name in _OPTIONAL],
     }
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
@@ -54,6 +56,20 @@ def _devices() -> list[str]:
     else:
         lines.append("GPU: this torch is a CPU build; pip install torch from PyPI brings the CUDA build on Linux")
     return lines
+
+
+def _measured() -> list[str]:
+    """What was measured of whole calls, on each device, and where that is written."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    lines = []
+    for device in devices:
+        environment = backends.environment(device)
+        try:
+            place = cache.folder() / measured.file_name(environment)
+        except OSError as error:
+            return [f"none: {error}"]
+        lines.append(f"{device}: {len(measured.inventory(environment))} calls, in {place}")
+    return [*lines, "`python -m fastbp tune --help` says how to measure more"]
 
 
 def _native() -> list[str]:

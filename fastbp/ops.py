@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fastbp import reference
-from fastbp.backends import choose, module_of
+from fastbp.backends import REFERENCE, choose, module_of, with_backend
+from fastbp.backends.measured import EAGER
 from fastbp.forms import FORMS, Form
 from fastbp.problem import Config, Names, configure
 from fastbp.reference import Saved
@@ -35,15 +36,20 @@ Grads = list[Tensor | None]
 def forward(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> list[Tensor]:
     """y and the residuals, from the backend that serves."""
     tensors = (*weights, *biases)
-    config = choose(config, x, tensors)
+    config = _with_kernels(choose(config, x, tensors, weights))
     return module_of(config).forward(config, x, tensors)  # type: ignore[no-any-return]
 
 
 def backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> Grads:
     """The gradients that are needed, from the backend that serves."""
     flat = (saved.x, saved.y, *saved.weights, *saved.biases, *saved.residuals)
-    config = choose(config, dy, flat)
+    config = _with_kernels(choose(config, dy, flat, saved.weights))
     return module_of(config).backward(config, dy, flat, needs)  # type: ignore[no-any-return]
+
+
+def _with_kernels(config: Config) -> Config:
+    """Here, beneath autograd, what is to be PyTorch's operations under its own autograd is the reference."""
+    return with_backend(config, REFERENCE) if config.backend == EAGER else config
 
 
 def traced_forward(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> tuple[Tensor, list[Tensor]]:

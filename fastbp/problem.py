@@ -32,6 +32,7 @@ class Config:
     value: Callable[[Tensor], Tensor]
     grad: Callable[[Tensor, Tensor], Tensor]
     grad_from_output: Callable[[Tensor, Tensor], Tensor] | None
+    route: str = ""  # by which way of its the backend is to compute; "" for what its own rule says
 
     def __repr__(self) -> str:
         return f"Config{self.names}"

@@ -11,7 +11,7 @@ any number of times and in forward mode, instead of PyTorch's fused gradient ker
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,7 +73,13 @@ def _grad_from_output(config: Config, dy: Maybe, y: Any, differentiable: bool) -
     return formula(dy.to(dtype), y.to(dtype), *params).to(dy.dtype)
 
 
-def compose(form: Form, activation: Bound, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Maybe]) -> Tensor:
+def compose(
+    form: Form,
+    activation: Bound | Callable[[Tensor], Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Maybe],
+) -> Tensor:
     """y by PyTorch's own operations and nothing of ours, for transforms that cannot look into a Function or an op."""
     h = x
     if form.gated:

@@ -1,6 +1,7 @@
 """Fixtures of more than one file."""
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ import torch
 # Where there is no GPU the Triton kernels are interpreted; Triton decides when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What somebody measured on this machine would decide what the tests run.
+_cache = tempfile.TemporaryDirectory(prefix="fastbp-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 # Their assertions are to say what they compared, as those of the tests do.
 pytest.register_assert_rewrite(

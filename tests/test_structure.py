@@ -39,7 +39,7 @@ FLOORS = (
     ("modules",),
     ("fusion",),
     ("memory", "doctor"),  # leaves, as the planner: from here on up, nothing but the public face and the commands
-    ("planner",),
+    ("planner", "tuning"),
     ("fastbp",),
     ("demo",),  # the demo uses fastbp as anybody does
     ("__main__",),
@@ -130,6 +130,7 @@ def test_public_names():
         Linear LinearAct GatedLinear MLP GatedMLP
         fuse unfuse FusionReport
         use available_backends available_activations SavedBytes plan_memory MemoryPlan autograd __version__
+        tune TuningReport
     """
     assert sorted(fastbp.__all__) == sorted(contract.split())
     assert [name for name in fastbp.__all__ if not hasattr(fastbp, name)] == []

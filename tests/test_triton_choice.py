@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -109,7 +110,7 @@ def operands(kind="forward", dtype=torch.bfloat16, sizes=SIZES):
 
 
 def tile_for(kind="forward", sizes=SIZES, given=None, dtype=torch.bfloat16):
-    return choice.tile_for(kind, "gelu", sizes, *(given or operands(kind, dtype, sizes)))
+    return choice.tile_for(kind, CONFIG, sizes, *(given or operands(kind, dtype, sizes)))
 
 
 def prove(monkeypatch):
@@ -178,11 +179,21 @@ def test_forced_routes(kind, monkeypatch):
     for route in ("eager", "library"):
         with choice.forced(route, mine):
             assert tile_for(kind) is None
-            assert choice.stays_eager(1 << 30) is (route == "eager")
+            assert choice.stays_eager(CONFIG, 1 << 30) is (route == "eager")
             with choice.forced("fused", mine):
-                assert tile_for(kind) == mine and not choice.stays_eager(1)
+                assert tile_for(kind) == mine and not choice.stays_eager(CONFIG, 1)
             assert tile_for(kind) is None
-    assert choice.stays_eager(choice.SMALL - 1) and not choice.stays_eager(choice.SMALL)
+    assert choice.stays_eager(CONFIG, choice.SMALL - 1) and not choice.stays_eager(CONFIG, choice.SMALL)
+
+
+@each_kind
+def test_a_call_may_ask_for_the_products_of_the_library(kind, monkeypatch):
+    asking = replace(CONFIG, route="library")
+    put({FAMILIES["sm_90"][kind][0].name: 1.0}, kind)
+    prove(monkeypatch)
+    for config, taken in ((CONFIG, FAMILIES["sm_90"][kind][0]), (asking, None)):
+        assert choice.tile_for(kind, config, SIZES, *operands(kind)) == taken
+    assert choice.stays_eager(CONFIG, 1) and not choice.stays_eager(asking, 1)
     with choice.forced("fused"):
         assert tile_for(kind) == configs.rule(kind, "sm_90", *SIZES[:2], 4)
     with pytest.raises(KeyError), choice.forced("eager"):

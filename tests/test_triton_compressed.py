@@ -253,10 +253,11 @@ def test_no_code_for_the_ping_pong_kernel(save):
     """Its epilogue knows none: where it is named, or was the fastest, a compressed policy takes another tile."""
     (pingpong,) = configs.ONLY_MEASURED["sm_90", "forward"]
     code = launch.CODES[save]
+    config = configure("linear_act", "gelu", (), save, "triton")
     matrices = [torch.empty(256, 256, dtype=torch.bfloat16) for _ in range(2)]
     with choice.forced("fused", pingpong):
-        assert choice.tile_for("forward", "gelu", (256, 256, 256), *matrices) == pingpong
-        tile = choice.tile_for("forward", "gelu", (256, 256, 256), *matrices, code=code)
+        assert choice.tile_for("forward", config, (256, 256, 256), *matrices) == pingpong
+        tile = choice.tile_for("forward", config, (256, 256, 256), *matrices, code=code)
     assert tile is not None and not tile.pingpong
     assert configs.for_code(pingpong, "forward", code) is None
 

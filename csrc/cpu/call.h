@@ -35,7 +35,7 @@ struct Weight {
 };
 
 enum class Save : int { preact, output, recompute, output_bits, output_lsb, fp8 };  // in the order of saving.py
-constexpr int kSaves = 6;
+constexpr int kSaves = 6, kMostRoutes = 5;
 
 struct Settings {
   bool gated, projected;
@@ -43,6 +43,7 @@ struct Settings {
   double params[2];
   Save save;
   bool overwrites = false;  // whether z is nobody else's, so that backward may write dz over it
+  int route = 0;  // 0 for the written rule, or one more than the number of the way to compute that is asked for
 
   // Whether backward reads the outputs of the hidden layers; and whether the side of the minimum with them.
   bool from_output() const { return save == Save::output || from_side(); }

@@ -17,7 +17,8 @@ namespace {
 constexpr int kActivations = FASTBP_FOR_EACH_ACTIVATION(FASTBP_COUNT);
 static_assert(kActivations <= kMostActivations);
 constexpr int64_t kOverwrites = 32 * kMostActivations;  // in a call's settings, see ops.cpp
-static_assert(kOverwrites == 2048);                     // as ops.cpp and the Python side have it
+constexpr int64_t kRoute = 2 * kOverwrites;
+static_assert(kRoute == 4096);  // as ops.cpp and the Python side have it
 #define FASTBP_NAME(A) " " #A
 static_assert(
     std::string_view(FASTBP_FOR_EACH_ACTIVATION(FASTBP_NAME)).starts_with(" identity "));  // see check_complete
@@ -54,12 +55,13 @@ Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std:
   const int64_t save = settings >> 2 & 7, activation = (settings & (kOverwrites - 1)) >> 5;
   STD_TORCH_CHECK(linears > 0 && settings >= 0 && activation < kActivations && params.size() <= 2 && save < kSaves,
                   "fastbp_native: no such call");
-  const bool overwrites = settings >= kOverwrites;
-  STD_TORCH_CHECK(settings < 2 * kOverwrites && !(overwrites && save != 0),
-                  "fastbp_native: only z may be written over");
+  const bool overwrites = (settings & kOverwrites) != 0;
+  STD_TORCH_CHECK(!(overwrites && save != 0), "fastbp_native: only z may be written over");
+  const int64_t route = settings / kRoute;
+  STD_TORCH_CHECK(route <= kMostRoutes, "fastbp_native: no such route");
   Call call;
   call.settings = {(settings & 1) != 0,     (settings & 2) != 0, static_cast<int>(activation), {0, 0},
-                   static_cast<Save>(save), overwrites};
+                   static_cast<Save>(save), overwrites,          static_cast<int>(route)};
   for (size_t i = 0; i < params.size(); ++i) call.settings.params[i] = params[i];
   STD_TORCH_CHECK(
       call.settings.gated ? linears == 2 + call.settings.projected : call.settings.projected || linears == 1,

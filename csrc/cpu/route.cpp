@@ -27,6 +27,7 @@ bool is_intel() {
 }
 
 constexpr const char* kRoutes[] = {"narrow", "narrow_pairs", "wide", "library", "row"};
+static_assert(std::size(kRoutes) == kMostRoutes);
 std::atomic<int> forced{-1};
 
 }  // namespace
@@ -53,7 +54,8 @@ Route route_of(const Call& call) {
   if (call.rows == 0 || narrowest == 0) return Route::wide;
   const bool pairs = call.dtype == Dtype::bfloat16 && kernels<float>().multiply_pairs;
   const bool row = call.rows == 1 && has_dense_rows(call);
-  const int asked = forced;
+  const int forced_now = forced;
+  const int asked = forced_now >= 0 ? forced_now : call.settings.route - 1;
   const bool serves =
       asked == static_cast<int>(Route::narrow_pairs) ? pairs : asked != static_cast<int>(Route::row) || row;
   if (asked >= 0 && serves) return static_cast<Route>(asked);

@@ -9,6 +9,7 @@ namespace fastbp::cpu {
 
 enum class Route { narrow, narrow_pairs, wide, library, row };
 
+// What the call asks for where that can serve it, else by the rule.
 Route route_of(const Call& call);
 
 // For tests: take this route, by its name above, wherever it can serve; an empty name ends it.

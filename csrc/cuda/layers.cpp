@@ -5,7 +5,6 @@
 #include "../aten.h"
 #include "../cpu/scratch.h"
 #include "cublaslt.h"
-#include "route.h"
 
 namespace fastbp::cuda {
 
@@ -47,7 +46,8 @@ Layers::Layers(const Call& call)
     : call_(call),
       properties_(properties_of(call.device.index)),
       stream_(current_stream(call.device.index)),
-      activation_{call.dtype, call.settings.activation, {call.settings.params[0], call.settings.params[1]}} {}
+      activation_{call.dtype, call.settings.activation, {call.settings.params[0], call.settings.params[1]}},
+      route_(route_of(call.settings)) {}
 
 Keeps Layers::keeps() const {
   switch (call_.settings.save) {
@@ -113,12 +113,12 @@ Tensor Layers::like(const Tensor& tensor) const {
 }
 
 bool Layers::fuses(const Product& product) const {
-  if (route() == Route::cublaslt) return !library_refusal(activation_, product);
-  return route() == Route::fused && !product_refusal(product, call_.dtype, properties_.capability);
+  if (route_ == Route::cublaslt) return !library_refusal(activation_, product);
+  return route_ == Route::fused && !product_refusal(product, call_.dtype, properties_.capability);
 }
 
 bool Layers::run(const Product& product) const {
-  if (route() == Route::fused) {
+  if (route_ == Route::fused) {
     launch_product(activation_, product, properties_.processors, stream_);
     return true;
   }
@@ -164,7 +164,7 @@ bool Layers::forward_fused(const Tensor& x, const Tensor* weights, const Maybe* 
 
 Layers::Forward Layers::forward(const Tensor& x, const Tensor* weights, const Maybe* biases) const {
   Forward found;
-  if (route() != Route::library && forward_fused(x, weights, biases, found)) return found;
+  if (route_ != Route::library && forward_fused(x, weights, biases, found)) return found;
   // Where PyTorch uses cuBLASLt the bias is added in its epilogue, and the pass need not read and write z for it.
   const bool gated = call_.settings.gated, keep = call_.settings.keeps_z();
   const Tensor z = dense(linear(x, weights[0], biases[0]));
@@ -267,7 +267,7 @@ Slope Layers::chain_rule(const Tensor& dh, int64_t layer, const Wanted& wanted, 
 }
 
 Slope Layers::dgrad(const Tensor& d, const Tensor& weight, int64_t layer, const Wanted& wanted) const {
-  if (route() == Route::library) return chain_rule(mm(d, weight), layer, wanted, true);
+  if (route_ == Route::library) return chain_rule(mm(d, weight), layer, wanted, true);
   const int64_t m = d.size(0), k = d.size(1), n = weight.size(1), first = call_.first(layer);
   const bool gated = call_.settings.gated;
   const Maybe gate = dense_kept(first), up = gated ? dense_kept(first + 1) : std::nullopt;
@@ -286,7 +286,7 @@ Slope Layers::dgrad(const Tensor& d, const Tensor& weight, int64_t layer, const 
   }
   Slope slope;
   Maybe sums[2];
-  if (route() == Route::cublaslt) {
+  if (route_ == Route::cublaslt) {
     slope.dz[0] = make({m, n}, call_.dtype);
     if (wanted.db[0]) slope.db[0] = make({n}, call_.dtype);
     product.gate = data(gate), product.first = data(slope.dz[0]), product.bias_gradient = data(slope.db[0]);

@@ -5,6 +5,7 @@
 #include "../cpu/needs.h"
 #include "device.h"
 #include "hopper.h"
+#include "route.h"
 
 namespace fastbp::cuda {
 
@@ -68,6 +69,7 @@ class Layers {
   const Properties& properties_;
   cudaStream_t stream_;
   Activation activation_;
+  Route route_;
 };
 
 // Σ over the rows, by PyTorch.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbp.activations import nearest
-from fastbp.backends import native, reference, triton
+from fastbp.backends import measured, native, reference, triton
+from fastbp.backends.measured import EAGER, Choice
 from fastbp.problem import Config, Problem, configure
 from fastbp.saving import check_dtype
 
@@ -25,6 +28,8 @@ REFERENCE = "reference"
 #   backward(config, dy, saved, needs, overwrite)
 #                                        the gradients; saved is x, y, weights, biases, residuals, None where not kept;
 #                                        overwrite says that z is nobody else's and dz may be written over it
+#   identity(device)                     in words, what a measurement of it depends on besides the device
+#   routes(problem, rows)                the ways to compute that a call may ask for by its config, beside its own rule
 #   CHECKS_TENSORS                       whether forward refuses every tensor that a call must refuse
 #   ACCUMULATES                          whether backward takes one argument more, into: for each weight the float32
 #                                        tensor to add its gradient to, or None; a backend without it does not
@@ -59,11 +64,16 @@ def check_name(backend: object, where: str) -> str:
     return backend
 
 
-def choose(config: Config, data: Tensor, tensors: Sequence[Tensor | None] = ()) -> Config:
-    """The same call with the backend that serves it in place of ``auto``: the first that supports the problem.
+def choose(
+    config: Config, data: Tensor, tensors: Sequence[Tensor | None] = (), weights: Sequence[Tensor] = ()
+) -> Config:
+    """The same call with the backend that serves it in place of ``auto``.
 
-    ``data`` is x or dy, ``tensors`` what else the call has. Tensor subclasses (sharded, quantised, fake, functional
-    ones) know PyTorch's operations and no others, so only the reference, which is made of those, takes them.
+    That is the fastest where calls of these sizes were measured on this machine (``measured``), else the first that
+    supports the problem. ``data`` is x or dy, ``tensors`` what else the call has, its ``weights`` among them.
+
+    Tensor subclasses (sharded, quantised, fake, functional ones) know PyTorch's operations and no others, so only the
+    reference, which is made of those, takes them.
 
     ValueError where the call names a backend that does not support it. Ending with the reference on a GPU warns once
     for each set of reasons.
@@ -74,18 +84,92 @@ def choose(config: Config, data: Tensor, tensors: Sequence[Tensor | None] = ()) 
     if type(data) not in _PLAIN:
         return _choose_for_subclass(config, data, data)
     try:
-        return _chosen[config, data.device, data.dtype]
+        choice = _chosen[config, data.device, data.dtype]
     except KeyError:
         check_dtype(config.save, data.dtype, f"fastbp.{config.form.name}")
-        problem = Problem(config, data.device, data.dtype)
-        choice = with_backend(config, _named(problem) or _first_that_supports(problem))
-        _chosen[config, data.device, data.dtype] = choice
-        return choice
+        choice = _chosen[config, data.device, data.dtype] = _find(Problem(config, data.device, data.dtype))
+    return choice if type(choice) is Config else choice(data, tensors, weights)  # type: ignore[operator]
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
-_chosen: dict[tuple[Any, ...], Config] = {}  # grows with the settings a program uses, not with its calls
+BySizes = Callable[[Tensor, Sequence[Tensor | None], Sequence[Tensor]], Config]
+_chosen: dict[tuple[Any, ...], Config | BySizes] = {}  # grows with the settings a program uses, not with its calls
+_watcher: Callable[[Config, Tensor, Sequence[Tensor | None]], None] | None = None
+
+
+def _find(problem: Problem) -> Config | BySizes:
+    """What ``choose`` gives for a problem, or what gives it by the sizes of the call."""
+    config = problem.config
+    named = _named(problem)
+    unmeasured = with_choice(config, Choice(named or _first_that_supports(problem)))
+    if _watcher is not None:
+        return _watched(_watcher, config, unmeasured)
+    if named is not None:
+        return unmeasured
+    found = measured.recall(measured.subject_of(config, problem.dtype), environment(problem.device))
+    usable = {sizes: with_choice(config, choice) for sizes, choice in found.items() if _is_there(choice, problem)}
+    return measured.Measured(unmeasured, usable) if usable else unmeasured
+
+
+def _is_there(choice: Choice, problem: Problem) -> bool:
+    """Whether a remembered choice can be taken: the cache is a file, and anybody may have written into it."""
+    if choice == (EAGER, ""):
+        return True
+    entry = BACKENDS.get(choice.backend)
+    if not isinstance(entry, ModuleType) or refusal(entry, problem):
+        return False
+    return not choice.route or choice.route in entry.routes(problem, None)
+
+
+def _watched(
+    watcher: Callable[[Config, Tensor, Sequence[Tensor | None]], None], config: Config, unmeasured: Config
+) -> BySizes:
+    def choice(data: Tensor, tensors: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Config:
+        if tensors and tensors[0] is weights[0]:  # the forward call: a backward one begins with x
+            watcher(config, data, tensors)
+        return unmeasured
+
+    return choice
+
+
+@contextmanager
+def watching(watcher: Callable[[Config, Tensor, Sequence[Tensor | None]], None]) -> Iterator[None]:
+    """Tell ``watcher`` of every call meanwhile: its config, x, and the weights and biases. What was measured is not
+    used, so that a call takes what it would without."""
+    global _watcher
+    _watcher = watcher
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _watcher = None
+        _chosen.clear()
+
+
+def environment(device: torch.device) -> measured.Environment:
+    """What a measurement on this device belongs to."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else measured.cpu_facts().get("model name", "unknown")
+    )
+    threads = [("threads", str(torch.get_num_threads()))] if device.type == "cpu" else []
+    kernels = [(key, e if isinstance(e, str) else e.identity(device)) for key, e in BACKENDS.items()]
+    return (("device", name), ("torch", torch.__version__), *threads, *kernels)
+
+
+def remember(device: torch.device, problem: str, entry: dict[str, Any]) -> bool:
+    """``measured.remember`` for this device; calls take it from now on."""
+    written = measured.remember(environment(device), problem, entry)
+    forget()
+    return written
+
+
+def forget() -> None:
+    """Look again at what was measured."""
+    measured.forget()
+    _chosen.clear()
 
 
 @lru_cache(maxsize=4096)
@@ -114,13 +198,13 @@ def _named(problem: Problem) -> str | None:
     config = problem.config
     if config.backend == AUTO:
         return None
-    reason = _reason(module_of(config), problem)
+    reason = refusal(module_of(config), problem)
     if reason:
         raise ValueError(f"fastbp.{config.form.name}: backend {config.backend!r} cannot take this call: {reason}")
     return config.backend
 
 
-def _reason(module: ModuleType, problem: Problem) -> str | None:
+def refusal(module: ModuleType, problem: Problem) -> str | None:
     """Why a backend that is there cannot serve the problem, or None."""
     if problem.accumulates and not getattr(module, "ACCUMULATES", False):
         return "it does not add weight gradients to main_grad; leave out the backend or gradient_accumulation_fusion"
@@ -139,8 +223,15 @@ def module_of(config: Config) -> ModuleType:
 
 @lru_cache(maxsize=4096)
 def with_backend(config: Config, backend: str) -> Config:
-    """The same config with another backend."""
+    """The same config with another backend, which computes by its own rule."""
     return configure(*config.names[:-1], backend)
+
+
+@lru_cache(maxsize=4096)
+def with_choice(config: Config, choice: Choice) -> Config:
+    """The same config with a backend and its way of computing."""
+    chosen = with_backend(config, choice.backend)
+    return replace(chosen, route=choice.route) if choice.route else chosen
 
 
 _warned: set[str] = set()
@@ -149,7 +240,7 @@ _warned: set[str] = set()
 def _first_that_supports(problem: Problem) -> str:
     reasons: list[str] = []
     for name, entry in BACKENDS.items():
-        reason = entry if isinstance(entry, str) else _reason(entry, problem)
+        reason = entry if isinstance(entry, str) else refusal(entry, problem)
         if reason is None:
             if name == REFERENCE and problem.device.type == "cuda":
                 _warn_once("; ".join(reasons))

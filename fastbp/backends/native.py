@@ -25,7 +25,8 @@ LIBRARY = Path(os.environ.get("FASTBP_NATIVE_LIBRARY") or Path(__file__).parents
 SOURCES = Path(__file__).parents[2] / "csrc"  # there in a checkout, not in an installed package
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps"
 CHECKS_TENSORS = True  # in C++, so that a good call need not be checked in Python
-_OVERWRITE = 2048  # in a call's settings, csrc/ops.cpp
+_OVERWRITE, _ROUTE = 2048, 4096  # in a call's settings, csrc/ops.cpp
+CUDA_ROUTES = ("library", "fused", "cublaslt")  # the order of csrc/cuda/route.h
 _SAVES = tuple(POLICIES)  # the order of csrc/cpu/call.h
 
 
@@ -85,6 +86,31 @@ def cuda_architectures() -> str:
     return _ops().cuda_architectures() if hasattr(_ops(), "cuda_architectures") else ""
 
 
+def identity(device: torch.device) -> str:
+    """What a measurement of this backend depends on: what the kernels were built from, and for."""
+    version, sources = _ops().build_info().split()[:2]
+    return f"{version} {sources} {cuda_architectures() if device.type == 'cuda' else capability()}"
+
+
+def routes(problem: Problem, rows: int | None) -> tuple[str, ...]:
+    """The ways to compute that a call may ask for: of so many rows, or with None of any.
+
+    On a GPU not the fused products: their warps wait for each other, and until that has run on a GPU nobody knows that
+    none waits for ever, which no check can catch (docs/gpu-status.md).
+    """
+    if problem.device.type == "cuda":
+        return tuple(route for route in CUDA_ROUTES if route != "fused")
+    unserved = {"row"} if rows not in (1, None) else set()
+    if problem.dtype != torch.bfloat16 or capability() != "avx512_bf16":
+        unserved.add("narrow_pairs")
+    return tuple(route for route in _cpu_routes() if route not in unserved)
+
+
+@lru_cache(maxsize=1)
+def _cpu_routes() -> tuple[str, ...]:
+    return tuple(_ops().routes().split())
+
+
 @contextmanager
 def forced(route: str) -> Iterator[None]:
     """Every call on a GPU takes this route where it can: library, fused or cublaslt. For tests and measurements."""
@@ -106,7 +132,7 @@ def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list
     present: list[Any] = []
     for tensor in tensors:  # no comprehension, which is a frame of its own before Python 3.12
         present.append(_ABSENT if tensor is None else tensor)
-    return _forward(x, present, *_codes(config, torch.float64))  # type: ignore[no-any-return]
+    return _forward(x, present, *_codes(config, torch.float64, x.is_cuda))  # type: ignore[no-any-return]
 
 
 def backward(
@@ -119,7 +145,7 @@ def backward(
     present: list[Any] = []
     for tensor in saved:
         present.append(_ABSENT if tensor is None else tensor)
-    settings, params = _codes(config, dy.dtype)
+    settings, params = _codes(config, dy.dtype, dy.is_cuda)
     found = _backward(dy, present, settings + _OVERWRITE * overwrite, params, needs)
     if len(found) == len(needs):
         return found  # type: ignore[no-any-return]
@@ -128,11 +154,12 @@ def backward(
 
 
 @lru_cache(maxsize=4096)
-def _codes(config: Config, dtype: torch.dtype) -> tuple[int, list[float]]:
+def _codes(config: Config, dtype: torch.dtype, cuda: bool) -> tuple[int, list[float]]:
     """A config as the ops take it (csrc/ops.cpp), with the parameters as y of this dtype shows them."""
     params = rounded(config.params, dtype) if config.save == "output" and config.row.limits else config.params
     form = config.form.gated + 2 * config.form.projected
-    return form + 4 * _SAVES.index(config.save) + 32 * TABLE.index(config.row), list(params)
+    route = 1 + (CUDA_ROUTES if cuda else _cpu_routes()).index(config.route) if config.route else 0
+    return form + 4 * _SAVES.index(config.save) + 32 * TABLE.index(config.row) + _ROUTE * route, list(params)
 
 
 unavailable = load()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowADInplaceOrView
 
 from fastbp import reference
 from fastbp.problem import Config, Problem
+from fastbp.version import __version__
 
 ACCUMULATES = True
 CHECKS_TENSORS = False  # PyTorch's operations broadcast and promote what a call must refuse
@@ -17,6 +19,16 @@ CHECKS_TENSORS = False  # PyTorch's operations broadcast and promote what a call
 def supports(problem: Problem) -> str | None:
     """Why this backend cannot serve the problem, or None: it serves all."""
     return None
+
+
+def identity(device: torch.device) -> str:
+    """What a measurement of this backend depends on: its own sources; torch is named anyway."""
+    return __version__
+
+
+def routes(problem: Problem, rows: int | None) -> tuple[str, ...]:
+    """The ways to compute that a call may ask for: there is one."""
+    return ()
 
 
 def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:

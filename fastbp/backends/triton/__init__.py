@@ -14,12 +14,14 @@ import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fastbp.problem import Config, Problem
+from fastbp.version import fingerprint
 
 ACCUMULATES = True
 CHECKS_TENSORS = False  # the products are PyTorch's, which broadcast and promote what a call must refuse
@@ -72,6 +74,17 @@ def supports(problem: Problem) -> str | None:
     if device.type != "cuda" or torch.version.hip:
         return f"the Triton kernels run on NVIDIA GPUs, and x is on {'an AMD GPU' if torch.version.hip else device}"
     return refusal(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)) or _loaded()
+
+
+@lru_cache(maxsize=8)
+def identity(device: torch.device) -> str:
+    """What a measurement of this backend depends on: Triton and the kernels."""
+    return f"{_installed()} {fingerprint(Path(__file__).parent, ('.py',))}"
+
+
+def routes(problem: Problem, rows: int | None) -> tuple[str, ...]:
+    """The ways to compute that a call may ask for, beside what was measured of its products."""
+    return ("library",)
 
 
 def refusal(capability: tuple[int, int], name: str) -> str | None:

@@ -30,7 +30,7 @@ def _left_to_pytorch(config: Config, given: Tensor, weights: Sequence[Maybe]) ->
     """
     sizes = [given.shape[-1], *(size for w in weights if w is not None for size in w.shape)]
     rows = given.numel() // max(given.shape[-1], 1)
-    return rows == 0 or 0 in sizes or stays_eager(rows * max(sizes))
+    return rows == 0 or 0 in sizes or stays_eager(config, rows * max(sizes))
 
 
 def forward(config: Config, x: Tensor, tensors: Sequence[Maybe]) -> list[Tensor]:

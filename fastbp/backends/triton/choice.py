@@ -22,6 +22,7 @@ from torch import Tensor
 from fastbp.backends.triton import configs, tuning
 from fastbp.backends.triton.configs import Tile
 from fastbp.backends.triton.launch import describable
+from fastbp.problem import Config
 
 ROUTES = ("eager", "library", "fused")
 # Numbers of the widest hidden layer below which PyTorch serves: a step of a layer then takes a GPU less than about 0.1
@@ -76,23 +77,25 @@ def device_of(device: torch.device) -> Device:
     return Device(configs.family_of((properties.major, properties.minor)), properties.multi_processor_count)
 
 
-def stays_eager(numbers: int) -> bool:
+def stays_eager(config: Config, numbers: int) -> bool:
     """Whether a call whose widest hidden layer has so many numbers is left to PyTorch altogether."""
-    return _forced.route == "eager" if _forced else numbers < SMALL
+    if _forced:
+        return _forced.route == "eager"
+    return not config.route and numbers < SMALL
 
 
-def tile_for(kind: str, activation: str, sizes: tuple[int, int, int], *operands: Tensor, code: str = "") -> Tile | None:
+def tile_for(kind: str, config: Config, sizes: tuple[int, int, int], *operands: Tensor, code: str = "") -> Tile | None:
     """The tile with which a product (m, n, k) runs as a kernel of ours, or None for PyTorch's and a pass of its own.
 
     ``operands`` are the matrices it reads. What TMA cannot describe (rows that do not begin at 16 bytes, columns that
     are not adjacent) is read by pointers. ``code`` is what a compressed policy keeps (codes.py).
     """
-    tile = _tile_for(kind, activation, sizes, operands, bool(code))
+    tile = _tile_for(kind, config, sizes, operands, bool(code))
     return configs.for_code(tile, kind, code) if code and tile is not None else tile
 
 
 def _tile_for(
-    kind: str, activation: str, sizes: tuple[int, int, int], operands: Sequence[Tensor], compressed: bool
+    kind: str, config: Config, sizes: tuple[int, int, int], operands: Sequence[Tensor], compressed: bool
 ) -> Tile | None:
     """What was measured counts for every policy, for what is kept is a small part of a product.
 
@@ -112,7 +115,9 @@ def _tile_for(
         if forced_tile is None or (compressed and forced_tile.pingpong):
             forced_tile = configs.rule(kind, family if described else "sm_80", m, n, processors)
         return forced_tile if described else replace(forced_tile, tma=False)
-    found = tuning.recall(device, kind, activation, dtype, sizes)
+    if config.route == "library":
+        return None
+    found = tuning.recall(device, kind, config.row.name, dtype, sizes)
     if found is not None and not (compressed and found.tile is not None and found.tile.pingpong):
         return found.tile if described or found.tile is None or not found.tile.tma else None
     if (family, kind) in PROVEN and described and configs.worthwhile(kind, m, n, k, family, processors):

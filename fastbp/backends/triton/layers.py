@@ -77,7 +77,7 @@ def forward(config: Config, x: Tensor, weight: Tensor, bias: Maybe, keep: bool) 
     rows = rows_of(x)
     (m, k), n = rows.shape, weight.shape[0]
     how, shape = launch.arithmetic(config, x.dtype), (*x.shape[:-1], n)
-    tile = tile_for("forward", config.row.name, (m, n, k), rows, weight, code=how.code)
+    tile = tile_for("forward", config, (m, n, k), rows, weight, code=how.code)
     processors = device_of(x.device).processors
     if tile is not None:
         y, kept = new(shape, x), _kept_of(how.code, shape, x, keep)
@@ -104,7 +104,7 @@ def gated_forward(
     rows = rows_of(x)
     (m, k), n = rows.shape, weights[0].shape[0]
     how, shape = launch.arithmetic(config, x.dtype), (*x.shape[:-1], n)
-    tile = tile_for("gated_forward", config.row.name, (m, n, k), rows, *weights, code=how.code)
+    tile = tile_for("gated_forward", config, (m, n, k), rows, *weights, code=how.code)
     processors = device_of(x.device).processors
     if tile is not None or how.code:
         kept = [_kept_of(how.code, shape, x, keep) for _ in range(2)]
@@ -181,7 +181,7 @@ def dgrad(config: Config, d: Tensor, weight: Tensor, kept: Kept, rebuild: bool, 
     (m, k), n, how, tile = d.shape, weight.shape[1], launch.arithmetic(config, d.dtype), None
     if not _is_identity(config):
         described = _described(how, _main(kept))
-        tile = tile_for("dgrad", config.row.name, (m, n, k), d, weight, *described, code=how.code)
+        tile = tile_for("dgrad", config, (m, n, k), d, weight, *described, code=how.code)
     if tile is None:
         dh = d.mm(weight)
         return chain_rule(config, dh, kept, rebuild, bias, over=dh)
@@ -222,7 +222,7 @@ def gated_dgrad(
     g, u, tile = _main(gate), up.main, None
     if u is not None and all(wanted):
         described = _described(how, g, u)
-        tile = tile_for("gated_dgrad", config.row.name, (m, n, k), d, weight, *described, code=how.code)
+        tile = tile_for("gated_dgrad", config, (m, n, k), d, weight, *described, code=how.code)
     if tile is None or u is None:
         dh = d.mm(weight)
         over = g if overwrite else None

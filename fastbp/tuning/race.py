@@ -1,0 +1,229 @@
+"""Measuring the candidates for one call on this machine: each checked, then timed forward and backward, in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fastbp import backends
+from fastbp.activations import bind
+from fastbp.autograd import run_chosen
+from fastbp.backends import REFERENCE, with_backend, with_choice
+from fastbp.backends.measured import EAGER, Choice
+from fastbp.memory import SavedBytes
+from fastbp.problem import Config, Problem
+from fastbp.reference import compose
+from fastbp.tuning.jobs import Job
+
+Step = Callable[[], object]
+BURST = 0.005  # seconds of a burst, which dwarf the clock; one call where that takes longer
+# After so many turns, who is slower than the fastest by this is not measured on.
+CUTS = ((1, 2.0), (3, 1.3), (8, 1.1), (16, 1.04))
+TURNS = 24  # that the others get at least
+TIE = 0.005  # the choice of the written rule stays where nobody is ahead of it by more: a difference that is noise
+
+
+class Outcome(NamedTuple):
+    """What became of the candidates for a call."""
+
+    milliseconds: dict[str, float]  # medians of a forward and backward, by the name of the choice
+    refused: dict[str, str]  # who was not timed, and why
+    unmeasured: str  # what a call takes without a measurement
+
+    @property
+    def fastest(self) -> str:
+        return fastest_of(self.milliseconds, self.unmeasured)
+
+
+def fastest_of(milliseconds: Mapping[str, float], unmeasured: str) -> str:
+    """The name of the fastest; of equals what a call takes without a measurement."""
+    best = min(milliseconds, key=milliseconds.__getitem__)
+    rule = milliseconds.get(unmeasured, float("inf"))
+    return unmeasured if rule <= milliseconds[best] * (1 + TIE) else best
+
+
+def candidates(job: Job) -> list[Choice]:
+    """Every way to compute a call: first what it takes unmeasured, then all that the backends offer, then eager."""
+    problem = Problem(job.config, job.device, job.dtype)
+    found = []
+    for name, entry in backends.BACKENDS.items():
+        if not isinstance(entry, str) and backends.refusal(entry, problem) is None:
+            found += [Choice(name), *(Choice(name, route) for route in entry.routes(problem, job.sizes.rows))]
+    return [*found, Choice(EAGER)]
+
+
+def run_race(job: Job, seconds: float) -> Outcome:
+    """Check and time the candidates; ``seconds`` for each of those that are close to the fastest.
+
+    A candidate must be as good as the reference of the same save policy in the same dtype: output and gradients within
+    twice its error against float64 and a unit of rounding. ``eager`` must keep no more for backward than the policy.
+    """
+    call = _draw(job)
+    exact = _exact(job, call)
+    yardstick = _errors(call.results(with_backend(job.config, REFERENCE)), exact)
+    allowed = [2 * error + torch.finfo(job.dtype).eps + _slack(job) for error in yardstick]
+    steps: dict[str, Step] = {}
+    refused: dict[str, str] = {}
+    kept: int | None = None
+    choices = candidates(job)
+    for choice in choices:
+        config = with_choice(job.config, choice)
+        try:
+            errors = _errors(call.results(config), exact)
+        except Exception as error:  # whatever a compiler, a driver or a lack of memory says
+            refused[choice.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            continue
+        wrong = [(e, a) for e, a in zip(errors, allowed, strict=True) if not e <= a]
+        if wrong:
+            refused[choice.name] = f"error {wrong[0][0]:.3g} against float64, where {wrong[0][1]:.3g} is allowed"
+            continue
+        if choice.backend == EAGER:
+            kept = _kept(call, with_choice(job.config, choices[0])) if kept is None else kept
+            more = _kept(call, config)
+            if more > kept:
+                refused[choice.name] = f"keeps {more} bytes for backward, the policy {job.config.save!r} {kept}"
+                continue
+        steps[choice.name] = lambda config=config: call.step(config)  # type: ignore[misc]
+    if not steps:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise RuntimeError(f"fastbp.tune: no candidate serves {job.key}: {reasons}")
+    times = run_off(steps, seconds, clock_of(job.device))
+    return Outcome(times, refused, choices[0].name)
+
+
+class _Call(NamedTuple):
+    """The tensors of a call, and the ones that take gradients."""
+
+    x: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    dy: Tensor
+    wanted: list[Tensor]
+
+    def forward(self, config: Config) -> Tensor:
+        return run_chosen(config, self.x, self.weights, self.biases, (*self.weights, *self.biases))
+
+    def step(self, config: Config) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(config), self.wanted, self.dy)
+
+    def results(self, config: Config) -> list[Tensor]:
+        y = self.forward(config)
+        return [y.detach(), *torch.autograd.grad(y, self.wanted, self.dy)]
+
+
+def _draw(job: Job) -> _Call:
+    generator = torch.Generator(job.device).manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=job.device) * scale).to(job.dtype)
+
+    rows, features = job.sizes
+    shapes = list(zip(features[1:], features, strict=False))
+    if job.config.form.gated:
+        shapes.insert(0, shapes[0])
+    x = draw(rows, features[0])
+    weights = tuple(draw(n, k, scale=k**-0.5) for n, k in shapes)
+    biases = tuple(draw(n) if any_bias else None for (n, _), any_bias in zip(shapes, job.biases, strict=True))
+    wanted = [
+        t.requires_grad_() for t, need in zip((x, *weights, *biases), job.needs, strict=True) if need and t is not None
+    ]
+    return _Call(x, weights, biases, draw(rows, features[-1]), wanted)
+
+
+def _exact(job: Job, call: _Call) -> list[Tensor]:
+    """Output and gradients in float64."""
+    wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in (call.x, *call.weights, *call.biases)
+            if t is not None}  # fmt: skip
+    weights = [wide[id(w)] for w in call.weights]
+    biases = [None if b is None else wide[id(b)] for b in call.biases]
+    activation = bind(job.config.row.name, job.config.params)
+    y = compose(job.config.form, activation, wide[id(call.x)], weights, biases)
+    return [y.detach(), *torch.autograd.grad(y, [wide[id(t)] for t in call.wanted], call.dy.double())]
+
+
+def _errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """The RMS error over the RMS value, of each result; infinite where a NaN is."""
+    errors = []
+    for mine, truth in zip(found, exact, strict=True):
+        size = truth.square().mean().sqrt().item()
+        gap = (mine.double() - truth).square().mean().sqrt().item()
+        error = gap / size if size else gap
+        errors.append(error if error == error else float("inf"))
+    return errors
+
+
+def _slack(job: Job) -> float:
+    """What slopes that differ as a whole add to the error: a z next to a kink may fall to either side of it."""
+    if not _has_kink(job.config):
+        return 0.0
+    numbers = job.sizes.rows * max(job.sizes.features)
+    return float(2 * ((1 + 4 * numbers * torch.finfo(job.dtype).eps) / numbers) ** 0.5)
+
+
+@lru_cache(maxsize=256)
+def _has_kink(config: Config) -> bool:
+    z = torch.arange(-8, 8, 2**-10, dtype=torch.float64)
+    return bool(config.row.grad(torch.ones_like(z), z, *config.params).diff().abs().max() > 0.05)
+
+
+def _kept(call: _Call, config: Config) -> int:
+    """The bytes kept for backward beside x, parameters and y, which are there anyway."""
+    tensors = [t for t in (call.x, *call.weights, *call.biases) if t is not None]
+    with SavedBytes(exclude=tensors) as saved:
+        y = call.forward(config)
+    saved._kept.pop(StorageWeakRef(y.untyped_storage()), None)
+    return saved.total
+
+
+def clock_of(device: torch.device) -> Callable[[Step, int], float]:
+    """Seconds of so many calls: on a GPU by its events, else by the host's clock."""
+
+    def on_host(step: Step, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        return time.perf_counter() - start
+
+    def on_gpu(step: Step, calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(device):
+            start.record()
+            for _ in range(calls):
+                step()
+            end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return on_gpu if device.type == "cuda" else on_host
+
+
+def run_off(steps: Mapping[str, Step], seconds: float, clock: Callable[[Step, int], float]) -> dict[str, float]:
+    """Median milliseconds of each step: bursts in turn, so that what slows the machine slows all alike.
+
+    Who is clearly slower drops out early (``CUTS``); the others go on until each has had its seconds and ``TURNS``.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    calls: dict[str, int] = {}
+    for name, step in steps.items():
+        clock(step, 1)
+        calls[name] = max(1, min(1000, round(BURST / max(clock(step, 1), 1e-9))))
+    running, turns, spent = list(steps), 0, 0.0
+    while running and (turns < TURNS or spent < seconds * len(running)):
+        turns += 1
+        spent = 0.0 if turns == 1 else spent
+        for name in running:
+            took = clock(steps[name], calls[name])
+            times[name].append(took / calls[name] * 1e3)
+            spent += took
+        medians = {name: statistics.median(times[name]) for name in running}
+        for after, ratio in CUTS:
+            if turns == after:
+                running = [name for name in running if medians[name] <= ratio * min(medians.values())]
+    return {name: statistics.median(found) for name, found in times.items()}

@@ -59,7 +59,7 @@ def name_series(figure: Figure, names: list[str]) -> None:
     from matplotlib.lines import Line2D
 
     marks = [Line2D([], [], color=SERIES[name][0], marker=SERIES[name][1], label=name) for name in names]
-    figure.legend(handles=marks, loc="outside upper right", ncols=len(names), frameon=False, labelcolor="linecolor")
+    figure.legend(handles=marks, loc="outside upper left", ncols=len(names), frameon=False, labelcolor="linecolor")
 
 
 def plain_ticks(axis: Any, ticks: list[float], lowest: float, highest: float) -> None:

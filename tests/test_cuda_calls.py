@@ -5,6 +5,7 @@ What is launched, on which tensors, and what PyTorch computes itself: all but th
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from standin import VIEWS
 from support import FEW, assert_accurate, call, cases, each, eager, flatten, grads, like, stock, tensors
 
 from fastbp.activations import bind
+from fastbp.autograd import run_chosen
 from fastbp.backends import native
 from fastbp.forms import FORMS, LINEAR_ACT, MLP
-from fastbp.problem import DTYPES
+from fastbp.problem import DTYPES, configure
 
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
 SIXTEEN = [dtype for dtype in DTYPES if dtype.itemsize == 2]
@@ -42,6 +44,31 @@ def test_the_fused_route_fuses(on_gpu, standin):
         grads(y, inputs, like(y, 93))
         counts.append(standin.fused_products() - before)
     assert counts == [0, 4]
+
+
+def test_a_call_may_ask_for_its_route(on_gpu, standin, monkeypatch):
+    """By its config, beside others; what is forced on every call goes before, and no other number is a route."""
+    monkeypatch.setattr(native, "_cpu_routes", lambda: native.CUDA_ROUTES)  # the tensors are on the CPU
+    native._codes.cache_clear()
+    inputs = flatten(*tensors(MLP, torch.bfloat16, seed=92))
+    plain = configure("mlp", "gelu", (), "preact", "native")
+
+    def fused(config):
+        before = standin.fused_products()
+        y = run_chosen(config, inputs[0], inputs[1:4], inputs[4:], tuple(inputs[1:]))
+        grads(y, inputs, like(y, 93))
+        return standin.fused_products() - before
+
+    asking = {route: replace(plain, route=route) for route in native.CUDA_ROUTES}
+    assert [fused(config) for config in (plain, asking["library"], asking["fused"], plain)] == [0, 0, 4, 0]
+    on_gpu("library")
+    assert fused(asking["fused"]) == 0
+    on_gpu("")
+    monkeypatch.setattr(native, "CUDA_ROUTES", (*native.CUDA_ROUTES, "another"))
+    monkeypatch.setattr(native, "_cpu_routes", lambda: native.CUDA_ROUTES)
+    with pytest.raises(RuntimeError, match="no such route on a GPU"):
+        fused(replace(plain, route="another"))
+    native._codes.cache_clear()
 
 
 @each(("dtype", "route"), [(torch.float32, "library"), (torch.float16, "library"), (torch.float16, "fused")])

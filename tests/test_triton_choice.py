@@ -10,14 +10,17 @@ import pytest
 import torch
 from support import each
 
-from fastbp import cache
+from fastbp import backends, cache
 from fastbp.backends import triton
 from fastbp.backends.triton import configs
 from fastbp.backends.triton.configs import FAMILIES, KINDS, Tile
 from fastbp.problem import configure
+from fastbp.tuning import products, race
+from fastbp.tuning.jobs import parse
+from fastbp.tuning.products import products_of
 
 if triton.unavailable is None:
-    from fastbp.backends.triton import autotune, choice, launch, tuning
+    from fastbp.backends.triton import autotune, choice, launch, layers, tuning
 
 pytestmark = pytest.mark.skipif(triton.unavailable is not None, reason=f"triton: {triton.unavailable}")
 CPU = torch.device("cpu")  # which choice takes for a small Hopper: four multiprocessors
@@ -309,3 +312,40 @@ def test_no_tile_is_measured_as_what_it_will_not_be():
     first, second = FAMILIES["sm_90"]["forward"][0].name, FAMILIES["sm_80"]["forward"][0].name
     _, timed = tuned("forward", [first, second], sizes=(40, 50, 64))
     assert first not in timed and tile_for("forward", (40, 50, 64)).name == second
+
+
+CALLS = ("linear_act 6x8x16", "gated_linear_act 6x8x16", "mlp 6x8x16x32x4", "gated_mlp 6x8x16x4")
+
+
+@each("call", CALLS)
+def test_tuning_measures_the_products_that_a_call_asks_for(call, monkeypatch):
+    asked = []
+    monkeypatch.setattr(layers, "tile_for", lambda kind, config, sizes, *rest, **code: asked.append((kind, sizes)))
+    job = parse("x", f"{call} silu bfloat16 preact", CPU)
+    with choice.forced("library"):
+        race._draw(job).results(backends.with_backend(job.config, "triton"))
+    assert sorted(asked) == sorted(products_of(job.config.form, job.sizes))
+
+
+@each("call", CALLS)
+def test_products_are_measured_once_each_on_a_gpu_alone(call, monkeypatch):
+    """With a device that says it is one, and its products not run."""
+    job = parse("x", f"{call} silu bfloat16 preact", CPU)
+    measured = []
+
+    def tune(kind, activation, dtype, sizes, device, clock):
+        measured.append((kind, sizes))
+        tuning.remember(device, tuning.key(kind, activation, dtype, sizes), {"library": 1.0})
+
+    monkeypatch.setattr(autotune, "tune", tune)
+    products.tune(job, 0.1)
+    assert measured == []
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(tuning, "environment", lambda device: {"device": device.type})
+    monkeypatch.setattr(backends, "refusal", lambda entry, problem: None)
+    for _ in range(2):
+        products.tune(job._replace(device=gpu), 0.1)
+    assert sorted(measured) == sorted(products_of(job.config.form, job.sizes))
+    measured.clear()
+    products.tune(job._replace(device=gpu, dtype=torch.float32), 0.1)
+    assert measured == []

@@ -343,24 +343,29 @@ def test_the_report_says_by_how_much():
     assert "native was refused: error 3" in str(refused) and "nan" not in fastbp.TuningReport([refused]).summary
 
 
-@each(
-    ("arguments", "error", "words"),
-    [
-        ((nn.Linear(8, 8), torch.ones(2, 8)), ValueError, "makes no call of fastbp; fastbp.fuse"),
-        (
-            (fastbp.MLP(8, 8, backend="reference"), torch.ones(2, 8)),
-            ValueError,
-            "all 1 calls of fastbp name their backend",
-        ),
-        ((fastbp.MLP(8, 8), torch.ones(2, 9)), ValueError, "does not run with sample_inputs"),
-        ((fastbp.linear_act, torch.ones(2, 9)), TypeError, "must be an nn.Module, got function"),
-    ],
-)
-def test_what_cannot_be_tuned_is_refused(arguments, error, words):
+REFUSED = {
+    "nothing of fastbp": (nn.Linear(8, 8), torch.ones(2, 8), ValueError, "makes no call of fastbp; fastbp.fuse"),
+    "a backend is named": (
+        fastbp.MLP(8, 8, backend="reference"),
+        torch.ones(2, 8),
+        ValueError,
+        "all 1 calls of fastbp",
+    ),
+    "inputs do not fit": (fastbp.MLP(8, 8), torch.ones(2, 9), ValueError, "does not run with sample_inputs"),
+    "no module": (fastbp.linear_act, torch.ones(2, 9), TypeError, "must be an nn.Module, got function"),
+}
+
+
+@each("fault", REFUSED)
+def test_what_cannot_be_tuned_is_refused(fault):
+    model, inputs, error, words = REFUSED[fault]
     with pytest.raises(error, match=r"fastbp\.tune: ") as caught:
-        fastbp.tune(*arguments)
+        fastbp.tune(model, inputs)
     assert words in str(caught.value)
-    with pytest.raises(ValueError, match="seconds must be positive"):
+
+
+def test_seconds_are_positive():
+    with pytest.raises(ValueError, match="seconds must be positive, got 0"):
         fastbp.tune(fastbp.MLP(8, 8), torch.ones(2, 8), seconds=0)
 
 

@@ -94,7 +94,8 @@ def choose(
 _PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 BySizes = Callable[[Tensor, Sequence[Tensor | None], Sequence[Tensor]], Config]
-_chosen: dict[tuple[Any, ...], Config | BySizes] = {}  # grows with the settings a program uses, not with its calls
+Table = dict[tuple[Any, ...], Config | BySizes]  # by config, device and dtype
+_chosen: Table = {}  # grows with the settings a program uses, not with its calls
 _watcher: Callable[[Config, Tensor, Sequence[Tensor | None]], None] | None = None
 
 
@@ -164,6 +165,12 @@ def remember(device: torch.device, problem: str, entry: dict[str, Any]) -> bool:
     written = measured.remember(environment(device), problem, entry)
     forget()
     return written
+
+
+def choose_from(table: Table) -> None:
+    """Let calls take what this table says, and note in it what it does not: to measure choices beside each other."""
+    global _chosen
+    _chosen = table
 
 
 def forget() -> None:

@@ -88,8 +88,7 @@ def cuda_architectures() -> str:
 
 def identity(device: torch.device) -> str:
     """What a measurement of this backend depends on: what the kernels were built from, and for."""
-    version, sources = _ops().build_info().split()[:2]
-    return f"{version} {sources} {cuda_architectures() if device.type == 'cuda' else capability()}"
+    return f"{_BUILT} {_ARCHITECTURES if device.type == 'cuda' else _CAPABILITY}"
 
 
 def routes(problem: Problem, rows: int | None) -> tuple[str, ...]:
@@ -167,6 +166,9 @@ if unavailable is None:
     # What OpOverload.__call__ calls: one Python frame less.
     _forward, _backward = _ops().forward.default._op, _ops().backward.default._op
     _ABSENT = _ops().absent()  # what the ops take for None
+    # Asked once and not by a call that is about to be refused.
+    _BUILT = " ".join(_ops().build_info().split()[:2])
+    _CAPABILITY, _ARCHITECTURES = capability(), cuda_architectures()
     # Autograd is the business of the Functions around the ops, and its fallback costs a detour.
     _beneath_autograd = torch.library.Library("fastbp_native", "IMPL", "Autograd")
     for _op in ("forward", "backward"):

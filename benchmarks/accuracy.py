@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 import fastbp
+from benchmarks.cases import name_of
 from benchmarks.environment import CPU, results_of, write
-from fastbp.activations import TABLE, Activation, bind
+from benchmarks.suites import ACCURACY
+from fastbp.activations import ROWS, TABLE, Activation, bind
 from fastbp.compression import DTYPES, decode_fp8
 from fastbp.forms import LINEAR_ACT, MLP
 from fastbp.problem import configure
@@ -29,19 +31,15 @@ from fastbp.saving import POLICIES, legal_policies
 
 DISTRIBUTIONS = {"N(0, 1)": (0.0, 1.0), "N(0, 3²)": (0.0, 3.0), "N(−2, 1)": (-2.0, 1.0)}
 COUNT = 1 << 17
-SIZES = (512, 256, 1024, 1024, 256)  # rows, and the features of the MLP
+SIZES = (ACCURACY[0].rows, *ACCURACY[0].features)  # of the MLP
 KEPT = [save for save in POLICIES if save != "recompute"]  # which has nothing to lose
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def slope(row: Activation, save: str, z: Tensor) -> Tensor:
     """The slope as backward computes it from what a policy keeps of z, in float64."""
     config = configure("linear_act", row.name, bind(row.name).params, save, "reference")
     y, kept = output_and_kept(config, z)
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device=z.device)
     if save == "fp8":
         return row.grad(one, decode_fp8(*kept, torch.float64), *config.params)
     if save == "preact":
@@ -54,13 +52,13 @@ def slope(row: Activation, save: str, z: Tensor) -> Tensor:
     return row.grad_from_side(one, *(t.double() for t in sides(config, *read)))
 
 
-def slopes(row: Activation, count: int) -> list[dict[str, object]]:
+def slopes(row: Activation, count: int, device: torch.device = CPU) -> list[dict[str, object]]:
     """Relative L2 and largest error of a row's slopes."""
     rows: list[dict[str, object]] = []
     for distribution, (mean, spread) in DISTRIBUTIONS.items():
         generator = torch.Generator().manual_seed(0)
-        z = torch.randn(count // 64, 64, generator=generator, dtype=torch.float64) * spread + mean
-        truth = row.grad(torch.ones((), dtype=torch.float64), z, *bind(row.name).params)
+        z = (torch.randn(count // 64, 64, generator=generator, dtype=torch.float64) * spread + mean).to(device)
+        truth = row.grad(torch.ones((), dtype=torch.float64, device=device), z, *bind(row.name).params)
         for dtype in DTYPES:
             for save in legal_policies(bind(row.name), LINEAR_ACT):
                 if save not in KEPT:
@@ -72,19 +70,20 @@ def slopes(row: Activation, count: int) -> list[dict[str, object]]:
     return rows
 
 
-def gradients(activation: str, dtype: torch.dtype) -> list[dict[str, object]]:
+def gradients(activation: str, dtype: torch.dtype, device: torch.device = CPU) -> list[dict[str, object]]:
     """Errors of the gradients of an MLP, over eager's own."""
     rows_of_x, *features = SIZES
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return drawn.to(device, dtype).requires_grad_()
 
     x = draw(rows_of_x, features[0])
     # Twice the usual weights: z is then as wide as N(0, 1) in the layers above too.
     weights = [draw(n, k, scale=(2 / k) ** 0.5) for k, n in pairwise(features)]
     biases = [draw(n, scale=0.1) for n in features[1:]]
-    dy = torch.randn(rows_of_x, features[-1], generator=generator, dtype=torch.float64).to(dtype)
+    dy = torch.randn(rows_of_x, features[-1], generator=generator, dtype=torch.float64).to(device, dtype)
     inputs = [x, *weights, *biases]
 
     def grads(y: Tensor, leaves: list[Tensor], dy: Tensor) -> dict[str, Tensor]:
@@ -110,16 +109,25 @@ def gradients(activation: str, dtype: torch.dtype) -> list[dict[str, object]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer numbers; nothing written without --output")
     parser.add_argument("--output", type=Path, help="a folder for the result file")
     arguments = parser.parse_args(argv)
-    compressed = [row for row in TABLE if any(POLICIES[s].compressed for s in legal_policies(bind(row.name)))]
-    by_output = [row for row in TABLE if "output" in legal_policies(bind(row.name)) and row.name != "identity"]
-    rows = [r for row in (*compressed, *by_output) for r in slopes(row, 1 << 12 if arguments.quick else COUNT)]
-    rows += [r for row in compressed for dtype in DTYPES for r in gradients(row.name, dtype)]
-    output = arguments.output or (None if arguments.quick else results_of(CPU))
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU that torch can use; `python -m fastbp doctor` says more")
+    device = torch.device("cuda", 0) if arguments.device == "cuda" else CPU
+    by_output = [row.name for row in TABLE if "output" in legal_policies(bind(row.name)) and row.name != "identity"]
+    names = dict.fromkeys([case.activation for case in ACCURACY] + by_output)
+    count = 1 << 12 if arguments.quick else COUNT
+    rows = [row for name in names for row in slopes(ROWS[name], count, device)]
+    blocks = ACCURACY[:1] if arguments.quick else ACCURACY
+    rows += [row for case in blocks for row in gradients(case.activation, case.dtype, device)]
+    output = arguments.output or (None if arguments.quick else results_of(device))
     if output is not None:
-        write(output / "accuracy.jsonl", rows, ["benchmarks.accuracy", *(argv if argv is not None else sys.argv[1:])])
+        command = ["benchmarks.accuracy", *(argv if argv is not None else sys.argv[1:])]
+        write(output / "accuracy.jsonl", rows, command, device)
+    else:
+        print(f"{len(rows)} errors of slopes and gradients, written nowhere without --output")
     return 0
 
 

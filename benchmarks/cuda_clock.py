@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from benchmarks.clock import Staged
+
 MOST_COPIES = 64  # inputs of a few bytes are in the cache of a real program too
 
 
@@ -24,14 +26,29 @@ def copies(bytes_each: int, device: torch.device) -> int:
 
 
 def burst(step: Callable[[], object], calls: int) -> float:
-    """Seconds from the start of the first call's work to the end of the last one's."""
+    """Seconds from the start of the first call's work to the end of the last one's; of a staged step the sum of those
+    of its timed parts."""
+    if isinstance(step, Staged):
+        return _staged_burst(step, calls)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
         step()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _staged_burst(step: Staged, calls: int) -> float:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for start, end in events:
+        state = step.setup()
+        start.record()
+        step.timed(state)
+        end.record()
+        del state
+    torch.cuda.synchronize()
+    return float(sum(start.elapsed_time(end) for start, end in events)) / 1e3
 
 
 @lru_cache(maxsize=1)
@@ -54,7 +71,7 @@ def cold_burst(step: Callable[[], object], calls: int) -> float:
         step()
         end.record()
     torch.cuda.synchronize()
-    return sum(start.elapsed_time(end) for start, end in events) / 1e3
+    return float(sum(start.elapsed_time(end) for start, end in events)) / 1e3
 
 
 def capture(step: Callable[[], object], calls: int) -> Callable[[], None]:
@@ -79,10 +96,12 @@ def capture(step: Callable[[], object], calls: int) -> Callable[[], None]:
 def host_milliseconds(step: Callable[[], object], turns: int = 20) -> float:
     """What a call costs the host: the median until it returns, with nothing left on the GPU to wait for."""
     times = []
+    staged = step if isinstance(step, Staged) else Staged(lambda: None, lambda _: step())
     for _ in range(turns):
+        state = staged.setup()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        step()
+        staged.timed(state)
         times.append(time.perf_counter() - start)
     torch.cuda.synchronize()
     return statistics.median(times) * 1e3

@@ -9,7 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -48,10 +49,16 @@ def results_of(device: torch.device) -> Path:
 
 
 def write(
-    path: Path, rows: list[dict[str, object]], command: list[str], device: torch.device = CPU, quiet: bool = False
+    path: Path,
+    rows: list[dict[str, object]],
+    command: list[str],
+    device: torch.device = CPU,
+    quiet: bool = False,
+    peaks: dict[str, float] | None = None,
 ) -> None:
     """A result file: what it belongs to, and its rows. ``command`` is the module that measured, and its arguments."""
-    records.write(path, environment(f"python -m {shlex.join(command)}", device), rows)
+    found = environment(f"python -m {shlex.join(command)}", device)
+    records.write(path, found | ({"peaks": peaks} if peaks else {}), rows)
     if not quiet:
         print(f"written to {path}")
 
@@ -143,3 +150,14 @@ def progress(items: Iterable[T], total: int) -> Iterator[T]:
         yield item
         if shown:
             print(f"\r{count} of {total}", end="\n" if count == total else "", file=sys.stderr, flush=True)
+
+
+def announced(items: Sequence[T]) -> Iterator[T]:
+    """The items, with a line on a terminal before each: its number, and about how long the rest will take."""
+    shown, start = sys.stderr.isatty(), time.monotonic()
+    for count, item in enumerate(items):
+        if shown:
+            left = (time.monotonic() - start) / max(count, 1) * (len(items) - count)
+            about = f", about {left / 60:.0f} min left" if count else ""
+            print(f"[{count + 1} of {len(items)}{about}]", file=sys.stderr, flush=True)
+        yield item

@@ -37,6 +37,7 @@ DRY = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "
 TESTS = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--junit-xml", "{output}/{stage}.xml")
 SUITE = ("-m", "benchmarks.run", "--device", "cuda", "--seconds", "0.1", "--limit", "{soon}", "--output", "{output}")
 QUICK = ("-m", "benchmarks.run", "--quick", "--output", "{output}")
+KEPT = ("--rival", "eager", "--rival", "torch.compile", "--rival", "fastbp preact")  # which take no arithmetic
 TUNED = ("--skip", "torch.compile max-autotune")  # a minute for each new shape
 
 
@@ -51,6 +52,11 @@ class Stage:
     required: bool = True  # whether its failure is one of the whole
 
 
+def suite(name: str, *options: str) -> Stage:
+    """A suite of benchmarks.run; in a dry run its smallest case."""
+    return Stage((*SUITE, "--suite", name, *options), (*QUICK, "--suite", name), (f"{name}.jsonl",))
+
+
 STAGES: dict[str, Stage] = {
     "doctor": Stage(("-m", "fastbp", "doctor"), ("-m", "fastbp", "doctor")),
     "build": Stage(
@@ -61,7 +67,7 @@ STAGES: dict[str, Stage] = {
     ),
     "static": Stage(
         ("-m", "benchmarks.static", "--quick"),
-        ("-m", "benchmarks.static", "--quick", "--only", "triton", "--family", "sm_80", "--activation", "relu"),
+        (),  # it needs no GPU, and `make check` runs it whole
         environment={"TRITON_INTERPRET": "0"},
     ),
     "tests": Stage(
@@ -79,31 +85,19 @@ STAGES: dict[str, Stage] = {
         ("-m", "benchmarks.kernels", "--device", "cpu", "--quick", "--output", "{output}"),
         ("kernels.jsonl",),
     ),
-    "layers": Stage(
-        (*SUITE, "--suite", "layers", *TUNED),
-        (*QUICK, "--suite", "overhead", "--case", "layer 4×8→8 relu"),
-        ("layers.jsonl", "overhead.jsonl"),
-    ),
-    "blocks": Stage(
-        (*SUITE, "--suite", "blocks"),
-        (*QUICK, "--suite", "small", "--case", "mlp 8192×128→128→128→128 relu float32"),
-        ("blocks.jsonl", "small.jsonl"),
-    ),
-    "edges": Stage(
-        (*SUITE, "--suite", "edges", *TUNED),
-        (*QUICK, "--suite", "edges", "--case", "layer 1×8→8 gelu float32"),
-        ("edges.jsonl",),
-    ),
-    "policies": Stage(
-        (*SUITE, "--suite", "policies"),
-        (*QUICK, "--suite", "policies", "--case", "layer 8192×64→64 gelu float32"),
-        ("policies.jsonl",),
-    ),
+    "layers": suite("layers", *TUNED),
+    "blocks": suite("blocks"),
+    "small": suite("small", *TUNED),
+    "edges": suite("edges", *TUNED),
+    "overhead": suite("overhead", *TUNED),
+    "policies": suite("policies"),
+    "models": suite("models", *TUNED),
     "memory": Stage(
-        ("-m", "benchmarks.memory", "--device", "cuda", "--limit", "{soon}", "--output", "{output}"),
-        ("-m", "benchmarks.memory", "--suite", "models", "--block", "bert", "--block", "llama", "--output", "{output}"),
+        (*SUITE, "--suite", "memory"),
+        ("-m", "benchmarks.memory", "--suite", "models", "--block", "bert", *KEPT, "--output", "{output}"),
         ("model_memory.jsonl",),
     ),
+    "accuracy": suite("accuracy"),
     "demo": Stage(
         ("-m", "fastbp", "demo", "--quick", "--output-dir", "{output}/demo"),
         ("-m", "fastbp", "demo", "--quick", "--output-dir", "{output}/demo"),

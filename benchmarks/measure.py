@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -12,130 +11,92 @@ import torch
 from torch import Tensor
 
 from benchmarks import cuda_clock
-from benchmarks.rivals import RIVALS, make_linears
-from benchmarks.suites import Case
+from benchmarks.cases import Case, Model
+from benchmarks.clock import Step
+from benchmarks.clock import burst as burst
+from benchmarks.rivals import RIVALS
+from benchmarks.steps import step_of, task_of
 
-Step = Callable[[], object]
-Run = Callable[[Tensor], Tensor]
+WRONG = 0.1  # an error that no rounding makes
+NO_GRAPH = {
+    "bwd": "a graph of backward alone would be of tensors that forward made outside of it",
+    "train": "the optimizer's step is not for graphs",
+}
 
 
 class Prepared(NamedTuple):
     """What there is to time of a case."""
 
-    steps: dict[str, Step]  # a forward and backward of every rival that serves, each call on the next of the copies
+    steps: dict[str, Step]  # a step of every rival that serves, each call on the next of the copies
     accuracy: dict[str, dict[str, object]]
     left_out: dict[str, str]  # the other rivals, and why
     broken: dict[str, str]  # routes of fastbp that a call does not take by itself, and what is wrong with them
     copies: int
 
 
-def prepare(case: Case, names: Iterable[str], device: torch.device) -> Prepared:
-    """A forward and backward step for every rival that serves the case, and how accurate each is.
+def prepare(case: Case, names: Iterable[str], device: torch.device, mode: str = "fwd_bwd") -> Prepared:
+    """A step in this mode for every rival that serves the case, eager first, and how accurate each is.
 
-    All rivals have the same parameters and the same random inputs: one of each on a CPU, on a GPU as many as do not fit
-    its L2 cache. ``error`` is the largest relative RMS error of output and gradients against float64; ``accurate`` says
-    whether each is at most twice eager's, and a rounding unit. AssertionError where a result of fastbp's is not (unless
-    by a compressed policy), or one of anybody's is no result at all. A rival that raises is left out, and a forced
-    route of fastbp is broken, with its reason; eager and fastbp itself may not raise.
+    All rivals have the same parameters and the same random inputs. ``error`` is the largest relative RMS error of
+    output and gradients against float64 (of a model, of its output and of its parameters' gradients on average);
+    ``accurate`` says whether each is at most twice eager's, and a rounding unit. AssertionError where a result of
+    fastbp's is not, or by a compressed policy is no result at all; anybody else is timed all the same. A rival that
+    raises is left out, and a forced route of fastbp is broken, with its reason; eager and fastbp itself may not raise.
     """
-    cuda = device.type == "cuda"
-    torch.manual_seed(0)
-    linears = [linear.to(device) for linear in make_linears(case)]
-    # On a GPU a generator of our own: a capture that failed may leave the default one unusable.
-    generator = torch.Generator(device).manual_seed(0) if cuda else None
-
-    def draw(features: int) -> Tensor:
-        return torch.randn(case.rows, features, dtype=case.dtype, device=device, generator=generator)
-
-    bytes_each = case.rows * (case.features[0] + case.features[-1]) * case.dtype.itemsize
-    copies = cuda_clock.copies(bytes_each, device) if cuda else 1
-    pairs = [(draw(case.features[0]).requires_grad_(), draw(case.features[-1])) for _ in range(copies)]
-    params = [p for linear in linears for p in linear.parameters()]
-    x, dy = pairs[0]
-    truth = _truth(case, linears, x, dy)
+    task = task_of(case, device)
+    truth = task.truth(mode)
     # A z next to a kink may fall to either side of it: a few of the slopes differ as a whole, in whoever computes them.
     kinks = 4 / (case.rows * max(case.features)) ** 0.5 if case.activation == "relu" else 0.0
     slack = torch.finfo(case.dtype).eps + kinks
-    found = Prepared({}, {}, {}, {}, copies)
+    found = Prepared({}, {}, {}, {}, len(task.inputs))
+    allowed: list[float] = []
     for name in names:
         rival = RIVALS[name]
-        run = rival.make(case, linears)
-        if run is None:
-            found.left_out[name] = f"does not serve this case on {device.type}"
+        if reason := rival.refusal(case, mode, device):
+            found.left_out[name] = reason
             continue
         try:
-            errors = [
-                _error(mine, exact) for mine, exact in zip(_results(name, run, x, dy, params), truth, strict=True)
-            ]
+            run = rival.make(case, task.parts)
+            with rival.on_its_route():
+                errors = _errors(task.results(run, mode), truth, isinstance(case, Model))
             if name == "eager":
                 allowed = [2 * e + slack for e in errors]
             if rival.same_function:
                 accurate = all(e <= a for e, a in zip(errors, allowed, strict=True))
                 bound = name.startswith("fastbp") and rival.exact
                 assert accurate or not bound, f"{case.name}: {name} is inaccurate: {errors}"
-                assert max(errors) < 0.1 + kinks, f"{case.name}: {name} is wrong: {errors}"
-                found.accuracy[name] = {"error": float(f"{max(errors):.3g}"), "accurate": accurate}
+                usable = max(errors) < WRONG + kinks or isinstance(case, Model)
+                assert usable or not name.startswith(("fastbp", "eager")), f"{case.name}: {name} is wrong: {errors}"
+                worst = max(errors)
+                found.accuracy[name] = {
+                    "error": float(f"{worst:.3g}") if math.isfinite(worst) else None,
+                    "accurate": accurate,
+                }
         except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             if rival.route is not None:
-                found.broken[name] = reason
-            elif name == "eager" or name.startswith("fastbp") or isinstance(error, AssertionError):
+                found.broken[name] = said
+            elif name == "eager" or name.startswith("fastbp"):
                 raise
             else:
-                found.left_out[name] = reason
+                found.left_out[name] = said
             continue
-        found.steps[name] = _step(name, run, pairs, params)
+        found.steps[name] = step_of(task, run, mode, None if rival.route is None else rival.on_its_route)
     return found
 
 
-def _results(name: str, run: Run, x: Tensor, dy: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """Output and gradients."""
-    with RIVALS[name].on_its_route():
-        y = run(x)
-        return [y, *torch.autograd.grad(y, [x, *params], dy)]
-
-
-def _step(name: str, run: Run, pairs: Sequence[tuple[Tensor, Tensor]], params: Sequence[Tensor]) -> Step:
-    """A forward and backward on the next of the inputs."""
-    turns = itertools.cycle([(x, [x, *params], dy) for x, dy in pairs])
-
-    def step() -> object:
-        x, inputs, dy = next(turns)
-        return torch.autograd.grad(run(x), inputs, dy)
-
-    if RIVALS[name].route is None:
-        return step
-
-    def on_its_route() -> object:
-        with RIVALS[name].on_its_route():
-            return step()
-
-    return on_its_route
-
-
-def _truth(case: Case, linears: list[torch.nn.Linear], x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Output and gradients of the eager block in float64."""
-    wide = [torch.nn.Linear(m.in_features, m.out_features, dtype=torch.float64, device=x.device) for m in linears]
-    for copy, linear in zip(wide, linears, strict=True):
-        copy.load_state_dict(linear.state_dict())
-    block = RIVALS["eager"].make(case, wide)
-    assert block is not None
-    x = x.detach().double().requires_grad_()
-    y = block(x)
-    return [y, *torch.autograd.grad(y, [x, *(p for m in wide for p in m.parameters())], dy.double())]
+def _errors(found: Sequence[Tensor], exact: Sequence[Tensor], pooled: bool) -> list[float]:
+    """Of output and gradients, those ``pooled`` or each."""
+    first, *others = (_error(f, e) for f, e in zip(found, exact, strict=True))
+    return [first, math.sqrt(statistics.fmean(e * e for e in others))] if pooled and others else [first, *others]
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
-    """The RMS error over the RMS value."""
-    return ((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()
-
-
-def burst(step: Step, calls: int) -> float:
-    """Seconds of so many calls, by the host's clock."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    return time.perf_counter() - start
+    """The RMS error over the RMS value; infinite where it is no number, or not even the shape is right."""
+    if found.shape != exact.shape:
+        return math.inf
+    error = ((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+    return math.inf if math.isnan(error) else error
 
 
 def bursts(
@@ -160,14 +121,14 @@ def bursts(
     return times
 
 
-def on_cuda(prepared: Prepared, seconds: float) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+def on_cuda(prepared: Prepared, seconds: float, mode: str) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """The figures that only a GPU has, of every rival: its replayed graph, and the host. And who has no graph, why.
 
     A graph holds a step on each of the copies.
     """
     graphs: dict[str, Step] = {}
-    ungraphed: dict[str, str] = {}
-    for name, step in prepared.steps.items():
+    ungraphed = {"every rival": NO_GRAPH[mode]} if mode in NO_GRAPH else {}
+    for name, step in prepared.steps.items() if not ungraphed else ():
         try:
             graphs[name] = cuda_clock.capture(step, prepared.copies)
         except Exception as error:  # who cannot be captured is timed without

@@ -23,24 +23,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import model_memory
+from benchmarks.cases import Case
 from benchmarks.environment import NOT_MEASURED, results_of, write
-from benchmarks.model_memory import SAVERS, has_kernels, hidden_elements
-from benchmarks.rivals import RIVALS, make_linears
-from benchmarks.suites import MEMORY, MODEL_BLOCKS, Case
+from benchmarks.model_memory import has_kernels, hidden_elements
+from benchmarks.rivals import RIVALS, Make, make_linears
+from benchmarks.suites import MEMORY, MODEL_BLOCKS, SAVERS, STEPS
 from fastbp.activations import bind
 from fastbp.forms import LINEAR_ACT
 from fastbp.saving import resolve
 
 SUITES = ("steps", "models")
-NAMES = ("eager", "fastbp", "fastbp recompute")
+QUICK = Case("layer", 8192, (64, 64), "gelu")  # one of MEMORY
+QUICK_RIVALS = ("eager", "fastbp", "fastbp preact", "fastbp recompute")  # of either suite
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 PICTURED = ("eager", "fastbp preact")  # whose steps are kept as snapshots of a GPU's memory
 
@@ -51,27 +51,23 @@ def read_status(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def rise(
-    case: Case, make: Callable[..., Any], settings: AbstractContextManager[None], warm_rows: int | None = 2
-) -> float:
+def rise(case: Case, make: Make, warm_rows: int | None = 2) -> float:
     """How far one step of this rival raises the memory of this process, in MiB."""
     torch.manual_seed(0)
     linears = make_linears(case)
-    with settings:
-        run = make(case, linears)
-        assert run is not None, f"{case.name}: does not serve"
-        x = torch.randn(case.rows, case.features[0], dtype=case.dtype).requires_grad_()
-        dy = torch.randn(case.rows, case.features[-1], dtype=case.dtype)
-        run(x.detach()[:warm_rows].requires_grad_()).backward(dy[:warm_rows])
-        for linear in linears:
-            linear.zero_grad()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        before = read_status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most there was, starts again
-        y = run(x)
-        y.backward(dy)
-        return read_status("VmHWM") - before
+    run = make(case, linears)
+    x = torch.randn(case.rows, case.features[0], dtype=case.dtype).requires_grad_()
+    dy = torch.randn(case.rows, case.features[-1], dtype=case.dtype)
+    run(x.detach()[:warm_rows].requires_grad_()).backward(dy[:warm_rows])
+    for linear in linears:
+        linear.zero_grad()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = read_status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the most there was, starts again
+    y = run(x)
+    y.backward(dy)
+    return read_status("VmHWM") - before
 
 
 def in_process(suite: str, key: str, name: str) -> float:
@@ -83,18 +79,18 @@ def in_process(suite: str, key: str, name: str) -> float:
 
 def here(suite: str, key: str, name: str) -> float:
     """The other side of ``in_process``."""
+    make = RIVALS[name].make
     if suite == "steps":
-        return rise(MEMORY[int(key)], RIVALS[name].make, nullcontext())
-    saver = SAVERS[name]
+        return rise(MEMORY[int(key)], make)
     # What is compiled is compiled for the rows it is given.
-    return rise(MODEL_BLOCKS[key], saver.make, saver.configured(), None if saver.compiled else 2)
+    return rise(MODEL_BLOCKS[key], make, None if name.startswith("torch.compile") else 2)
 
 
-def measure(number: int, repeats: int) -> dict[str, object]:
+def measure(number: int, names: list[str], repeats: int) -> dict[str, object]:
     """One row of ``steps``: medians of several processes, in turn."""
-    found: dict[str, list[float]] = {name: [] for name in NAMES}
+    found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
-        for name in NAMES:
+        for name in names:
             found[name].append(in_process("steps", str(number), name))
     rows = {
         name: {"mib": round(statistics.median(v), 1), "spread": round(max(v) - min(v), 1)} for name, v in found.items()
@@ -145,10 +141,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--suite", choices=SUITES, action="append", help="both on a CPU, models on a GPU if not given")
-    parser.add_argument("--case", default="", help="only steps whose name has this in it; nothing written")
+    parser.add_argument("--case", default="", help="only cases whose name has this in it; nothing written")
     parser.add_argument("--block", choices=list(MODEL_BLOCKS), action="append", help="only these; nothing written")
-    parser.add_argument("--rival", choices=list(SAVERS), action="append", help="of models, only these; nothing written")
+    parser.add_argument(
+        "--rival", choices=list(dict.fromkeys((*SAVERS, *STEPS))), action="append", help="only these; nothing written"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="processes for each case and rival of steps")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest case of each, of models without torch.compile"
+    )
     parser.add_argument("--processes", action="store_true", help="of models, also steps in processes of their own")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no new block begins")
     parser.add_argument("--output", type=Path, help="a folder for the result files, also for a part of them")
@@ -160,7 +161,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if cuda and arguments.suite and "steps" in arguments.suite:
         parser.error("--suite steps is of a process on a CPU; for a GPU there is models")
     arguments.suite = arguments.suite or (["models"] if cuda else list(SUITES))
+    arguments.whole = not (arguments.case or arguments.block or arguments.rival or arguments.quick)
+    if arguments.quick:
+        arguments.case, arguments.repeats = arguments.case or QUICK.name, 1
+        arguments.block, arguments.rival = arguments.block or ["bert"], arguments.rival or list(QUICK_RIVALS)
+    arguments.steps = [n for n, case in enumerate(MEMORY) if arguments.case in case.name]
+    arguments.blocks = arguments.block or [b for b, case in MODEL_BLOCKS.items() if arguments.case in case.name]
+    if arguments.case and not (arguments.steps or arguments.blocks):
+        there = dict.fromkeys(case.name for case in (*MEMORY, *MODEL_BLOCKS.values()))
+        parser.error(f"--case {arguments.case}: no such case; there are {'; '.join(there)}")
     return arguments
+
+
+def measure_steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of ``steps``."""
+    rows: list[dict[str, Any]] = []
+    names = [name for name in STEPS if name in (arguments.rival or STEPS)]
+    for number in arguments.steps if "eager" in names else ():
+        rows.append(measure(number, names, arguments.repeats))
+        print(rows[-1]["case"])
+        rivals: dict[str, dict[str, float]] = rows[-1]["rivals"]
+        for name, r in rivals.items():
+            print(f"  {name:18}{r['mib']:8.1f} MiB   {r['mib'] / rivals['eager']['mib']:5.2f} × eager", flush=True)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,22 +194,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     cuda = arguments.device == "cuda"
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    whole = not (arguments.case or arguments.block or arguments.rival)
-    output = arguments.output or (results_of(device) if whole else None)
+    output = arguments.output or (results_of(device) if arguments.whole else None)
     command = ["benchmarks.memory", *(argv if argv is not None else sys.argv[1:])]
+    if "steps" in arguments.suite and (steps := measure_steps(arguments)) and output is not None:
+        write(output / "memory.jsonl", steps, command)
     rows: list[dict[str, Any]] = []
-    for number, case in enumerate(MEMORY if "steps" in arguments.suite else ()):
-        if arguments.case not in case.name:
-            continue
-        rows.append(measure(number, arguments.repeats))
-        print(case.name)
-        rivals: dict[str, dict[str, float]] = rows[-1]["rivals"]
-        for name, r in rivals.items():
-            print(f"  {name:18}{r['mib']:8.1f} MiB   {r['mib'] / rivals['eager']['mib']:5.2f} × eager", flush=True)
-    if output is not None and rows:
-        write(output / "memory.jsonl", rows, command)
-    rows = []
-    for block in (arguments.block or MODEL_BLOCKS) if "models" in arguments.suite else ():
+    for block in arguments.blocks if "models" in arguments.suite else ():
         if time.monotonic() - start > arguments.limit:
             print(f"{block}{NOT_MEASURED}", flush=True)
             continue
@@ -196,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(measure_block(block, names, where, processes, pictures))
         print_block(rows[-1])
         if output is not None:  # now, should this process be ended before the last block
-            write(output / "model_memory.jsonl", rows, command, device, quiet=block != list(MODEL_BLOCKS)[-1])
+            write(output / "model_memory.jsonl", rows, command, device, quiet=block != arguments.blocks[-1])
     return 0
 
 

@@ -11,61 +11,23 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._functorch import config as functorch
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastbp
-from benchmarks.rivals import KINDS, eager, fused, make_linears
-from benchmarks.suites import Case
+from benchmarks.cases import Case
+from benchmarks.rivals import KINDS, RIVALS, Run, make_linears
 from fastbp import backends
 from fastbp.activations import bind
 from fastbp.forms import FORMS
 from fastbp.problem import configure
-from fastbp.saving import POLICIES, legal_policies
-
-Run = Callable[[Tensor], Tensor]
-PARTITIONED = "aot_eager_decomp_partition"  # Inductor's decompositions and partitioner, and no code
-
-
-@dataclass(frozen=True)
-class Saver:
-    """Who keeps: how it is made, and under which settings of PyTorch's compiler."""
-
-    make: Callable[[Case, list[nn.Linear]], Run | None]
-    compiled: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def configured(self) -> AbstractContextManager[None]:
-        """Where it is compiled and run."""
-        return functorch.patch(dict(self.settings))  # type: ignore[no-any-return]
-
-
-def _compiled(case: Case, linears: list[nn.Linear]) -> Run:
-    backend = PARTITIONED if linears[0].weight.is_meta else "inductor"
-    return torch.compile(eager(case, linears), backend=backend, dynamic=False)  # type: ignore[no-any-return]
-
-
-SAVERS: dict[str, Saver] = {
-    "eager": Saver(eager),
-    "torch.compile": Saver(_compiled, compiled=True),
-    "torch.compile, ban_recompute_materialized_backward=False": Saver(
-        _compiled, compiled=True, settings={"ban_recompute_materialized_backward": False}
-    ),
-    "torch.compile, activation_memory_budget=0.5": Saver(
-        _compiled, compiled=True, settings={"activation_memory_budget": 0.5}
-    ),
-    **{f"fastbp {policy}": Saver(fused(save=policy)) for policy in POLICIES},
-}
+from fastbp.saving import legal_policies
 
 
 class InUse(TorchDispatchMode):
@@ -98,7 +60,7 @@ class InUse(TorchDispatchMode):
 
 
 def has_kernels(case: Case, name: str) -> bool:
-    """Whether it is this saver's kernels that run on the CPU, and not operations of PyTorch's in their place."""
+    """Whether it is this rival's kernels that run on the CPU, and not operations of PyTorch's in their place."""
     if not name.startswith("fastbp "):
         return True
     form, activation = FORMS[KINDS[case.kind]], bind(case.activation)
@@ -118,15 +80,15 @@ def measure(case: Case, name: str, device: torch.device, snapshot: Path | None =
     """Bytes kept for backward beyond parameters and input, and the most in use in a step beyond these and dy.
 
     ``kept`` by SavedBytes, ``in_use`` by the operations; on a GPU ``kept_allocated`` and ``peak`` by the allocator.
-    None where this saver does not serve the case.
+    None where this rival does not serve the case.
     """
-    saver = SAVERS[name]
+    rival = RIVALS[name]
+    if rival.refusal(case, "fwd_bwd", device):
+        return None
     torch._dynamo.reset()
-    with torch.device(device), saver.configured():
+    with torch.device(device):
         linears = [linear.to(device) for linear in make_linears(case)]
-        run = saver.make(case, linears)
-        if run is None:
-            return None
+        run = rival.make(case, linears)
         x = torch.randn(case.rows, case.features[0], dtype=case.dtype).requires_grad_()
         dy = torch.randn(case.rows, case.features[-1], dtype=case.dtype)
         params = [p for linear in linears for p in linear.parameters()]
@@ -138,7 +100,7 @@ def measure(case: Case, name: str, device: torch.device, snapshot: Path | None =
         found = {"kept": saved.total}
         if device.type == "cuda":
             found |= _by_allocator(run, given, dy, snapshot)
-        elif not saver.compiled:
+        elif not name.startswith("torch.compile"):
             with InUse([*given, dy]) as in_use:
                 grads = torch.autograd.grad(run(x), given, dy)
             found["in_use"] = in_use.most

@@ -1,22 +1,34 @@
-"""Who is measured: each rival is a function from a case and its tensors to y, or None where it does not serve."""
+"""Who is measured: one table of rivals, each made of a case and its modules, and each saying what it serves."""
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
 import fastbp
-from benchmarks.suites import SUITES, Case
+from benchmarks import outside
+from benchmarks.cases import Case, Model, name_of
+from benchmarks.suites import MODES
 from fastbp.activations import bind
-from fastbp.backends import native, triton
+from fastbp.backends import AUTO, BACKENDS, native
 from fastbp.forms import FORMS
-from fastbp.saving import POLICIES, legal_policies
+from fastbp.problem import Problem, configure
+from fastbp.saving import POLICIES, check_dtype
 
+Run = Callable[[Tensor], Tensor]
+Make = Callable[[Case, list[Any]], Run]
 KINDS = {"layer": "linear_act", "gated": "gated_linear_act", "mlp": "mlp", "gated_mlp": "gated_mlp"}
+MODELS = {"vit": "mlp", "gpt2": "mlp", "llama": "gated_mlp"}  # the form of their blocks' MLPs
+PARTITIONED = "aot_eager_decomp_partition"  # Inductor's decompositions and partitioner, and no code
 _MODULES: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
@@ -35,25 +47,24 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, *down = self.linears
-        h = self.activation(gate(x)) * up(x)
+        h: Tensor = self.activation(gate(x)) * up(x)
         return down[0](h) if down else h
 
 
 def make_linears(case: Case) -> list[nn.Linear]:
     """The linears of a case; every rival of one run is made of the same ones."""
-    sizes = list(zip(case.features, case.features[1:], strict=False))
-    if case.kind.startswith("gated"):
-        sizes = [sizes[0], *sizes]
-    return [nn.Linear(*size, dtype=case.dtype) for size in sizes]
+    return [nn.Linear(into, out, dtype=case.dtype) for _, into, out in case.products]
 
 
-def eager(case: Case, linears: list[nn.Linear]) -> nn.Module:
+def eager(case: Case, parts: list[Any]) -> nn.Module:
     """What people write."""
+    if isinstance(case, Model):
+        return parts[0]  # type: ignore[no-any-return]
     activation = _MODULES[case.activation]()
     if case.kind.startswith("gated"):
-        return Gated(linears, activation)
+        return Gated(parts, activation)
     layers: list[nn.Module] = []
-    for linear in linears:
+    for linear in parts:
         layers += [linear, activation]
     return nn.Sequential(*(layers if case.kind == "layer" else layers[:-1]))
 
@@ -66,65 +77,138 @@ def linears_alone(case: Case, linears: list[nn.Linear]) -> nn.Module:
     return Gated(linears, nn.Identity())
 
 
-def compiled(mode: str | None = None) -> Callable[..., Callable[[Tensor], Tensor]]:
-    """torch.compile of eager, in this mode of its own."""
+def compiled(mode: str | None = None, **settings: Any) -> Make:
+    """torch.compile of eager, in this mode of its own, or under these settings of its partitioner.
 
-    def make(case: Case, linears: list[nn.Linear]) -> Callable[[Tensor], Tensor]:
-        return torch.compile(eager(case, linears), mode=mode)  # type: ignore[no-any-return]
+    Of meta tensors what is kept for backward is settled as for Inductor, and no code is made.
+    """
+
+    def make(case: Case, parts: list[Any]) -> Run:
+        module = eager(case, parts)
+        backend = PARTITIONED if next(module.parameters()).is_meta else "inductor"
+        if mode is not None:
+            return torch.compile(module, mode=mode)
+        chosen = _configured(backend, settings) if settings else backend
+        return torch.compile(module, backend=chosen)
 
     return make
 
 
-def _has_cuda_kernels(weight: Tensor) -> bool:
-    if native.unavailable or not weight.is_cuda or not native.cuda_architectures():
-        return False
-    return native.cuda_refusal(weight.get_device()) is None
+def _configured(backend: str, settings: dict[str, Any]) -> Callable[..., Any]:
+    """A compiler of its own: Dynamo would take what another rival compiled of the same module for this one's."""
+    compiler = torch._dynamo.lookup_backend(backend)
+
+    def configured(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        with functorch.patch(settings):
+            return compiler(graph, inputs)
+
+    return configured
 
 
-def fused(backend: str | None = None, save: str = "auto") -> Callable[..., Callable[[Tensor], Tensor] | None]:
-    """fastbp by its modules, so that what users call is what is timed."""
+def addmm_activation(case: Case, linears: list[nn.Linear]) -> Run:
+    """PyTorch's product with the activation in its epilogue, which has no derivative."""
+    weight, bias, gelu = linears[0].weight, linears[0].bias, case.activation.startswith("gelu")
+    return lambda x: torch._addmm_activation(bias, x, weight.t(), use_gelu=gelu)
 
-    def make(case: Case, linears: list[nn.Linear]) -> Callable[[Tensor], Tensor] | None:
-        if save != "auto" and save not in legal_policies(bind(case.activation), FORMS[KINDS[case.kind]]):
-            return None
-        if backend == "triton" and (triton.unavailable or not (linears[0].weight.is_cuda or triton.interpreting())):
-            return None
-        if backend == "native" and not _has_cuda_kernels(linears[0].weight):
-            return None
+
+def _erf_on_cpu(case: Case, device: torch.device) -> str | None:
+    tanh = case.activation == "gelu_tanh" and device.type == "cpu"
+    return "on a CPU its GELU is that of erf" if tanh else None
+
+
+def fused(backend: str | None = None, save: str = "auto") -> Make:
+    """fastbp by its modules, and of a model by ``fuse``, so that what users call is what is timed."""
+
+    def make(case: Case, parts: list[Any]) -> Run:
+        if isinstance(case, Model):
+            return _fused_model(case, parts[0], save, backend)
         options = {"activation": case.activation, "save": save, "backend": backend, "dtype": case.dtype}
         first, last = case.features[0], case.features[-1]
         block: nn.Module
         if case.kind == "layer":
-            block = fastbp.LinearAct(first, last, **options)
-            block.weight, block.bias = linears[0].weight, linears[0].bias
+            block = fastbp.LinearAct(first, last, **options)  # type: ignore[arg-type]
+            block.weight, block.bias = parts[0].weight, parts[0].bias
             return block
         if case.kind == "gated":
-            block = fastbp.GatedLinear(first, last, **options)
+            block = fastbp.GatedLinear(first, last, **options)  # type: ignore[arg-type]
         elif case.kind == "gated_mlp":
-            block = fastbp.GatedMLP(first, case.features[1], last, bias=True, **options)
+            block = fastbp.GatedMLP(first, case.features[1], last, bias=True, **options)  # type: ignore[arg-type]
         else:
-            block = fastbp.MLP(first, case.features[1:-1], last, **options)
-        for name, linear in zip([name for name, _ in block.named_children()], linears, strict=True):
+            block = fastbp.MLP(first, case.features[1:-1], last, **options)  # type: ignore[arg-type]
+        for name, linear in zip([name for name, _ in block.named_children()], parts, strict=True):
             setattr(block, name, linear)
         return block
 
     return make
 
 
-BOTH, GPU = ("cpu", "cuda"), ("cuda",)
+def _fused_model(case: Model, model: nn.Module, save: str, backend: str | None) -> nn.Module:
+    """A copy with the same parameters, every block of it fused."""
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    report = fastbp.fuse(model, save=save, backend=backend)
+    assert len(report.fused) == case.depth, f"{case.name}: not every block was fused\n{report}"
+    return model
+
+
+def _refuses(backend: str | None, save: str) -> Callable[[Case, torch.device], str | None]:
+    """Why fastbp does not serve a case by this backend and policy, in its own words."""
+
+    def refuses(case: Case, device: torch.device) -> str | None:
+        activation, form = bind(case.activation), FORMS[(KINDS | MODELS)[case.kind]]
+        if save != "auto":
+            if reason := POLICIES[save].illegal(activation, form):
+                return reason
+            try:
+                check_dtype(save, case.dtype, "fastbp")
+            except ValueError as error:
+                return str(error)
+        entry = BACKENDS.get(backend or AUTO)
+        if entry is None or isinstance(entry, str):
+            return entry
+        kept = "preact" if save == "auto" else save
+        config = configure(form.name, activation.name, activation.params, kept, backend or AUTO)
+        return entry.supports(Problem(config, device, case.dtype))  # type: ignore[no-any-return]
+
+    return refuses
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A row: how it is made, whether it computes what the case says, and as exactly as eager, and where it runs
-    without being asked for."""
+    """A row: how it is made, what it serves, whether it computes what the case says, and as exactly as eager."""
 
-    make: Callable[..., Callable[[Tensor], Tensor] | None]
+    make: Make
+    kinds: tuple[str, ...] = (*KINDS, *MODELS)
+    activations: tuple[str, ...] = tuple(_MODULES)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    devices: tuple[str, ...] = ("cpu", "cuda", "meta")
+    modes: tuple[str, ...] = MODES
+    most_hidden: int | None = None  # hidden layers
+    multiple_of: int = 1  # what its features must be
+    refuses: Callable[[Case, torch.device], str | None] = field(default=lambda case, device: None)
+    needs: tuple[str, str] | None = None  # the module it is from, and how that is installed
     same_function: bool = True
     exact: bool = True
-    always: tuple[str, ...] = BOTH
-    route: str | None = None  # of a backend on a GPU
-    backend: str = "triton"
+    backend: str | None = None  # of fastbp's, if one is named
+    route: str | None = None  # of that backend on a GPU
+
+    def refusal(self, case: Case, mode: str, device: torch.device) -> str | None:
+        """Why it does not take part, or None."""
+        for asked, served in (
+            (case.kind, self.kinds),
+            (case.activation, self.activations),
+            (name_of(case.dtype), tuple(map(name_of, self.dtypes))),
+            (device.type, self.devices),
+            (mode, self.modes),
+        ):
+            if asked not in served:
+                return f"serves {' and '.join(served)}, not {asked}"
+        if self.most_hidden is not None and len(case.features) - 2 > self.most_hidden:
+            return f"has {self.most_hidden} hidden layer, not {len(case.features) - 2}"
+        if any(size % self.multiple_of for size in case.features):
+            return f"takes features in multiples of {self.multiple_of}"
+        if self.needs is not None and not _is_there(self.needs[0]):
+            return f"{self.needs[0]} is not installed; {self.needs[1]}"
+        return self.refuses(case, device)
 
     def on_its_route(self) -> AbstractContextManager[None]:
         """Where its calls, forward and backward, take the route that it is named for."""
@@ -137,26 +221,54 @@ class Rival:
         return choice.forced(self.route)
 
 
+def _is_there(module: str) -> bool:
+    return module in sys.modules or importlib.util.find_spec(module) is not None
+
+
+def _by_fastbp(backend: str | None = None, save: str = "auto", **row: Any) -> Rival:
+    exact = save == "auto" or not POLICIES[save].compressed
+    return Rival(fused(backend, save), exact=exact, refuses=_refuses(backend, save), backend=backend, **row)
+
+
+SIXTEEN = (torch.bfloat16, torch.float16)
 RIVALS: dict[str, Rival] = {
     "eager": Rival(eager),
     "eager again": Rival(eager),  # the same thing twice: what a difference must exceed to mean anything
-    "linears alone": Rival(linears_alone, same_function=False),
+    "linears alone": Rival(linears_alone, tuple(KINDS), same_function=False),
+    "torch addmm_activation": Rival(
+        addmm_activation, ("layer",), ("relu", "gelu", "gelu_tanh"), modes=("fwd",), refuses=_erf_on_cpu
+    ),
     "torch.compile": Rival(compiled()),
-    "torch.compile max-autotune": Rival(compiled("max-autotune-no-cudagraphs"), always=GPU),
-    "fastbp": Rival(fused()),
-    "fastbp library": Rival(fused("triton"), always=GPU, route="library"),
-    "fastbp fused": Rival(fused("triton"), always=GPU, route="fused"),
-    "fastbp native library": Rival(fused("native"), always=GPU, route="library", backend="native"),
-    "fastbp native cublaslt": Rival(fused("native"), always=(), route="cublaslt", backend="native"),
-    "fastbp native fused": Rival(fused("native"), always=(), route="fused", backend="native"),  # never run yet
-    "fastbp reference": Rival(fused("reference"), always=()),
+    "torch.compile max-autotune": Rival(compiled("max-autotune-no-cudagraphs"), devices=("cpu", "cuda")),
+    "torch.compile, ban_recompute_materialized_backward=False": Rival(
+        compiled(ban_recompute_materialized_backward=False)
+    ),
+    "torch.compile, activation_memory_budget=0.5": Rival(compiled(activation_memory_budget=0.5)),
     **{
-        f"fastbp {save}": Rival(fused(save=save), exact=not policy.compressed, always=())
-        for save, policy in POLICIES.items()
+        " ".join(["fastbp", *filter(None, [backend, save.removeprefix("auto")])]): _by_fastbp(backend, save)
+        for backend in (None, *BACKENDS)
+        for save in ("auto", *POLICIES)
     },
-}
-
-
-def rivals_of(suite: str, case: Case, device: str) -> list[str]:
-    """Who runs in a suite without being asked for, eager first."""
-    return [name for name in SUITES[suite].rivals_of(case, device) if name in RIVALS]
+    "fastbp library": _by_fastbp("triton", route="library"),
+    "fastbp fused": _by_fastbp("triton", route="fused"),
+    **{
+        f"fastbp native {route}": _by_fastbp("native", route=route, devices=("cuda",))
+        for route in ("library", "cublaslt", "fused")  # the last two have never run yet
+    },
+    "quack": Rival(
+        outside.quack, ("mlp", "gated_mlp"), ("relu", "gelu_tanh", "silu"), SIXTEEN, ("cuda",),
+        most_hidden=1, multiple_of=8, needs=("quack", "pip install quack-kernels"),
+    ),
+    "liger": Rival(
+        outside.liger, ("gated", "gated_mlp"), ("gelu_tanh", "silu"), (torch.float32, *SIXTEEN), ("cuda",),
+        needs=("liger_kernel", "pip install liger-kernel"),
+    ),
+    "transformer-engine": Rival(
+        outside.transformer_engine, tuple(KINDS), ("relu", "gelu_tanh", "silu"), (torch.float32, *SIXTEEN), ("cuda",),
+        needs=("transformer_engine", "pip install --no-build-isolation 'transformer-engine[pytorch]'"),
+    ),
+    "flash-attn": Rival(
+        outside.flash_attention, ("mlp",), ("relu", "gelu_tanh"), SIXTEEN, ("cuda",), most_hidden=1, multiple_of=8,
+        refuses=outside.odd_relu, needs=("fused_dense_lib", "it is built from csrc/fused_dense_lib of flash-attention"),
+    ),
+}  # fmt: skip

@@ -134,9 +134,9 @@ def model(kind: str, dtype: torch.dtype, batch: int, length: int, width: int, hi
 
 MODELS: dict[str, tuple[Model, ...]] = {
     "cpu": (  # with a step of training of some tenths of a second
-        model("vit", FLOAT, 8, 197, 192, 768, depth=12, heads=3, classes=1000),  # ViT-Ti
-        model("gpt2", FLOAT, 8, 256, 256, 1024, depth=6, heads=8, classes=1024),
-        model("llama", FLOAT, 8, 256, 256, 688, depth=6, heads=8, classes=1024),
+        model("vit", FLOAT, 4, 197, 192, 768, depth=12, heads=3, classes=1000),  # ViT-Ti
+        model("gpt2", FLOAT, 4, 256, 256, 1024, depth=6, heads=8, classes=1024),
+        model("llama", FLOAT, 4, 256, 256, 688, depth=6, heads=8, classes=1024),
     ),
     "cuda": (
         model("gpt2", BFLOAT, 8, 1024, 768, 3072, depth=12, heads=12, classes=50304),  # GPT-2 of 124M
@@ -146,12 +146,12 @@ MODELS: dict[str, tuple[Model, ...]] = {
 }
 TINY = tuple(
     model(kind, FLOAT, 2, length, 32, hidden, depth=2, heads=2, classes=10)
-    for kind, length, hidden in (("vit", 197, 128), ("gpt2", 16, 128), ("llama", 16, 88))
+    for kind, length, hidden in (("vit", 17, 128), ("gpt2", 16, 128), ("llama", 16, 88))
 )
 
 
 def _each(blocks: tuple[tuple[object, ...], ...], *dtypes: torch.dtype) -> tuple[Case, ...]:
-    return tuple(Case(*block, dtype=dtype) for dtype in dtypes for block in blocks)  # type: ignore[arg-type]
+    return tuple(Case(*block, dtype=dtype) for dtype in dtypes for block in blocks)  # type: ignore[arg-type, misc]
 
 
 _SMALL = tuple(("mlp", rows, (64,) * 6 if width == 64 else (width,) * 4, name) for width, rows, name in SMALL)
@@ -190,6 +190,7 @@ SUITES: dict[str, Suite] = {
         },
         {"cpu": COMPILED, "cpu float32": FLAGS, "cuda": (*ON_GPU, *FLAGS, *OUTSIDE)},
         modes=("fwd_bwd", "fwd", "bwd"),
+        quick=(Case("mlp", 64, (128, 512, 128)), Case("gated_mlp", 64, (128, 352, 128), "silu")),
     ),
     "small": Suite(
         "narrow networks of several layers, by the rows they are given",
@@ -213,7 +214,7 @@ SUITES: dict[str, Suite] = {
         "every save policy; on a CPU without the largest in bfloat16, where one may have no products of it",
         {
             "cpu": tuple(
-                Case(*block, dtype=dtype)  # type: ignore[misc]
+                Case(*block, dtype=dtype)
                 for dtype, shapes in ((FLOAT, LAYER_SHAPES), (BFLOAT, LAYER_SHAPES[1:]))
                 for block in (
                     *(("layer", *shape, name) for shape in shapes for name in ("gelu", "silu")),

@@ -10,10 +10,6 @@ from benchmarks import records
 from benchmarks.records import Row
 
 SHOWN = 10  # rows of a table
-BESIDE = (
-    "eager again", "torch.compile", "torch.compile max-autotune", "fastbp library", "fastbp fused",
-    "fastbp native library", "fastbp native fused",
-)  # fmt: skip
 FACTS = (
     "gpu", "capability", "multiprocessors", "memory_gib", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit",
     "cpu", "cuda", "torch", "triton", "python", "fastbp", "native", "commit", "date", "command",
@@ -38,8 +34,12 @@ def summary(output: Path, facts: dict[str, Any], stages: dict[str, dict[str, Any
             parts += _kernels(measured, of)
         elif path.stem == "model_memory":
             parts.append(_memory(measured, of))
-        else:
-            parts.append((_policies if path.stem == "policies" else _suite)(path.stem, measured, of))
+        elif path.stem == "accuracy":
+            parts.append(_accuracy(measured, of))
+        elif path.stem == "policies":
+            parts.append(_policies(path.stem, measured, of))
+        elif "rivals" in measured[0]:
+            parts += _suite(path.stem, measured, of)
     return "\n".join(parts)
 
 
@@ -72,14 +72,27 @@ def policy_times(rows: list[Row]) -> list[list[str]]:
 
 
 def _remarks(rows: list[Row]) -> str:
-    """Who was left out, has no graph or is broken, and that first."""
-    remarks = {
-        f"- {name} {words}: {reason} ({row['case']})\n"
-        for row in rows
-        for key, words in (("broken", "is BROKEN"), ("left_out", "was left out"), ("no_graph", "has no graph"))
-        for name, reason in row.get(key, {}).items()
-    }
-    return "".join(sorted(remarks, key=lambda r: "BROKEN" not in r)[:SHOWN])
+    """Who is broken, was wrong, was left out or has no graph, in this order, and in how many cases."""
+    cases: dict[str, list[str]] = {}
+    for row in rows:
+        wrong = {
+            name: f"error {rival['error']}"
+            for name, rival in row["rivals"].items()
+            if not rival.get("accurate", True) and not name.startswith("fastbp ")
+        }
+        for found, words in (
+            (row.get("broken", {}), "is BROKEN"),
+            (wrong, "is less accurate than eager allows"),
+            (row.get("left_out", {}), "was left out"),
+            (row.get("no_graph", {}), "has no graph"),
+        ):
+            for name, reason in found.items():
+                cases.setdefault(f"- {name} {words}: {reason}", []).append(row["case"])
+    lines = [
+        f"{line} ({where[0]}{f' and {len(where) - 1} more' if where[1:] else ''})\n" for line, where in cases.items()
+    ]
+    order = ("BROKEN", "less accurate", "left out", "no graph")
+    return "".join(sorted(lines, key=lambda line: [word not in line for word in order])[:SHOWN])
 
 
 def _policies(suite: str, rows: list[Row], of: str) -> str:
@@ -88,21 +101,43 @@ def _policies(suite: str, rows: list[Row], of: str) -> str:
     return f"## {suite}: time over preact's ({of})\n\n" + table(head, cells) + _remarks(rows)
 
 
-def _suite(suite: str, rows: list[Row], of: str) -> str:
-    """fastbp over eager, by events; beside it by the replayed graph, what is noise, and the rivals."""
-    found = []
-    for row in rows:
-        rivals = row["rivals"]
-        mine = rivals.get("fastbp")
-        if mine is None:
+def _suite(suite: str, rows: list[Row], of: str) -> list[str]:
+    """fastbp over eager, by events, mode by mode; beside it by the replayed graph, what is noise, and the rivals."""
+    parts = []
+    for mode in dict.fromkeys(row.get("mode", "fwd_bwd") for row in rows):
+        chosen = [row for row in rows if row.get("mode", "fwd_bwd") == mode]
+        beside = list(
+            dict.fromkeys(name for row in chosen for name in row["rivals"] if name not in ("eager", "fastbp"))
+        )
+        found = []
+        for row in chosen:
+            rivals = row["rivals"]
+            mine = rivals.get("fastbp")
+            if mine is None:
+                continue
+            figures = [mine["over_eager"], mine.get("graph_over_eager")]
+            figures += [rivals.get(name, {}).get("over_eager") for name in beside]
+            cells = ["" if figure is None else f"{figure:.2f}" for figure in figures]
+            found.append((mine["over_eager"], [row["case"], f"{mine['ms']:.3f}", *cells]))
+        head = ["case", "fastbp, ms", "× eager", "× eager in a graph", *beside]
+        heading = f"## {suite} {mode}: eager's time over fastbp's ({of})\n\n"
+        parts.append(heading + (worst(head, found) if found else "") + _remarks(chosen))
+    return parts
+
+
+def _accuracy(rows: list[Row], of: str) -> str:
+    """The gradients of an MLP by every policy: the largest of their errors over eager's own, by dtype."""
+    of_policies: dict[tuple[str, str], float] = {}
+    own: dict[tuple[str, str], Row] = {}
+    for row in (row for row in rows if row["table"] == "gradients"):
+        if row["save"] == "eager":
+            own[row["activation"], row["dtype"]] = row
             continue
-        figures = [mine["over_eager"], mine.get("graph_over_eager")]
-        figures += [rivals.get(name, {}).get("over_eager") for name in BESIDE]
-        cells = ["" if figure is None else f"{figure:.2f}" for figure in figures]
-        found.append((mine["over_eager"], [row["case"], f"{mine['ms']:.3f}", *cells]))
-    head = ["case", "fastbp, ms", "× eager", "× eager in a graph", *BESIDE]
-    heading = f"## {suite}: eager's time over fastbp's ({of})\n\n"
-    return heading + (worst(head, found) if found else "") + _remarks(rows)
+        eager, key = own[row["activation"], row["dtype"]], (row["save"], row["dtype"])
+        of_policies[key] = max(of_policies.get(key, 0.0), *(row[kind] / eager[kind] for kind in ("dx", "dW", "db")))
+    cells = [[save, dtype, f"{factor:.2f} ×"] for (save, dtype), factor in of_policies.items()]
+    heading = f"## accuracy: the worst error of gradients over eager's ({of})\n\n"
+    return heading + table(["policy", "dtype", "of eager's"], cells)
 
 
 def _memory(rows: list[Row], of: str) -> str:

@@ -36,16 +36,18 @@ def test_dry_run(tmp_path):
     assert list(stages) == IN_DRY_RUN
     for name, found in stages.items():
         assert f"| {name} | {found['outcome']}" in text
-        assert found["outcome"] == ("left out" if name == "build" else "passed")
+        assert found["outcome"] == ("left out" if name in ("build", "static") else "passed")
     assert "no figure here means anything" in text
-    for suite, rival in (("overhead", "fastbp"), ("small", "fastbp"), ("edges", "fastbp"), ("policies", "fastbp fp8")):
-        (row,) = rows_of(tmp_path / f"{suite}.jsonl")
-        assert row["rivals"][rival]["over_eager"] > 0
-        assert f"| {row['case']} |" in text
+    for name, suite in SUITES.items():
+        for row in rows_of(tmp_path / f"{name}.jsonl") if not suite.module else ():
+            assert row["rivals"]["fastbp preact" if name == "policies" else "fastbp"]["over_eager"] > 0
+            assert row["mode"] in suite.modes
+            assert f"| {row['case']} |" in text
+    assert "| output_lsb | float32 |" in text
     for name in ("tests", "triton"):
         assert " passed, 0 failed, " in stages[name]["note"]
-    assert [row["block"] for row in rows_of(tmp_path / "model_memory.jsonl")] == ["bert", "llama"]
-    assert "| bert | torch.compile | 4.00 |" in text and "| llama | fastbp preact | 4.00 |" in text
+    assert [row["block"] for row in rows_of(tmp_path / "model_memory.jsonl")] == ["bert"]
+    assert "| bert | torch.compile | 4.00 |" in text and "| bert | fastbp preact | 2.00 |" in text
     check_kernels({row["case"].split()[0]: row for row in rows_of(tmp_path / "kernels.jsonl")})
     assert "the times mean nothing" in (tmp_path / "logs" / "kernels.log").read_text()
 
@@ -239,7 +241,7 @@ def test_who_cannot_be_captured_is_noted(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cuda_clock, "host_milliseconds", lambda step: 0.5)
     steps = {"eager": lambda: sum(range(2000)), "torch.compile": slow, "fastbp": lambda: sum(range(1000))}
     prepared = measure.Prepared(steps, {}, {"fastbp fused": "is not there"}, {}, copies=3)
-    monkeypatch.setattr(run, "prepare", lambda case, names, device: prepared)
+    monkeypatch.setattr(run, "prepare", lambda case, names, device, mode: prepared)
     row = run.measure(Case("layer", 4, (8, 8)), list(steps), 0.02, types.SimpleNamespace(type="cuda"))
     assert row["no_graph"] == {"torch.compile": "RuntimeError: operation not permitted when stream is capturing"}
     assert row["left_out"] == prepared.left_out and row["copies"] == 3

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 import fastbp
-from benchmarks import memory, model_memory, records
-from benchmarks.model_memory import SAVERS, InUse, has_kernels, hidden_elements, measure
-from benchmarks.suites import MODEL_BLOCKS, Case
+from benchmarks import memory, model_memory, records, rivals
+from benchmarks.cases import Case
+from benchmarks.model_memory import InUse, has_kernels, hidden_elements, measure
+from benchmarks.rivals import RIVALS
+from benchmarks.suites import MODEL_BLOCKS
 from fastbp.backends import native
 from fastbp.residuals import IN_A_BLOCK
 from fastbp.saving import POLICIES
@@ -49,10 +51,9 @@ def test_the_compilers_settings_are_in_force_only_there():
 @pytest.mark.parametrize("name", ["eager", "torch.compile", *(f"fastbp {policy}" for policy in POLICIES)])
 @pytest.mark.parametrize("case", [MLP, GATED])
 def test_meta_tensors_keep_what_real_ones_do(case, name, monkeypatch):
-    monkeypatch.setattr(model_memory, "_compiled", None)  # the real one would be compiled by Inductor
-    real = model_memory.PARTITIONED
-    saver = model_memory.Saver(lambda case, linears: torch.compile(SAVERS["eager"].make(case, linears), backend=real))
-    monkeypatch.setitem(SAVERS, "torch.compile", saver)
+    # As of meta tensors: the real one would be compiled by Inductor.
+    partitioned = rivals.Rival(lambda *made: torch.compile(rivals.eager(*made), backend=rivals.PARTITIONED))
+    monkeypatch.setitem(RIVALS, "torch.compile", partitioned)
     on_cpu, on_meta = measure(case, name, CPU), measure(case, name, META)
     assert (on_cpu is None) == (on_meta is None)
     assert on_cpu is None or on_cpu["kept"] == on_meta["kept"]

@@ -51,7 +51,7 @@ def prepare(case: Case, names: Iterable[str], device: torch.device, mode: str = 
     found = Prepared({}, {}, {}, {}, len(task.inputs))
     allowed: list[float] = []
     for name in names:
-        rival = RIVALS[name]
+        rival, trusted = RIVALS[name], name == "eager" or name.startswith("fastbp")
         if reason := rival.refusal(case, mode, device):
             found.left_out[name] = reason
             continue
@@ -66,7 +66,7 @@ def prepare(case: Case, names: Iterable[str], device: torch.device, mode: str = 
                 bound = name.startswith("fastbp") and rival.exact
                 assert accurate or not bound, f"{case.name}: {name} is inaccurate: {errors}"
                 usable = max(errors) < WRONG + kinks or isinstance(case, Model)
-                assert usable or not name.startswith(("fastbp", "eager")), f"{case.name}: {name} is wrong: {errors}"
+                assert usable or not trusted, f"{case.name}: {name} is wrong: {errors}"
                 worst = max(errors)
                 found.accuracy[name] = {
                     "error": float(f"{worst:.3g}") if math.isfinite(worst) else None,
@@ -76,7 +76,7 @@ def prepare(case: Case, names: Iterable[str], device: torch.device, mode: str = 
             said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             if rival.route is not None:
                 found.broken[name] = said
-            elif name == "eager" or name.startswith("fastbp"):
+            elif trusted:
                 raise
             else:
                 found.left_out[name] = said

@@ -172,7 +172,7 @@ def test_the_commands_for_a_gpu_are_understood_and_end_in_time(monkeypatch, tmp_
             assert (arguments.device, arguments.output) == ("cuda", tmp_path)
             assert arguments.limit == limit - 60
             understood.add(name)
-    assert understood == {"kernels", "layers", "blocks", "edges", "policies", "memory"}
+    assert understood == {"kernels", *SUITES}
     assert "TRITON_INTERPRET" not in gpu.environment_of("tests", dry=False)
 
 

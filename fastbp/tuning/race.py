@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -71,31 +71,39 @@ def run_race(job: Job, seconds: float) -> Outcome:
     allowed = [2 * error + torch.finfo(job.dtype).eps + _slack(job) for error in yardstick]
     steps: dict[str, Step] = {}
     refused: dict[str, str] = {}
-    kept: int | None = None
     choices = candidates(job)
     for choice in choices:
         config = with_choice(job.config, choice)
-        try:
-            errors = _errors(call.results(config), exact)
-        except Exception as error:  # whatever a compiler, a driver or a lack of memory says
-            refused[choice.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            continue
-        wrong = [(e, a) for e, a in zip(errors, allowed, strict=True) if not e <= a]
-        if wrong:
-            refused[choice.name] = f"error {wrong[0][0]:.3g} against float64, where {wrong[0][1]:.3g} is allowed"
-            continue
-        if choice.backend == EAGER:
-            kept = _kept(call, with_choice(job.config, choices[0])) if kept is None else kept
-            more = _kept(call, config)
-            if more > kept:
-                refused[choice.name] = f"keeps {more} bytes for backward, the policy {job.config.save!r} {kept}"
-                continue
-        steps[choice.name] = lambda config=config: call.step(config)  # type: ignore[misc]
+        reason = _inaccurate(call, config, exact, allowed)
+        if reason is None and choice.backend == EAGER:
+            reason = _wasteful(call, config, with_choice(job.config, choices[0]))
+        if reason is None:
+            steps[choice.name] = partial(call.step, config)
+        else:
+            refused[choice.name] = reason
     if not steps:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise RuntimeError(f"fastbp.tune: no candidate serves {job.key}: {reasons}")
     times = run_off(steps, seconds, clock_of(job.device))
     return Outcome(times, refused, choices[0].name)
+
+
+def _inaccurate(call: _Call, config: Config, exact: Sequence[Tensor], allowed: Sequence[float]) -> str | None:
+    """Why a candidate is refused that does not run, or whose errors are larger than is allowed."""
+    try:
+        errors = _errors(call.results(config), exact)
+    except Exception as error:  # whatever a compiler, a driver or a lack of memory says
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    for error, most in zip(errors, allowed, strict=True):
+        if not error <= most:
+            return f"error {error:.3g} against float64, where {most:.3g} is allowed"
+    return None
+
+
+def _wasteful(call: _Call, config: Config, rule: Config) -> str | None:
+    """Why a candidate is refused that keeps more for backward than the save policy."""
+    more, kept = _kept(call, config), _kept(call, rule)
+    return f"keeps {more} bytes for backward, the policy {config.save!r} {kept}" if more > kept else None
 
 
 class _Call(NamedTuple):

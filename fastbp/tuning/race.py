@@ -94,9 +94,9 @@ def _inaccurate(call: _Call, config: Config, exact: Sequence[Tensor], allowed: S
         errors = _errors(call.results(config), exact)
     except Exception as error:  # whatever a compiler, a driver or a lack of memory says
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    for error, most in zip(errors, allowed, strict=True):
-        if not error <= most:
-            return f"error {error:.3g} against float64, where {most:.3g} is allowed"
+    for found, most in zip(errors, allowed, strict=True):
+        if not found <= most:
+            return f"error {found:.3g} against float64, where {most:.3g} is allowed"
     return None
 
 

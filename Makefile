@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test workers: one per core, and one thread in each, so that they do not fight over the cores.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 
-.PHONY: demo test check bench gpu sanitize render report clean
+.PHONY: demo test check bench bench-check gpu sanitize render report clean
 
 # The stamps are newer than what they were made from, so a second `make` starts at once. torch comes first and by itself:
 # a later resolver run must not replace the build that was chosen. FASTBP_BUILD=auto, the default, builds what it can.
@@ -40,6 +40,10 @@ check: $(VENV)/.stamp
 # ARGS="--suite layers" and the like; --help has them all.
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# Did something become slower than in a committed version? Both in one run; ARGS="--base main" and the like.
+bench-check: $(VENV)/.built
+	$(BIN)/python -m benchmarks.check $(ARGS)
 
 # All there is to do on a machine with a GPU, stage by stage; ARGS="--stage tests" for one, --dry-run without a GPU.
 # With PY=python3 it runs in an environment that is already there, and asks for no network.

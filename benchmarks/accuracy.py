@@ -41,7 +41,8 @@ def slope(row: Activation, save: str, z: Tensor) -> Tensor:
     y, kept = output_and_kept(config, z)
     one = torch.ones((), dtype=torch.float64, device=z.device)
     if save == "fp8":
-        return row.grad(one, decode_fp8(*kept, torch.float64), *config.params)
+        values, scales = kept
+        return row.grad(one, decode_fp8(values, scales, torch.float64), *config.params)
     if save == "preact":
         return row.grad(one, z.double(), *config.params)
     read = read_kept(config, y, kept, z.dtype)[1][0]

@@ -143,21 +143,19 @@ def environment(command: str, device: torch.device = CPU) -> dict[str, object]:
     }
 
 
-def progress(items: Iterable[T], total: int) -> Iterator[T]:
-    """The items, with their count on a terminal's last line meanwhile."""
-    shown = sys.stderr.isatty()
+def progress(items: Iterable[T], total: int, end: str = "\r") -> Iterator[T]:
+    """The items; on a terminal, before each its number and about how long the rest will take."""
+    shown, start = sys.stderr.isatty(), time.monotonic()
     for count, item in enumerate(items, 1):
-        yield item
         if shown:
-            print(f"\r{count} of {total}", end="\n" if count == total else "", file=sys.stderr, flush=True)
+            left = (time.monotonic() - start) / max(count - 1, 1) * (total - count + 1)
+            about = f", about {left / 60:.0f} min left" if count > 1 else ""
+            print(f"{count} of {total}{about}  ", end=end, file=sys.stderr, flush=True)
+        yield item
+    if shown and end == "\r":
+        print(file=sys.stderr)
 
 
 def announced(items: Sequence[T]) -> Iterator[T]:
-    """The items, with a line on a terminal before each: its number, and about how long the rest will take."""
-    shown, start = sys.stderr.isatty(), time.monotonic()
-    for count, item in enumerate(items):
-        if shown:
-            left = (time.monotonic() - start) / max(count, 1) * (len(items) - count)
-            about = f", about {left / 60:.0f} min left" if count else ""
-            print(f"[{count + 1} of {len(items)}{about}]", file=sys.stderr, flush=True)
-        yield item
+    """``progress`` of items that print lines of their own."""
+    return progress(items, len(items), end="\n")

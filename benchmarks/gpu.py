@@ -118,7 +118,7 @@ def command_of(name: str, output: Path, limit: float, dry: bool) -> list[str]:
 def environment_of(name: str, dry: bool) -> dict[str, str]:
     """The environment of a stage."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return inherited | (DRY if dry else {}) | STAGES[name].environment
+    return inherited | (DRY if dry else {}) | dict(STAGES[name].environment)
 
 
 def run(name: str, output: Path, limit: float, dry: bool) -> dict[str, Any]:
@@ -127,8 +127,8 @@ def run(name: str, output: Path, limit: float, dry: bool) -> dict[str, Any]:
     command = command_of(name, output, limit, dry)
     if not command:
         return outcome | {"outcome": "left out", "note": "not in a dry run"}
-    for file in STAGES[name].results:
-        (output / file).unlink(missing_ok=True)  # or an old one would pass for what this run measured
+    for old in STAGES[name].results:
+        (output / old).unlink(missing_ok=True)  # or an old one would pass for what this run measured
     log = output / "logs" / f"{name}.log"
     start = time.monotonic()
     with log.open("w") as file:

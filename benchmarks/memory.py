@@ -121,7 +121,7 @@ def measure_block(
         count = hidden_elements(case)
         rivals[name] = found | {f"{key}_per_hidden": round(size / count, 3) for key, size in found.items()}
     auto = "preact" if case.kind.startswith("gated") else resolve("auto", bind(case.activation), LINEAR_ACT, "")
-    row = {"case": case.name, "block": block, "auto": f"fastbp {auto}", "rivals": rivals}
+    row: dict[str, object] = {"case": case.name, "block": block, "auto": f"fastbp {auto}", "rivals": rivals}
     return row | ({"left_out": left_out} if left_out else {})
 
 

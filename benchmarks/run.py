@@ -31,6 +31,7 @@ from benchmarks.choice import Item, chosen, names_of, passed_on
 from benchmarks.environment import CPU, NOT_MEASURED, announced, keep_freed_memory, results_of, write
 from benchmarks.measure import burst, bursts, on_cuda, prepare, summarise
 from benchmarks.peaks import peaks
+from benchmarks.records import Row
 from benchmarks.rivals import RIVALS
 from benchmarks.suites import MODES, SUITES
 
@@ -39,9 +40,7 @@ QUICK_SECONDS = 0.02
 REMARKS = {"left_out": "left out", "broken": "is broken", "no_graph": "has no CUDA graph"}
 
 
-def measure(
-    case: Case, names: list[str], seconds: float, device: torch.device, mode: str = "fwd_bwd"
-) -> dict[str, object]:
+def measure(case: Case, names: list[str], seconds: float, device: torch.device, mode: str = "fwd_bwd") -> Row:
     """One row of a result file."""
     prepared = prepare(case, names, device, mode)
     cuda = device.type == "cuda"
@@ -58,12 +57,13 @@ def measure(
     return row | {key: found for key, found in remarks.items() if found}
 
 
-def print_row(row: dict[str, object]) -> None:
+def print_row(row: Row) -> None:
     """A case on the terminal."""
     print(f"{row['case']} {row['mode']}")
-    rivals: dict[str, dict[str, float]] = row["rivals"]  # type: ignore[assignment]
-    remarks: dict[str, dict[str, str]] = {key: row.get(key, {}) for key in REMARKS}  # type: ignore[misc]
-    wide = max(18, *(len(name) + 1 for found in (rivals, *remarks.values()) for name in found))
+    rivals: dict[str, dict[str, float]] = row["rivals"]
+    remarks: dict[str, dict[str, str]] = {key: row.get(key, {}) for key in REMARKS}
+    names = [*rivals, *(name for found in remarks.values() for name in found)]
+    wide = max(18, *(len(name) + 1 for name in names))
     for name, r in rivals.items():
         spread = f"({r['over_eager_p20']:.2f} to {r['over_eager_p80']:.2f})"
         note = ""
@@ -131,15 +131,15 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     timed = any(not SUITES[item.suite].module for item in arguments.items)
     highest = peaks(device) if output is not None and timed and not arguments.quick else None
-    rows: dict[str, list[dict[str, object]]] = {}
+    rows: dict[str, list[Row]] = {}
     failed = False
     for item in announced(arguments.items):
         left = arguments.limit - (time.monotonic() - start)
+        if left < 0:
+            print(f"{f'{item.case.name} {item.mode}' if item.case else item.suite}{NOT_MEASURED}", flush=True)
+            continue
         if item.case is None:
             failed = bool(import_module(SUITES[item.suite].module).main(passed_on(item, arguments, left))) or failed
-            continue
-        if left < 0:
-            print(f"{item.case.name} {item.mode}{NOT_MEASURED}", flush=True)
             continue
         row = _row(item, item.case, arguments, device)
         failed = failed or row is None or "broken" in row
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     return int(failed)
 
 
-def _row(item: Item, case: Case, arguments: argparse.Namespace, device: torch.device) -> dict[str, object] | None:
+def _row(item: Item, case: Case, arguments: argparse.Namespace, device: torch.device) -> Row | None:
     """What was measured; None where fastbp or eager failed, which is said."""
     torch._dynamo.reset()
     try:

@@ -311,10 +311,12 @@ def test_peaks_are_those_of_products_and_a_copy(monkeypatch):
 
 
 def test_progress_is_said_on_a_terminal_only(monkeypatch, capsys):
-    assert list(environment.announced("ab")) == ["a", "b"] and not capsys.readouterr().err
+    assert list(environment.progress("ab", 2)) == ["a", "b"] and not capsys.readouterr().err
     monkeypatch.setattr(environment.sys.stderr, "isatty", lambda: True, raising=False)
     assert list(environment.announced("ab")) == ["a", "b"]
-    assert capsys.readouterr().err == "[1 of 2]\n[2 of 2, about 0 min left]\n"
+    assert capsys.readouterr().err == "1 of 2  \n2 of 2, about 0 min left  \n"
+    assert list(environment.progress("ab", 2)) == ["a", "b"]  # one line that is written over
+    assert capsys.readouterr().err == "1 of 2  \r2 of 2, about 0 min left  \r\n"
 
 
 @each(("activation", "right"), [("relu", True), ("gelu", True), ("gelu_tanh", False)])

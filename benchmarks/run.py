@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import time
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,8 +87,10 @@ def print_row(row: Row) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, with what they leave open filled in: ``items`` is what there is to measure, suite by suite."""
     suites = "\n".join(f"  {name:10}{suite.about}" for name, suite in SUITES.items())
+    rivals = textwrap.fill("; ".join(RIVALS), 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nsuites:\n{suites}\n", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=f"{__doc__}\nsuites:\n{suites}\n\nrivals:\n{rivals}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
@@ -95,10 +99,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--case", help="only the case of this name, or those with this in their names")
     parser.add_argument("--mode", choices=MODES, action="append", help="those of the suite if not given")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="only cases of it")
-    parser.add_argument(
-        "--rival", choices=list(RIVALS), action="append", help="beside eager; those of the suite if not given"
-    )
-    parser.add_argument("--skip", choices=list(RIVALS), action="append", default=[], help="a rival to leave out")
+    one_of: dict[str, Any] = {"choices": list(RIVALS), "action": "append", "metavar": "RIVAL"}
+    parser.add_argument("--rival", **one_of, help="beside eager; those of the suite if not given")
+    parser.add_argument("--skip", **one_of, default=[], help="a rival to leave out")
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each rival of a case")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no new case begins")
     parser.add_argument(

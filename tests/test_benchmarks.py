@@ -134,7 +134,6 @@ def test_without_a_gpu_one_line_says_so(capsys):
 
 REFUSED = [
     (gpu, ["--stage", "nope"], ["nope", *gpu.STAGES]),
-    (run, ["--suite", "nope"], ["nope", *SUITES]),
     (run, ["--skip", "eager"], ["eager"]),
     (memory, ["--block", "nope"], ["nope", *MODEL_BLOCKS]),
     (memory, ["--rival", "nope"], ["nope", *(f"fastbp {policy}" for policy in POLICIES)]),
@@ -295,10 +294,3 @@ def test_the_facts_of_a_gpu(monkeypatch):
 
 def test_a_command_that_is_not_there_says_nothing():
     assert environment._said("no-such-command") == environment._said("false") == ""
-
-
-@pytest.mark.parametrize(("size", "expected"), [(1, cuda_clock.MOST_COPIES), (10 << 20, 10), (1 << 30, 2)])
-def test_copies_exceed_the_cache_twice(size, expected, monkeypatch):
-    properties = types.SimpleNamespace(L2_cache_size=50 << 20)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert cuda_clock.copies(size, torch.device("cuda")) == expected

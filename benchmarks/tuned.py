@@ -23,7 +23,7 @@ import torch
 from benchmarks import cuda_clock
 from benchmarks.cases import Case, Model, flops, least_bytes
 from benchmarks.clock import Step, burst
-from benchmarks.environment import CPU, announced, keep_freed_memory, results_of, write
+from benchmarks.environment import CPU, keep_freed_memory, progress, results_of, write
 from benchmarks.measure import bursts, quantiles, summarise
 from benchmarks.rivals import Run, eager, fused
 from benchmarks.steps import Task, step_of, task_of
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     output: Path | None = arguments.output or (None if arguments.case or arguments.suite else results_of(device))
     keep_freed_memory()
     rows: list[Row] = []
-    for case in announced(cases):
+    for case in progress(cases, len(cases), end="\n"):
         rows.append(measure(case, device, arguments.seconds, arguments.tuning_seconds))
         print_row(rows[-1])
         if output is not None:

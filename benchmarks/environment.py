@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -20,6 +19,7 @@ import torch
 
 import fastbp
 from benchmarks import records
+from benchmarks.clock import keep_freed_memory as keep_freed_memory
 from fastbp.backends import native
 
 CPU = torch.device("cpu")
@@ -61,18 +61,6 @@ def write(
     records.write(path, found | ({"peaks": peaks} if peaks else {}), rows)
     if not quiet:
         print(f"written to {path}")
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep what is freed, as it does anyway after a while.
-
-    Whether it gives the top of the heap back to the kernel after a step, and so has every page faulted in again,
-    depends on what else lies there: one rival's gradients on another's remains. It was up to half of a step's time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
-    if mallopt is not None:
-        for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(setting, 1 << 30)
 
 
 def _said(*command: str) -> str:

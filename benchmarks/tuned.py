@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,10 +115,10 @@ def beside_the_best(times: Mapping[str, Sequence[float]]) -> Row:
     candidates = [name for name in times if name.startswith("candidate ")]
     ratios: list[float] = []
     for half in (0, 1):
-        best = min(candidates, key=lambda name: quantiles(times[name][half::2])[1])
+        best = min(candidates, key=lambda name: statistics.median(times[name][half::2]))
         pairs = zip(times[best][1 - half :: 2], times["fastbp tuned"][1 - half :: 2], strict=True)
         ratios += [b / t for b, t in pairs]
-    best = min(candidates, key=lambda name: quantiles(times[name])[1])
+    best = min(candidates, key=lambda name: statistics.median(times[name]))
     return {
         "best": best.removeprefix("candidate "),
         "of_best": round(quantiles(ratios)[1], 3),
@@ -126,9 +127,9 @@ def beside_the_best(times: Mapping[str, Sequence[float]]) -> Row:
 
 
 def error_of_median(values: Sequence[float]) -> float:
-    """Its standard error, from the spread between the 20th and the 80th percentile, as if that were a normal one's."""
+    """Its standard error, from the spread between the 20th and 80th percentile, as if that were a normal one's."""
     low, _, high = quantiles(list(values))
-    return (high - low) / 1.683 * 1.2533 / len(values) ** 0.5
+    return float((high - low) / 1.683 * 1.2533 / len(values) ** 0.5)
 
 
 def print_row(row: Row) -> None:

@@ -1,23 +1,30 @@
-"""One version of fastbp, timed on request: ``benchmarks.check`` starts one for each, with its tree first on the path.
+"""One version of fastbp, timed on request: ``python -m benchmarks.version_worker TREE``; benchmarks.versions starts it.
 
-Reads a line of JSON for a request and answers with one: ``{"case": {...}}`` prepares a case and says how wrong its
-results are; ``{"calls": n}`` makes so many forward and backward calls of it and says how many seconds they took; ``{}``
-says which fastbp this is. It uses public names alone, and nothing of this folder, so that it serves any version.
+Reads a line of JSON for a request and answers with one: ``{"case": {...}, "device": "cpu"}`` prepares a case and says
+how wrong its results are; ``{"calls": n}`` makes so many forward and backward calls of it and says how many seconds
+they took; ``{}`` says which fastbp this is. fastbp comes from the tree that is named, and all else from the folder that
+this file is in, so that every version is timed by the same code. Of fastbp it uses public names alone, and of this
+folder nothing that imports fastbp, so that it serves older versions too.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
+import os
+import signal
 import sys
-import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastbp
+from benchmarks import clock, cuda_clock
+from benchmarks.cases import Case
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -25,90 +32,121 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
 }
-Step = Callable[[], Any]
 
 
-def block_of(case: dict[str, Any]) -> nn.Module:
+def block_of(fastbp: Any, case: Case, device: str) -> nn.Module:
     """The module of a case, with parameters from the default generator."""
-    first, *hidden, last = case["features"]
-    options = {"activation": case["activation"], "dtype": getattr(torch, case["dtype"]), "device": case["device"]}
-    if case["kind"] == "layer":
-        return fastbp.LinearAct(first, last, **options)
-    if case["kind"] == "gated":
-        return fastbp.GatedLinear(first, last, **options)
-    if case["kind"] == "gated_mlp":
-        return fastbp.GatedMLP(first, hidden[0], last, bias=True, **options)
-    return fastbp.MLP(first, hidden, last, **options)
+    first, *hidden, last = case.features
+    options = {"activation": case.activation, "dtype": case.dtype, "device": device}
+    made: nn.Module
+    if case.kind == "layer":
+        made = fastbp.LinearAct(first, last, **options)
+    elif case.kind == "gated":
+        made = fastbp.GatedLinear(first, last, **options)
+    elif case.kind == "gated_mlp":
+        made = fastbp.GatedMLP(first, hidden[0], last, bias=True, **options)
+    else:
+        made = fastbp.MLP(first, hidden, last, **options)
+    return made
 
 
-def plain(case: dict[str, Any], x: Tensor, params: list[Tensor]) -> Tensor:
-    """The same by PyTorch, of parameters as the module has them: weight and bias of each linear."""
-    f, pairs = ACTIVATIONS[case["activation"]], list(zip(params[::2], params[1::2], strict=True))
-    if case["kind"].startswith("gated"):
-        (gate, up), rest = pairs[:2], pairs[2:]
+def plain(case: Case, x: Tensor, *parameters: Tensor) -> Tensor:
+    """The same by PyTorch, of parameters in the module's order: weight and bias of each linear."""
+    f, pairs = ACTIVATIONS[case.activation], list(zip(parameters[::2], parameters[1::2], strict=True))
+    if case.kind.startswith("gated"):
+        gate, up, *down = pairs
         h = f(F.linear(x, *gate)) * F.linear(x, *up)
-        return F.linear(h, *rest[0]) if rest else h
-    for weight, bias in pairs[:-1]:
-        x = f(F.linear(x, weight, bias))
-    y = F.linear(x, *pairs[-1])
-    return f(y) if case["kind"] == "layer" else y
+        return F.linear(h, *down[0]) if down else h
+    *others, last = pairs
+    for pair in others:
+        x = f(F.linear(x, *pair))
+    return f(F.linear(x, *last)) if case.kind == "layer" else F.linear(x, *last)
 
 
-def prepare(case: dict[str, Any]) -> tuple[Step, float]:
-    """A step, and the largest relative RMS error of its output and gradients against float64."""
+def results(run: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """Output and gradients of all inputs."""
+    y = run(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Relative, in the RMS; infinite where the shape is wrong. What is no number is above any bound."""
+    return [
+        ((f.double() - e).norm() / e.norm()).item() if f.shape == e.shape else float("inf")
+        for f, e in zip(found, exact, strict=True)
+    ]
+
+
+def checked(case: Case, block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Any]:
+    """The largest error against float64; and whether each is at most twice PyTorch's, as benchmarks.measure asks."""
+    inputs = [x, *block.parameters()]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    exact = results(lambda *given: plain(case, *given), wide, dy.double())
+    own = errors(results(lambda *given: plain(case, *given), inputs, dy), exact)
+    found = errors(results(lambda x, *_: block(x), inputs, dy), exact)
+    # A z next to a kink may fall to either side of it.
+    kinks = 4 / (case.rows * max(case.features)) ** 0.5 if case.activation == "relu" else 0.0
+    slack = torch.finfo(case.dtype).eps + kinks
+    accurate = all(f <= 2 * o + slack for f, o in zip(found, own, strict=True))
+    return {"error": max((f if f == f else float("inf")) for f in found), "accurate": accurate}
+
+
+def prepare(fastbp: Any, case: Case, device: str) -> tuple[clock.Step, dict[str, Any]]:
+    """A step, and how accurate it is. On a GPU each call finds other inputs than those its L2 cache holds."""
     torch.manual_seed(0)
-    block = block_of(case)
-    options = {"dtype": getattr(torch, case["dtype"]), "device": case["device"]}
-    x = torch.randn(case["rows"], case["features"][0], **options).requires_grad_()
-    dy = torch.randn(case["rows"], case["features"][-1], **options)
-    wanted = [x, *block.parameters()]
+    block = block_of(fastbp, case, device)
+    first, last = case.features[0], case.features[-1]
+    each = case.rows * (first + last) * case.dtype.itemsize
+    copies = cuda_clock.copies(each, torch.device(device)) if device == "cuda" else 1
 
-    def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(block(x), wanted, dy)
+    def draw(features: int) -> Tensor:
+        return torch.randn(case.rows, features, dtype=case.dtype, device=device)
 
-    wide = [t.detach().double().requires_grad_() for t in wanted]
-    exact = plain(case, wide[0], wide[1:])
-    pairs = zip((block(x), *step()), (exact, *torch.autograd.grad(exact, wide, dy.double())), strict=True)
-    errors = [((mine.double() - truth).norm() / truth.norm()).item() for mine, truth in pairs]
-    return step, max(error if error == error else float("inf") for error in errors)
+    pairs = [(draw(first).requires_grad_(), draw(last)) for _ in range(copies)]
+    parameters = list(block.parameters())
+    turns = itertools.cycle([([x, *parameters], dy) for x, dy in pairs])
+
+    def step() -> object:
+        inputs, dy = next(turns)
+        return torch.autograd.grad(block(inputs[0]), inputs, dy)
+
+    return step, checked(case, block, *pairs[0])
 
 
-def burst(step: Step, calls: int, cuda: bool) -> float:
-    """Seconds of so many calls: on a GPU by its events."""
-    if cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-    began = time.perf_counter()
-    for _ in range(calls):
+def timed(step: clock.Step, calls: int, device: str) -> float:
+    """Seconds of so many calls, after one that fetches from memory what another process has pushed out of the caches,
+    unless they are so long that there is but one."""
+    if calls > 1:
         step()
-    took = time.perf_counter() - began
-    if cuda:
-        end.record()
-        end.synchronize()
-        took = start.elapsed_time(end) / 1e3
-    return took
+    return (cuda_clock if device == "cuda" else clock).burst(step, calls)
 
 
-def main() -> int:
-    step: Step | None = None
-    cuda = False
+def answers(fastbp: Any) -> None:
+    """Until there is nobody who asks. What a version prints itself goes to stderr."""
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    step: clock.Step | None = None
+    device = ""
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if "case" in request:
-                step, error = prepare(request["case"])
-                cuda = request["case"]["device"] == "cuda"
-                answer: dict[str, Any] = {"error": error}
+                given, device, step = request["case"], request["device"], None
+                case = Case(**given | {"features": tuple(given["features"]), "dtype": getattr(torch, given["dtype"])})
+                step, answer = prepare(fastbp, case, device)
             elif "calls" in request:
-                assert step is not None
-                answer = {"seconds": burst(step, request["calls"], cuda)}
+                assert step is not None, "no case was prepared"
+                answer = {"seconds": timed(step, request["calls"], device)}
             else:
                 answer = {"fastbp": fastbp.__file__, "backends": fastbp.available_backends()}
-        except Exception as problem:  # said to who asked; the next request may fare better
-            answer = {"failed": f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"}
-        print(json.dumps(answer), flush=True)
-    return 0
+        except Exception as error:  # said to who asked; the next request may fare better
+            answer = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        print(json.dumps(answer), file=said, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.platform == "linux":  # whoever is stopped when its parent is killed would wait for ever
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    clock.keep_freed_memory()
+    sys.path.insert(0, sys.argv[1])
+    answers(import_module("fastbp"))

@@ -14,6 +14,7 @@ from fastbp.activations import ROWS, Activation, one_pass
 from fastbp.forms import FORMS, MLP, Form
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES, _STRIDED = frozenset(DTYPES), torch.strided  # as check asks for them on every call
 
 
 Names = tuple[str, str, tuple[float, ...], str, str]  # form, activation, its parameters, policy, backend
@@ -67,16 +68,19 @@ def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     The common case costs a handful of comparisons; the words are found only when one fails.
     """
     try:
-        features, dtype, device = x.size(-1), x.dtype, x.device
-        fine = dtype in DTYPES and not x.is_nested and x.layout is torch.strided and len(weights) == len(biases) > 0
+        features, dtype, device = x.shape[-1], x.dtype, x.device
+        fine = dtype in _DTYPES and x.layout is _STRIDED and not x.is_nested and len(weights) == len(biases) > 0
         gated = form.gated
         for i, w in enumerate(weights):
             out, into = w.shape
             b = biases[i]
             fine = (
                 fine
-                and (into == features and w.dtype is dtype and w.device == device and w.layout is torch.strided)
-                and (b is None or _fits(b, out, dtype, device))
+                and (into == features and w.dtype is dtype and w.layout is _STRIDED and w.device == device)
+                and (
+                    b is None
+                    or (b.shape == (out,) and b.dtype is dtype and b.layout is _STRIDED and b.device == device)
+                )
             )
             if not gated or i == 1:  # up takes the input of gate
                 fine = fine and (not gated or out == weights[0].size(0))
@@ -86,10 +90,6 @@ def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     if not fine:
         _explain(form, x, weights, biases)
         raise AssertionError(f"fastbp.{form.name}: refused without a reason; please report this")
-
-
-def _fits(bias: Tensor, out: int, dtype: torch.dtype, device: torch.device) -> bool:
-    return bias.shape == (out,) and bias.dtype is dtype and bias.device == device and bias.layout is torch.strided
 
 
 def _explain(form: Form, x: Any, weights: Any, biases: Any) -> None:

@@ -68,7 +68,7 @@ def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     The common case costs a handful of comparisons; the words are found only when one fails.
     """
     try:
-        features, dtype, device = x.shape[-1], x.dtype, x.device
+        features, dtype, device = x.size(-1), x.dtype, x.device
         fine = dtype in _DTYPES and x.layout is _STRIDED and not x.is_nested and len(weights) == len(biases) > 0
         gated = form.gated
         for i, w in enumerate(weights):

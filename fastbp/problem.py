@@ -69,7 +69,7 @@ def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     """
     try:
         features, dtype, device = x.size(-1), x.dtype, x.device
-        fine = dtype in _DTYPES and x.layout is _STRIDED and not x.is_nested and len(weights) == len(biases) > 0
+        fine = dtype in _DTYPES and not x.is_nested and x.layout is _STRIDED and len(weights) == len(biases) > 0
         gated = form.gated
         for i, w in enumerate(weights):
             out, into = w.shape

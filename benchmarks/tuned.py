@@ -111,7 +111,7 @@ def measure(case: Case, device: torch.device, seconds: float, tuning_seconds: fl
 
 
 def beside_the_best(times: Mapping[str, Sequence[float]]) -> Row:
-    """The time of the best candidate over the tuned call's; which is the best, each half of the turns tells the other."""
+    """The time of the best candidate over the tuned call's; each half of the turns tells the other which that is."""
     candidates = [name for name in times if name.startswith("candidate ")]
     ratios: list[float] = []
     for half in (0, 1):

@@ -40,6 +40,7 @@ from benchmarks.versions import (
     check_alike,
     commit_of,
     default_base,
+    restart,
     same,
     unpacked,
 )
@@ -199,6 +200,8 @@ def between(base: Path, mine: Path, arguments: argparse.Namespace) -> int:
         for name, tree in (("base", base), ("base again", base), ("this tree", mine)):
             workers.append(Worker(name, tree, cache))
             stack.callback(workers[-1].end)
+        for worker in workers:
+            worker.greet()
         for worker in (workers[0], workers[-1]):
             said = ", ".join(f"{name}: {state}" for name, state in worker.backends.items())
             print(f"{worker.name}: {worker.tree}; {said}", flush=True)
@@ -219,9 +222,7 @@ def measured(arguments: argparse.Namespace, workers: Sequence[Worker]) -> list[V
     if suspects:
         names = "".join(f"\n  {case.name}" for case in suspects)
         print(f"once more, by new processes and {AGAIN} times as long, because they seem slower:{names}", flush=True)
-        for worker in workers:  # where its memory lies is worth some per cent, and is drawn anew
-            worker.end()
-            worker.start()
+        restart(workers)  # where their memory lies is worth some per cent, and is drawn anew
     for case in announced(suspects):
         found[case] = compare(case, arguments.device, workers, AGAIN * arguments.seconds)
     return list(found.values())

@@ -1,99 +1,168 @@
 """The regression guard: two versions beside each other, what counts as slower, and what cannot be compared."""
 
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from support import each
 
-from benchmarks import check, records
-from benchmarks.cases import Case
-from benchmarks.check import Unusable, Verdict, Worker
+from benchmarks import check, records, version_worker, versions
+from benchmarks.cases import Case, Model
+from benchmarks.check import Fault, Verdict
 from benchmarks.environment import CPU
+from benchmarks.suites import SUITES
+from benchmarks.versions import Unusable, Worker
 
-ROOT = check.ROOT
-CASE = Case("layer", 4, (8, 8))
 FLAT = (0.99, 1.0, 1.01)
-in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+GELU, RELU, SILU = (Case("layer", 4, (8, 8), name) for name in ("gelu", "relu", "silu"))
 
+# Of each activation how long a call takes, and by what its result is wrong; by 0 the process dies instead.
 VERSION = """
-import time
+import os, time
 import torch.nn.functional as F
 from torch import nn
 
+BEHAVIOUR = {behaviour}
+
 def available_backends():
-    return {{"this": "available"}}
+    print("what a version prints is no answer")
+    return {{"native": {native!r}}}
 
 class LinearAct(nn.Linear):
     def __init__(self, *sizes, activation, **options):
         super().__init__(*sizes, **options)
+        self.activation = activation
 
     def forward(self, x):
-        time.sleep({seconds})
-        return {factor} * F.gelu(super().forward(x))
+        seconds, factor = BEHAVIOUR[self.activation]
+        time.sleep(seconds)
+        if not factor:
+            os._exit(11)
+        return factor * getattr(F, self.activation)(super().forward(x))
 """
+RIGHT = {name: (0.004, 1) for name in ("gelu", "relu", "silu")}
 
 
-def tree(folder, seconds, factor=1):
-    """A version of fastbp whose layer takes so long, and is wrong by a factor."""
+def tree(folder, native="available", **behaviour):
+    """A version of fastbp that has single layers alone."""
     package = folder / "fastbp"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text(VERSION.format(seconds=seconds, factor=factor))
+    (package / "__init__.py").write_text(VERSION.format(behaviour=RIGHT | behaviour, native=native))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two of one process wait for each other, which takes long where other tests have the cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
+    """The base, a version like it, and another that is faster in GELU and dies of SiLU."""
     folder = tmp_path_factory.mktemp("versions")
-    made = {
-        "base": Worker(tree(folder / "base", 0.004)),
-        "slower": Worker(tree(folder / "slower", 0.0056)),
-        "wrong": Worker(tree(folder / "wrong", 0, 1.01)),
-    }
+    base, other = tree(folder / "base"), tree(folder / "other", gelu=(0.002, 1), silu=(0, 0))
+    made = [Worker(name, place, folder) for name, place in (("base", base), ("like", base), ("other", other))]
+    for worker in made:
+        worker.greet()
     yield made
-    for worker in made.values():
+    for worker in made:
         worker.end()
         assert worker.process.poll() is not None
 
 
-@each(("mine", "slower", "faster"), [("slower", True, False), ("base", False, False)])
-def test_a_version_that_takes_longer_is_found(workers, mine, slower, faster):
-    base = workers["base"]
-    found = check.compare(CASE, "cpu", [base, base, workers[mine]], 0.3)
-    assert (found.slower, found.faster, found.fault) == (slower, faster, "")
-    assert found.milliseconds > 4
-    if slower:
-        assert 1.2 < found.ratio[1] < 1.6
-        back = check.compare(CASE, "cpu", [workers[mine], workers[mine], base], 0.3)
-        assert back.faster and not back.slower
+def test_what_is_slower_or_wrong_is_named(tmp_path, monkeypatch, capfd):
+    """The command as a whole. What seems slower is measured again, by other processes."""
+    base, mine = tree(tmp_path / "base"), tree(tmp_path / "mine", gelu=(0.0056, 1), relu=(0, 1.01))
+    monkeypatch.setattr(check, "unpacked", lambda commit, device: base)
+    monkeypatch.setattr(check, "commit_of", lambda reference: "c0ffee")
+    monkeypatch.setattr(check, "same", lambda commit, *places: True)
+    monkeypatch.setattr(check, "ROOT", mine)
+    assert check.main(["--base", "main", "--case", "layer 4×8→8", "--seconds", "0.1"]) == 1
+    said = capfd.readouterr().out.splitlines()
+    assert said[0] == "base: c0ffee, as asked for" and "noise" in said[1]
+    slower = [line for line in said if line.startswith("SLOWER")]
+    assert len(slower) == 1 and slower[0].endswith(GELU.name)
+    assert 1.2 < float(slower[0].split()[1]) < 1.6
+    assert said[said.index(slower[0]) + 1].endswith(SILU.name), "the slowest comes first"
+    assert f"  {GELU.name}" in said[next(i for i, line in enumerate(said) if line.startswith("once more")) + 1 :]
+    assert f"not compared: {RELU.name}: this tree is WRONG: its error is 0.01" in said
+    assert said[-1] == "3 cases: 1 slower, 0 faster, 1 not compared"
 
 
-@each(("mine", "words"), [("wrong", "this tree is WRONG: relative error 0.01"), ("base", "")])
-def test_a_wrong_result_is_not_timed(workers, mine, words):
-    base = workers["base"]
-    found = check.compare(CASE, "cpu", [base, base, workers[mine]], 0.01)
-    assert found.fault.startswith(words) and check.report([found]) == bool(words)
+def test_a_version_like_the_base_is_not_slower(workers, capsys):
+    base, like, _ = workers
+    arguments = check.parse(["--suite", "overhead", "--case", GELU.name, "--seconds", "0.1"])
+    found = check.measured(arguments, [base, base, like])
+    assert [verdict.name for verdict in found] == [GELU.name]
+    assert check.report(found) == 0
+    assert "1 cases: 0 slower, " in capsys.readouterr().out
 
 
-def test_what_a_version_cannot_compute_is_said_and_the_next_case_is_compared(workers):
-    base = workers["base"]
-    gone = check.compare(Case("mlp", 4, (8, 8, 8)), "cpu", [base, base, base], 0.01)
-    assert gone.fault.startswith("the other version does not compute it: AttributeError")
-    assert check.report([gone]) == 0, "what an older version lacks is no fault of this tree"
-    assert not check.compare(CASE, "cpu", [base, base, base], 0.01).fault
+def test_the_faster_one_is_told_and_no_failure(workers, capsys):
+    found = check.compare(GELU, "cpu", workers, 0.1)
+    assert found.faster and not found.slower and found.milliseconds[0] > 4
+    assert check.report([found]) == 0 and "faster" in capsys.readouterr().out
 
 
-def test_a_process_of_another_tree_is_refused(tmp_path, monkeypatch):
+def test_what_a_version_cannot_do_is_said_and_the_next_case_is_compared(workers):
+    base, like, other = workers
+    gone = check.compare(Case("mlp", 4, (8, 8, 8)), "cpu", [base, like, other], 0.01)
+    assert gone == Fault("mlp 4×8→8→8 gelu float32", gone.reason, fatal=False), "what the base lacks is no fault"
+    assert gone.reason.startswith("base: AttributeError")
+    dead = check.compare(SILU, "cpu", [base, like, other], 0.01)
+    assert dead == Fault(SILU.name, "other: its process ended with exit code 11", fatal=True)
+    assert isinstance(check.compare(GELU, "cpu", [base, like, other], 0.01), Verdict)
+    assert [check.report([found]) for found in (gone, dead)] == [0, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_who_is_not_asked_stands_still(workers):
+    """Threads that spin would be timed with the other version."""
+    workers[0].prepare(GELU, "cpu")
+    for worker in workers[:2]:
+        for task in Path(f"/proc/{worker.process.pid}/task").iterdir():
+            assert (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_a_process_of_another_tree_is_refused(tmp_path):
     """Had the installed package been imported, one version would be measured twice."""
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(Unusable, match=r"a process for .*empty imports .*fastbp"):
-        Worker(tmp_path / "empty")
+    worker = Worker("base", tmp_path, tmp_path)
+    try:
+        with pytest.raises(Unusable, match=rf"base: a process for {tmp_path} imports .*fastbp"):
+            worker.greet()
+    finally:
+        worker.end()
+
+
+@each(
+    ("states", "refused"),
+    [
+        (("available", "available"), False),
+        (("not built", "not built"), False),
+        (("not built", "available"), True),
+        (("available", "built from other sources"), True),
+        (("", "available"), False),  # a version without such kernels
+    ],
+)
+def test_kernels_of_one_version_alone_are_no_comparison(workers, monkeypatch, states, refused):
+    for worker, state in zip(workers, states, strict=False):
+        monkeypatch.setattr(worker, "backends", {"native": state} if state else {"reference": "available"})
+    if not refused:
+        return versions.check_alike(*workers[:2])
+    with pytest.raises(Unusable, match=f"base: {states[0]}; like: {states[1]}"):
+        versions.check_alike(*workers[:2])
 
 
 @each(
     ("ratio", "noise", "slower"),
     [
         ((1.05, 1.10, 1.20), FLAT, True),
-        ((0.98, 1.10, 1.20), FLAT, False),  # some rounds the other way
+        ((0.98, 1.10, 1.20), FLAT, False),  # some turns the other way
         ((1.005, 1.015, 1.02), FLAT, False),  # less than 2 %
         ((1.05, 1.10, 1.20), (0.8, 1.0, 1.3), False),  # the same thing twice differs as much
         ((1.05, 1.10, 1.20), (1.1, 1.12, 1.13), False),
@@ -101,88 +170,192 @@ def test_a_process_of_another_tree_is_refused(tmp_path, monkeypatch):
     ],
 )
 def test_slower_is_more_than_noise(ratio, noise, slower):
-    verdict = Verdict("a case", ratio, noise, 1.0)
+    verdict = Verdict("a case", ratio, noise, (1.0, 1.0), (0.0, 0.0))
     assert verdict.slower is slower and ("SLOWER" in str(verdict)) is slower
-    assert check.report([verdict, Verdict("another", FLAT, FLAT, 1.0)]) == slower
+    assert check.report([verdict, Verdict("another", FLAT, FLAT, (1.0, 1.0), (0.0, 0.0))]) == slower
 
 
 def test_the_slowest_comes_first_and_suspects_are_measured_again(monkeypatch, capsys):
-    asked = []
+    asked, processes = [], [1]
     ratios = {"a": [1.5, 1.0], "b": [1.2, 1.2], "c": [1.3, 1.3], "d": [1.0]}
 
     def compare(case, device, workers, seconds):
-        asked.append((case.activation, seconds))
+        asked.append((case.activation, seconds, len(processes)))
         ratio = ratios[case.activation].pop(0)
-        return Verdict(case.activation, (ratio - 0.01, ratio, ratio + 0.01), FLAT, 1.0)
+        return Verdict(case.activation, (ratio - 0.01, ratio, ratio + 0.01), FLAT, (1.0, 1.0), (0.0, 0.0))
 
     monkeypatch.setattr(check, "compare", compare)
+    monkeypatch.setattr(check, "restart", processes.append)
     arguments = check.parse(["--seconds", "2"])
     arguments.cases = [Case("layer", 1, (2, 2), name) for name in ratios]
-    verdicts = check.measured(arguments, [])
-    assert asked == [("a", 2), ("a", 6), ("b", 2), ("b", 6), ("c", 2), ("c", 6), ("d", 2)]
+    found = check.measured(arguments, [])
+    assert asked == [*((name, 2, 1) for name in "abcd"), *((name, 6, 2) for name in "abc")]
     capsys.readouterr()
-    assert check.report(verdicts) == 1
+    assert check.report(found, 7) == 1
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1] == "4 cases: 2 slower, 0 faster, 0 not compared"
-    assert [line.split()[-1] for line in printed[2:]] == ["c", "b"]
+    assert [line.split()[-1] for line in printed[2:6]] == ["c", "b", "a", "d"]
+    assert printed[-1].startswith("4 cases: 2 slower, 0 faster, 0 not compared; 7 others left out")
 
 
-@in_git
-def test_the_other_version_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
-    commit = check.commit_of("HEAD")
-
-    def fail(commit, tree):
-        assert (tree / "fastbp" / "__init__.py").is_file()
-        raise Unusable("the native library does not build")
-
-    with monkeypatch.context() as patch, pytest.raises(Unusable):
-        patch.setattr(check, "give_library", fail)
-        check.unpacked(commit, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(check, "give_library", lambda commit, tree: None)
-    found = check.unpacked(commit, tmp_path)
-    assert found == tmp_path / commit and (found / "csrc" / "ops.cpp").is_file()
-    monkeypatch.setattr(check, "give_library", fail)
-    assert check.unpacked(commit, tmp_path) == found, "made once"
+def test_what_time_is_up_for_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(check, "compare", lambda *_: pytest.fail("measured"))
+    assert check.measured(check.parse(["--limit", "-1", "--case", GELU.name, "--suite", "overhead"]), []) == []
+    assert f"{GELU.name}: not measured, the time is up" in capsys.readouterr().out
 
 
-@in_git
-def test_a_library_of_the_same_sources_is_taken_over(tmp_path, monkeypatch):
-    (tmp_path / "fastbp").mkdir()
-    library = ROOT / "fastbp" / "_native.abi3.so"
-    if not library.is_file():
-        pytest.skip("no library was built")
-    monkeypatch.setattr(check, "git", lambda *arguments: "")
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("built anew"))
-    check.give_library("c0ffee", tmp_path)
-    assert (tmp_path / "fastbp" / library.name).read_bytes() == library.read_bytes()
+@each("device", ["cpu", "cuda"])
+def test_a_part_is_of_every_suite_and_dtype_evenly(device):
+    suites = [SUITES[name].cases[device] for name in check.DEFAULT]
+    part = check.spread(suites, 3)
+    for cases in suites:
+        for dtype in {case.dtype for case in cases}:
+            group = [case for case in cases if case.dtype == dtype]
+            taken = [group.index(case) for case in part if case in group]
+            assert taken == [i * len(group) // 3 for i in range(3)], "the first of each first"
+    assert len(part) == len(set(part)) == 3 * sum(len({case.dtype for case in cases}) for cases in suites)
 
 
-@in_git
-def test_which_version_is_the_other(monkeypatch, tmp_path):
-    head = check.commit_of("HEAD")
-    monkeypatch.setattr(check, "results_of", lambda device: ROOT / "nothing-here")
-    assert check.default_base(["layers"], CPU) == (head, "HEAD, for there are no results in nothing-here")
-    monkeypatch.setattr(check, "ROOT", tmp_path)
-    monkeypatch.setattr(check, "results_of", lambda device: tmp_path)
-    monkeypatch.setattr(check, "git", lambda *arguments: subprocess.check_output(
-        ["git", "-C", str(ROOT), *arguments], text=True, stderr=subprocess.DEVNULL).strip())  # fmt: skip
-    records.write(tmp_path / "layers.jsonl", {"commit": head}, [])
-    assert check.default_base(["small", "layers"], CPU) == (head, "that of layers.jsonl")
-
-
-@in_git
 @each(
-    ("arguments", "words"),
+    ("words", "measured", "left_out"),
     [
-        (["--base", "no-such-branch"], "--base 'no-such-branch' is no commit of this repository; the last ones are"),
-        (["--suite", "nothing"], "choose from"),
-        (["--case", "nothing"], "is in no name of layer 2048×768→3072 gelu float32"),
+        ([], 6 * 7, True),
+        (["--quick"], 7, True),
+        (["--suite", "overhead"], len(SUITES["overhead"].cases["cpu"]), False),
+        (["--case", "layer 1×8→8 gelu"], 2, False),  # of the edges, though nobody named them
     ],
 )
-def test_bad_arguments_exit_with_2(arguments, words, capsys):
+def test_how_many_are_measured(words, measured, left_out):
+    arguments = check.parse(words)
+    assert len(arguments.cases) == measured and bool(arguments.left_out) is left_out
+    if left_out:
+        total = sum(len(SUITES[name].cases["cpu"]) for name in check.DEFAULT)
+        assert arguments.left_out == total - measured
+
+
+def test_every_case_can_be_checked():
+    timed = [case for name in check.TIMED for cases in SUITES[name].cases.values() for case in cases]
+    assert timed and not any(isinstance(case, Model) for case in timed)
+    assert {case.activation for case in timed} <= set(version_worker.ACTIVATIONS)
+
+
+@each("kind", ["layer", "gated", "mlp", "gated_mlp"])
+@each("factor", [1, 1.01])
+def test_a_result_is_compared_with_float64(kind, factor, monkeypatch):
+    import fastbp
+
+    case = Case(kind, 5, (6, 7, 8) if kind.endswith("mlp") else (6, 8), "silu")
+    torch.manual_seed(0)
+    block = version_worker.block_of(fastbp, case, "cpu")
+    block.register_forward_hook(lambda module, inputs, y: y * factor)
+    found = version_worker.checked(case, block, torch.randn(5, 6).requires_grad_(), torch.randn(5, 8))
+    assert found["accurate"] is (factor == 1) and abs(found["error"] - (factor - 1)) < 1e-6
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository of two commits, and what they are called."""
+    root = tmp_path / "repository"
+    (root / "csrc").mkdir(parents=True)
+    (root / "fastbp").mkdir()
+    monkeypatch.setattr(versions, "ROOT", root)
+    monkeypatch.setattr(versions, "results_of", lambda device: root)
+    for key in ("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"):
+        monkeypatch.setenv(key, "nobody")
+    versions.git("init", "--quiet", "--initial-branch", "trunk")
+    commits = []
+    for day in (1, 2):
+        monkeypatch.setenv("GIT_COMMITTER_DATE", f"2020-01-0{day}T00:00:00Z")
+        (root / "csrc" / "ops.cpp").write_text(f"{day}")
+        versions.git("add", "csrc")
+        versions.git("commit", "--quiet", "--message", f"day {day}")
+        commits.append(versions.git("rev-parse", "--short", "HEAD"))
+    return root, commits
+
+
+def test_which_version_is_the_base(repository):
+    root, (first, second) = repository
+    assert versions.default_base(["layers"], CPU) == (second, "HEAD, for there are no results in .")
+    records.write(root / "layers.jsonl", {"commit": "dead10cc"}, [])
+    missing = "HEAD, for layers.jsonl is of dead10cc, which git does not have here"
+    assert versions.default_base(["small", "layers"], CPU) == (second, missing)
+    records.write(root / "small.jsonl", {"commit": first}, [])
+    assert versions.default_base(["small", "layers"], CPU) == (first, "that of small.jsonl")
+    records.write(root / "layers.jsonl", {"commit": second}, [])
+    assert versions.default_base(["small", "layers"], CPU) == (second, "that of layers.jsonl"), "the newest"
+
+
+def test_changes_and_new_files_are_seen(repository):
+    root, (first, second) = repository
+    assert versions.same(second, "csrc") and not versions.same(first, "csrc")
+    assert versions.same(first, "setup.py")
+    (root / "csrc" / "new.cpp").write_text("")
+    assert not versions.same(second, "csrc")
+
+
+@each("error", [Unusable, KeyboardInterrupt])
+def test_the_base_is_unpacked_whole_or_not_at_all(repository, tmp_path, monkeypatch, error):
+    _, (first, _) = repository
+    store = tmp_path / "store"
+
+    def fail(commit, tree, kernels):
+        assert (tree / "csrc" / "ops.cpp").read_text() == "1"
+        raise error
+
+    monkeypatch.setattr(versions, "give_library", fail)
+    with pytest.raises(error):
+        versions.unpacked(first, CPU, store)
+    assert list(store.iterdir()) == []
+    monkeypatch.setattr(versions, "give_library", lambda *_: None)
+    found = versions.unpacked(first, CPU, store)
+    assert list(store.iterdir()) == [found] and (found / "csrc" / "ops.cpp").read_text() == "1"
+    monkeypatch.setattr(versions, "give_library", fail)
+    assert versions.unpacked(first, CPU, store) == found, "made once"
+
+
+@each(
+    ("alike", "unavailable", "kernels", "taken"),
+    [
+        (True, None, "cpu", True),
+        (True, "built from other sources", "cpu", False),
+        (False, None, "cuda", False),
+        (True, None, "none", False),
+    ],
+)
+def test_a_library_of_the_same_sources_is_taken_over(tmp_path, monkeypatch, alike, unavailable, kernels, taken):
+    built = []
+
+    def run(command, cwd, env, **_):
+        built.append((command[-1], cwd, env["FASTBP_BUILD"]))
+        return subprocess.CompletedProcess(command, len(built) - 1, "", "no compiler")
+
+    (tmp_path / "fastbp").mkdir()
+    library = tmp_path / "_native.abi3.so"
+    library.write_text("kernels")
+    monkeypatch.setattr(versions.native, "LIBRARY", library)
+    monkeypatch.setattr(versions.native, "unavailable", unavailable)
+    monkeypatch.setattr(versions, "same", lambda commit, *places: alike)
+    monkeypatch.setattr(versions.subprocess, "run", run)
+    versions.give_library("c0ffee", tmp_path, kernels)
+    assert (tmp_path / "fastbp" / library.name).is_file() is taken
+    if taken or kernels == "none":
+        assert not built
+        return
+    assert built == [("--inplace", tmp_path, kernels)]
+    with pytest.raises(Unusable, match=r"library of c0ffee does not build:\nno compiler"):
+        versions.give_library("c0ffee", tmp_path, kernels)
+
+
+@each(
+    ("words", "said"),
+    [
+        (["--base", "no-such"], "--base 'no-such' is no commit that git has here; there are trunk, and the last"),
+        (["--suite", "nothing"], "layers"),
+        (["--suite", "overhead", "--case", "nothing"], "of overhead:\n  layer 4×8→8 gelu float32\n"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_what_there_is(repository, words, said, capsys):
     try:
-        code = check.main(arguments)
+        code = check.main(words)
     except SystemExit as stop:
         code = stop.code
-    assert code == 2 and words in capsys.readouterr().err
+    assert code == 2 and said in capsys.readouterr().err

@@ -110,7 +110,7 @@ def _find(problem: Problem) -> Config | BySizes:
         return unmeasured
     found = measured.recall(measured.subject_of(config, problem.dtype), environment(problem.device))
     usable = {sizes: with_choice(config, choice) for sizes, choice in found.items() if _is_there(choice, problem)}
-    return measured.Measured(unmeasured, usable) if usable else unmeasured
+    return measured.by_sizes(unmeasured, usable) if usable else unmeasured
 
 
 def _is_there(choice: Choice, problem: Problem) -> bool:

@@ -190,6 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     except Unusable as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def between(base: Path, mine: Path, arguments: argparse.Namespace) -> int:

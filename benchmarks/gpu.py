@@ -38,6 +38,7 @@ TESTS = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--junit-xml", "{output
 SUITE = ("-m", "benchmarks.run", "--device", "cuda", "--seconds", "0.1", "--limit", "{soon}", "--output", "{output}")
 QUICK = ("-m", "benchmarks.run", "--quick", "--output", "{output}")
 KEPT = ("--rival", "eager", "--rival", "torch.compile", "--rival", "fastbp preact")  # which take no arithmetic
+SOON = ("--seconds", "0.01", "--tuning-seconds", "0.01")
 TUNED = ("--skip", "torch.compile max-autotune")  # a minute for each new shape
 
 
@@ -92,6 +93,11 @@ STAGES: dict[str, Stage] = {
     "overhead": suite("overhead", *TUNED),
     "policies": suite("policies"),
     "models": suite("models", *TUNED),
+    "tuned": Stage(
+        ("-m", "benchmarks.tuned", *SUITE[2:], "--suite", "blocks", "--suite", "layers"),
+        ("-m", "benchmarks.tuned", "--suite", "overhead", "--case", "layer 4×8→8 relu", *SOON, "--output", "{output}"),
+        ("tuned.jsonl",),
+    ),
     "memory": Stage(
         (*SUITE, "--suite", "memory"),
         ("-m", "benchmarks.memory", "--suite", "models", "--block", "bert", *KEPT, "--output", "{output}"),

@@ -17,6 +17,7 @@ from benchmarks.suites import MODES, SUITES
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 TIMES = ("ms", "over_eager", "over_eager_p20", "over_eager_p80")  # what every timed rival has
+OTHERS = ("tuned",)  # timed, but not against rivals: they have tables of their own
 YARDSTICKS = ("linears alone", "eager again")  # the floor and the noise: not rivals
 KEYS = {  # of rows of the files that have tables of their own, beside case and rivals
     "model_memory": ("block", "auto"),
@@ -57,7 +58,7 @@ class Suite:
 
     def command(self, row: Row) -> str:
         """What makes a row again: of a timed suite that alone, otherwise the whole file."""
-        if not self.timed:
+        if not self.timed or self.name in OTHERS:
             return str(self.environment.get("command", ""))
         words = ["python", "-m", "benchmarks.run", "--suite", self.name, "--case", row["case"], "--mode", row["mode"]]
         if self.environment.get("device") == "cuda":
@@ -82,6 +83,11 @@ class Machine:
     @property
     def timed(self) -> list[Suite]:
         return [suite for suite in self.suites.values() if suite.timed]
+
+    @property
+    def compared(self) -> list[Suite]:
+        """Those in which fastbp is timed against rivals."""
+        return [suite for suite in self.timed if suite.name not in OTHERS]
 
     @property
     def title(self) -> str:

@@ -7,7 +7,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 from benchmarks.records import RESULTS
-from benchmarks.report import document, memory, pictures, policies
+from benchmarks.report import document, memory, pictures, policies, tuned
 from benchmarks.report.load import Machine, load
 
 ZEN = "cpu-amd-avx512-bf16"  # an AMD CPU
@@ -28,6 +28,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[Machine], str]], ...] = (
     ("docs/memory.md", "in-use", ZEN, memory.in_use),
     ("docs/memory.md", "policy-speed", ZEN, policies.speed_table),
     ("docs/memory.md", "policy-speed-amx", AMX, policies.speed_table),
+    ("docs/tuning.md", "tuned", AMX, tuned.table),
     ("docs/numerics.md", "slopes", ZEN, policies.slope_table),
     ("docs/numerics.md", "gradients", ZEN, policies.gradient_table),
     ("docs/training.md", "training", ZEN, policies.training_table),

@@ -21,7 +21,7 @@ def groups(suites: Sequence[Suite], modes: Sequence[str] = ()) -> Iterator[tuple
 
 def summary(machine: Machine, beside: Sequence[str] = (), modes: Sequence[str] = ()) -> str:
     """fastbp over eager by suite, mode and dtype; the noise, the floor, and rivals ``beside``."""
-    found = [group for group in groups(machine.timed, modes) if over_eager(group[-1], "fastbp")]
+    found = [group for group in groups(machine.compared, modes) if over_eager(group[-1], "fastbp")]
     beside = [name for name in beside if any(over_eager(rows, name) for *_, rows in found)]
     floor = any(over_floor(rows, "fastbp") for *_, rows in found)
     head = ["suite", "dtype", "mode", "cases", f"× eager: {WORDS}", "worst case", "eager again"]
@@ -41,7 +41,7 @@ def summary(machine: Machine, beside: Sequence[str] = (), modes: Sequence[str] =
 def rivals(machine: Machine) -> str:
     """Every rival over eager, a table for the suites that have the same ones."""
     tables: dict[tuple[str, ...], list[list[str]]] = {}
-    for suite, mode, dtype, rows in groups(machine.timed):
+    for suite, mode, dtype, rows in groups(machine.compared):
         names = tuple(name for name in rivals_in(suite.rows) if name != "eager")
         cells = [suite.name, dtype, f"`{mode}`", *(span(over_eager(rows, name)) for name in names)]
         tables.setdefault(names, []).append(cells)
@@ -51,7 +51,7 @@ def rivals(machine: Machine) -> str:
 def ahead(machine: Machine) -> str:
     """Every row in which a rival is ahead of fastbp, the widest gap first."""
     found, total = [], 0
-    for suite in machine.timed:
+    for suite in machine.compared:
         for row in suite.rows:
             mine = row["rivals"].get("fastbp")
             if mine is None:
@@ -88,7 +88,7 @@ def failures(machine: Machine) -> str:
     """Who was less accurate than twice eager's error, and who is broken or was left out, with the reason."""
     wrong: dict[tuple[str, str], list[tuple[float, str]]] = {}
     remarks: dict[tuple[str, str, str], list[str]] = {}
-    for suite in machine.timed:
+    for suite in machine.compared:
         for row in suite.rows:
             eager = row["rivals"].get("eager", {}).get("error")
             for name, rival in row["rivals"].items():

@@ -1,0 +1,96 @@
+"""The benchmark of tuned choices: who is measured beside whom, by which choice, and what counts as short of a floor."""
+
+import os
+
+import pytest
+import torch
+from support import each
+
+from benchmarks import records, tuned
+from benchmarks.cases import Case
+from benchmarks.environment import CPU
+from benchmarks.steps import task_of
+from fastbp import backends
+from fastbp.backends import native
+from fastbp.tuning import TunedCall
+from fastbp.tuning.jobs import watch
+
+CASE = Case("layer", 4, (8, 8), "relu")
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    yield
+    backends.choose_from({})
+    backends.forget()
+
+
+def test_a_case_is_tuned_and_measured_beside_its_candidates(tmp_path, capsys):
+    before = os.environ.get("XDG_CACHE_HOME")
+    arguments = ["--suite", "overhead", "--case", "layer 4×8→8 relu", "--seconds", "0.01", "--tuning-seconds", "0.01"]
+    assert tuned.main([*arguments, "--output", str(tmp_path)]) == 0
+    environment, (row,) = records.read(tmp_path / "tuned.jsonl", needed=("case", "mode", "rivals"))
+    assert environment["command"].startswith("python -m benchmarks.tuned --suite overhead")
+    assert row["case"] == "layer 4×8→8 relu float32" and 0 < row["of_best"] < 3
+    names = {name for name in (*row["rivals"], *row["left_out"]) if name.startswith("candidate ")}
+    assert {"candidate reference", "candidate eager"} <= names and f"candidate {row['best']}" in row["rivals"]
+    assert {"eager", "eager again", "fastbp", "fastbp tuned", f"candidate {row['chosen']}"} <= set(row["rivals"])
+    assert row["case"] in capsys.readouterr().out
+    assert os.environ.get("XDG_CACHE_HOME") == before
+    assert tuned.main([*arguments, "--limit", "0", "--output", str(tmp_path / "none")]) == 0
+    assert "not measured, the time is up" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
+def test_each_step_is_computed_by_its_choice(monkeypatch):
+    task = task_of(CASE, CPU)
+    module = tuned.fused()(CASE, task.parts)
+    (job,) = watch("x", module, task.inputs[0][0]).jobs
+    milliseconds = {"native": 1.0, "native narrow": 1.1, "reference": 1.2, "eager": 1.01, "native wide": 2.0}
+    call = TunedCall(job.key, 1, milliseconds, {"native library": "wrong"}, "native")
+    with tuned.own_cache():
+        backends.remember(CPU, job.key, {"fastest": "reference"})
+        steps, left_out = tuned.steps_of(task, job, call)
+        assert left_out == {
+            "candidate native library": "wrong",
+            "candidate native wide": "2.00 times as long as the fastest when tuned",
+        }
+        taken = {}
+        for name, step in steps.items():
+            step()
+            if not name.startswith("eager"):
+                chosen = backends.choose(job.config, task.inputs[0][0], (), [task.parts[0].weight])
+                taken[name] = f"{chosen.backend} {chosen.route}".rstrip()
+    candidates = {f"candidate {name}": name for name in milliseconds if name != "native wide"}
+    assert taken == {"fastbp": "native", "fastbp tuned": "reference", **candidates}
+    assert backends.choose(job.config, task.inputs[0][0]).backend == "native", "nothing learnt there is known here"
+
+
+def test_the_best_of_equals_is_no_better_than_the_others():
+    """Of equals that scatter the luckiest is always ahead, and its ratio in the other half of the turns is not."""
+    torch.manual_seed(0)
+    scatter = (1 + 0.1 * torch.randn(9, 400).clamp(-2, 2)).tolist()
+    times = {f"candidate {i}": t for i, t in enumerate(scatter[:8])} | {"fastbp tuned": scatter[8]}
+    found = tuned.beside_the_best(times)
+    assert abs(found["of_best"] - 1) < 3 * found["of_best_error"] < 0.03
+    worse = times | {"fastbp tuned": [1.1 * t for t in scatter[8]]}
+    assert abs(tuned.beside_the_best(worse)["of_best"] - 1 / 1.1) < 0.02
+
+
+@each(
+    ("of_best", "of_eager", "error", "short"),
+    [(1.0, 2.0, 0.0, False), (0.985, 2.0, 0.001, True), (0.985, 2.0, 0.01, False), (1.0, 0.95, 0.001, True),
+     (1.0, 0.97, 0.01, False)],
+)  # fmt: skip
+def test_a_floor_is_missed_by_more_than_the_noise(of_best, of_eager, error, short):
+    rivals = {name: {"over_eager": of_eager} for name in ("fastbp tuned", "fastbp", "eager again")}
+    row = {"case": "a", "of_best": of_best, "of_best_error": error, "of_eager_error": error, "rivals": rivals}
+    assert tuned.is_short(row) is short
+    assert f"of the best candidate: worst {of_best:.3f} (a)" in tuned.summary([row])
+
+
+def test_unknown_arguments_list_what_there_is(capsys):
+    for arguments, words in ((["--suite", "models"], "choose from"), (["--case", "zz"], "layer 2048×768→3072")):
+        with pytest.raises(SystemExit) as stop:
+            tuned.main(arguments)
+        assert stop.value.code == 2 and words in capsys.readouterr().err

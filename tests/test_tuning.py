@@ -19,7 +19,7 @@ from fastbp import backends, cache
 from fastbp.backends import measured, native
 from fastbp.backends.measured import EAGER, Choice, Sizes, Subject
 from fastbp.forms import FORMS
-from fastbp.tuning import TunedCall, race
+from fastbp.tuning import TunedCall, race, tune_jobs
 from fastbp.tuning.jobs import parse, watch
 from fastbp.tuning.race import Outcome, candidates, run_off
 
@@ -202,6 +202,14 @@ def test_losers_drop_out_and_winners_get_their_time():
     assert times == pytest.approx({"best": 1.0, "near": 1.03, "far": 1.2, "lost": 3.0})
     assert fake.calls["lost"] < fake.calls["far"] / 3 < fake.calls["near"] / 10
     assert fake.calls["best"] >= 900  # a second
+
+
+def test_slow_steps_get_few_turns():
+    """Ten times their seconds, or eight turns; two calls more warm up and count how many make a burst."""
+    for milliseconds, turns in ((100.0, 24), (200.0, 15), (5000.0, 8)):
+        fake = Fake(one=milliseconds, other=1.01 * milliseconds)
+        run_off(fake.steps, 0.3, fake.clock)
+        assert fake.calls == {"one": turns + 2, "other": turns + 2}
 
 
 def test_of_equals_the_written_rule_stays():
@@ -396,6 +404,24 @@ def test_what_cannot_be_tuned_is_refused(fault):
 def test_seconds_are_positive():
     with pytest.raises(ValueError, match="seconds must be positive, got 0"):
         fastbp.tune(fastbp.MLP(8, 8), torch.ones(2, 8), seconds=0)
+
+
+@each("surroundings", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_what_is_measured_is_a_step_of_training_whatever_surrounds_it(surroundings):
+    job = parse("x", KEYS["linear_act"], CPU)
+    with surroundings():
+        (call,) = tune_jobs([(job, 1)], 0.001, again=True, quiet=True).calls
+    assert "reference" in call.milliseconds and EAGER in call.milliseconds and not call.refused
+
+
+def test_a_user_without_a_home(monkeypatch):
+    def homeless():
+        raise OSError("this user has no home")
+
+    monkeypatch.setattr(cache, "folder", homeless)
+    with pytest.warns(RuntimeWarning, match="this user has no home"):
+        report = fastbp.tune(fastbp.MLP(8, 8), torch.ones(2, 8), seconds=0.001, quiet=True)
+    assert report.path == "" and "not remembered" in str(report)
 
 
 def test_a_cache_that_cannot_be_written_warns_once_and_serves_this_process(tmp_path, monkeypatch):

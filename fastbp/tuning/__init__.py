@@ -153,8 +153,8 @@ def tune_jobs(
 def _measured(job: Job, count: int, seconds: float) -> TunedCall:
     if sys.stderr.isatty():
         print(f"\r{job.key} ...", end="\r", file=sys.stderr, flush=True)
-    products.tune(job, seconds)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(job.device.type, enabled=False):
+        products.tune(job, seconds)
         found: Outcome = run_race(job, seconds)
     entry = {"milliseconds": found.milliseconds, "refused": found.refused, "unmeasured": found.unmeasured}
     entry |= {"fastest": found.fastest, "date": date.today().isoformat()}
@@ -163,4 +163,7 @@ def _measured(job: Job, count: int, seconds: float) -> TunedCall:
 
 
 def _path(device: torch.device) -> str:
-    return str(cache.folder() / file_name(backends.environment(device)))
+    try:
+        return str(cache.folder() / file_name(backends.environment(device)))
+    except OSError:  # a user without a home
+        return ""

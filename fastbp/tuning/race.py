@@ -27,7 +27,8 @@ Step = Callable[[], object]
 BURST = 0.005  # seconds of a burst, which dwarf the clock; one call where that takes longer
 # After so many turns, who is slower than the fastest by this is not measured on.
 CUTS = ((1, 2.0), (3, 1.3), (8, 1.1), (16, 1.04))
-TURNS = 24  # that the others get at least
+# Turns that the others get at least, and those after which they get no more than so many times their seconds.
+TURNS, FEW_TURNS, PATIENCE = 24, 8, 10
 TIE = 0.005  # the choice of the written rule stays where nobody is ahead of it by more: a difference that is noise
 
 
@@ -85,6 +86,7 @@ def run_race(job: Job, seconds: float) -> Outcome:
     if not steps:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise RuntimeError(f"fastbp.tune: no candidate serves {job.key}: {reasons}")
+    del exact  # twice the memory of all results
     times = run_off(steps, seconds, clock_of(job.device))
     return Outcome(times, refused, choices[0].name)
 
@@ -225,7 +227,7 @@ def run_off(steps: Mapping[str, Step], seconds: float, clock: Callable[[Step, in
         clock(step, 1)
         calls[name] = max(1, min(1000, round(BURST / max(clock(step, 1), 1e-9))))
     running, turns, spent, shuffle = list(steps), 0, 0.0, random.Random(0).sample
-    while running and (turns < TURNS or spent < seconds * len(running)):
+    while turns < FEW_TURNS or spent < seconds * len(running) * (1 if turns >= TURNS else PATIENCE):
         turns += 1
         spent = 0.0 if turns == 1 else spent
         for name in shuffle(running, len(running)):

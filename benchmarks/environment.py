@@ -21,6 +21,7 @@ import fastbp
 from benchmarks import records
 from benchmarks.clock import keep_freed_memory as keep_freed_memory
 from fastbp.backends import native
+from fastbp.backends.measured import cpu_facts
 
 CPU = torch.device("cpu")
 NOT_MEASURED = ": not measured, the time is up"  # printed after a case's name; benchmarks.gpu counts them
@@ -69,13 +70,6 @@ def _said(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def cpu_facts() -> dict[str, str]:
-    """What Linux says of the first core."""
-    info = Path("/proc/cpuinfo")
-    core = info.read_text().partition("\n\n")[0] if info.exists() else ""
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in core.splitlines())}
 
 
 def native_capability() -> str:

@@ -80,3 +80,17 @@ def on_gpu(standin, monkeypatch):
     yield standin.set_cuda_route
     standin.set_cuda_route("")
     standin.set_debug(False)
+
+
+@pytest.fixture
+def own_choices(tmp_path, monkeypatch):
+    """Where choices are remembered: a place of its own, and nothing known from another test."""
+    from fastbp import backends, cache
+    from fastbp.backends import measured
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.setattr(measured, "_unwritten", {})
+    backends.forget()
+    yield tmp_path / "fastbp"
+    backends.forget()

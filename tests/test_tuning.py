@@ -1,51 +1,27 @@
-"""``fastbp.tune``: what it measures, what it refuses to take, what is remembered, and that calls take it."""
+"""``fastbp.tune``: what it sees, what it measures and refuses, what it says and remembers; and the command."""
 
 import json
-import os
 import stat
-import subprocess
 import sys
-import timeit
 from pathlib import Path
 
 import pytest
 import torch
 from support import each
 from torch import nn
+from tuning_cases import CPU, KEYS, with_native
 
 import fastbp
 from fastbp import __main__ as cli
 from fastbp import backends, cache
 from fastbp.backends import measured, native
-from fastbp.backends.measured import EAGER, Choice, Sizes, Subject
+from fastbp.backends.measured import EAGER, Choice
 from fastbp.forms import FORMS
 from fastbp.tuning import TunedCall, race, tune_jobs
 from fastbp.tuning.jobs import parse, watch
 from fastbp.tuning.race import Outcome, candidates, run_off
 
-CPU = torch.device("cpu")
-KEYS = {
-    "linear_act": "linear_act 6x8x16 gelu float32 preact",
-    "gated_linear_act": "gated_linear_act 6x8x16 silu bfloat16 preact",
-    "mlp": "mlp 6x8x16x4 relu float32 output",
-    "gated_mlp": "gated_mlp 6x8x16x4 silu float32 recompute",
-}
-with_native = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    """A cache of its own, and nothing known from another test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cache, "_warned", set())
-    monkeypatch.setattr(measured, "_unwritten", {})
-    backends.forget()
-    yield tmp_path / "fastbp"
-    backends.forget()
-
-
-def put(key, fastest, **entry):
-    backends.remember(CPU, key, {"fastest": fastest} | entry)
+pytestmark = pytest.mark.usefixtures("own_choices")
 
 
 def model():
@@ -145,7 +121,7 @@ def test_under_autocast_the_dtype_is_the_products():
 
 
 @each("form", FORMS)
-def test_every_candidate_is_measured_or_refused_and_the_fastest_is_taken(form, place):
+def test_every_candidate_is_measured_or_refused_and_the_fastest_is_taken(form):
     job = parse("x", KEYS[form], CPU)
     before = torch.random.get_rng_state()
     outcome = race.run_race(job, 0.001)
@@ -221,129 +197,7 @@ def test_of_equals_the_written_rule_stays():
     assert fastest(other=1.0) == "other"
 
 
-@with_native
-@each("form", FORMS)
-def test_calls_of_these_sizes_take_what_was_measured(form):
-    """Told by the node of autograd that they leave, and by the config that it was given."""
-    job = parse("x", KEYS[form], CPU)
-    call = race._draw(job)
-    parts = (call.x, call.weights, call.biases, (*call.weights, *call.biases))
-
-    def taken(x=call.x):
-        config = backends.choose(job.config, x, parts[3], call.weights)
-        return config.backend, config.route
-
-    rule = taken()
-    for fastest, expected in (
-        ("native wide", ("native", "wide")),
-        ("reference", ("reference", "")),
-        (EAGER, (EAGER, "")),
-    ):
-        put(job.key, fastest)
-        assert taken() == expected
-        assert taken(call.x.view(2, 3, -1)) == expected, "rows are what counts, however they are arranged"
-        assert taken(call.x[:5]) == rule, "other sizes were not measured"
-        assert backends.choose(backends.with_backend(job.config, "reference"), *parts[::3], call.weights).route == ""
-    put(job.key, "native")
-    assert taken() == rule
-
-
-@each("form", FORMS)
-@each("fastest", ["native", "reference", EAGER])
-def test_what_is_refused_is_refused_where_sizes_were_measured(form, fastest):
-    """With the sizes of the call that was measured, or none."""
-    job = parse("x", KEYS[form], CPU)
-    call = race._draw(job)
-    weights, biases = list(call.weights), list(call.biases)
-    put(job.key, "reference" if fastest == "native" and native.unavailable else fastest)
-
-    def refused(words, x=call.x, weights=weights, biases=biases, error=ValueError):
-        with pytest.raises(error, match=words) as caught:
-            names = dict(activation=job.config.row.name, save=job.config.save)
-            function = getattr(fastbp, form)
-            function(x, weights, biases, **names) if form == "mlp" else function(x, *weights, *biases, **names)
-        assert str(caught.value).startswith(f"fastbp.{form}: ")
-
-    refused(r"must be \(16,\)", biases=[biases[0].detach()[:1], *biases[1:]])
-    refused(r"must be \(16,\)", biases=[biases[0].detach().expand(6, 16), *biases[1:]])
-    refused("must have the dtype of x", biases=[biases[0].detach().double(), *biases[1:]], error=TypeError)
-    refused("must have the dtype of x", weights=[weights[0].detach().double(), *weights[1:]], error=TypeError)
-    refused("must be on the device of x", weights=[weights[0].detach().to("meta"), *weights[1:]])
-    refused(r"must be \(out_features, 8\)", weights=[weights[0].detach()[0], *weights[1:]])
-    refused("at least one dimension", x=call.x.detach()[0, 0])
-    refused("must be a dense tensor", x=call.x.detach().to_sparse(), error=TypeError)
-    if job.config.form.gated:
-        narrow = [biases[0], biases[1].detach()[:1], *biases[2:]]  # would be spread over the gate's
-        refused("must have the same shape", weights=[weights[0], weights[1].detach()[:1], *weights[2:]], biases=narrow)
-
-
-def results(layer, x, dy):
-    y = layer(x)
-    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)], type(y.grad_fn).__name__
-
-
-@with_native
-def test_a_tuned_module_computes_the_same_another_way():
-    """By the bits: what a route computes is what the same route forced on every call does."""
-    torch.manual_seed(0)
-    layer = fastbp.LinearAct(300, 40)
-    x, dy = torch.randn(64, 300, requires_grad=True), torch.randn(64, 40)
-    key = "linear_act 64x300x40 gelu float32 preact"
-    found = {}
-    for route in ("narrow", "wide"):
-        torch.ops.fastbp_native.set_debug(False, route)
-        forced, _ = results(layer, x, dy)
-        torch.ops.fastbp_native.set_debug(False, "")
-        put(key, f"native {route}")
-        found[route], node = results(layer, x, dy)
-        assert node.startswith("LinearActFunction") and all(map(torch.equal, found[route], forced))
-    assert not all(map(torch.equal, found["narrow"], found["wide"])), (
-        "the ways differ in rounding, or this tests nothing"
-    )
-    put(key, EAGER)
-    plain, node = results(layer, x, dy)
-    assert not node.startswith("LinearActFunction")
-    torch.testing.assert_close(plain, found["wide"])
-    with fastbp.use(backend="native"):
-        assert results(layer, x, dy)[1].startswith("LinearActFunction")
-    x64 = x[:4].detach().double().requires_grad_()
-    assert torch.autograd.gradgradcheck(layer.double(), x64)
-
-
-@with_native
-def test_graphs_take_what_was_measured_too(fresh_dynamo):
-    """And where that is PyTorch under its own autograd, the same operations beneath it."""
-    torch.manual_seed(0)
-    layer = fastbp.LinearAct(300, 40)
-    x, dy = torch.randn(64, 300, requires_grad=True), torch.randn(64, 40)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for fastest in ("native narrow", EAGER):
-        put("linear_act 64x300x40 gelu float32 preact", fastest)
-        ours, plain = results(compiled, x, dy)[0], results(layer, x, dy)[0]
-        if fastest == EAGER:
-            torch.testing.assert_close(ours, plain)
-        else:
-            assert all(map(torch.equal, ours, plain))
-
-
-def test_eager_needs_no_more_memory_than_the_policy():
-    """The promise of bytes holds whatever is the fastest."""
-    for activation, save in (("gelu", "preact"), ("relu", "output"), ("silu", "preact"), ("tanh", "output")):
-        layer = fastbp.LinearAct(16, 32, activation=activation)
-        x = torch.randn(8, 16)
-        key = f"linear_act 8x16x32 {activation} float32 {save}"
-
-        def kept(layer=layer, x=x):
-            with fastbp.SavedBytes(exclude=[layer, x]) as saved:
-                layer(x)
-            return saved.total
-
-        before = kept()
-        put(key, EAGER)
-        assert kept() == before
-
-
-def test_tune_measures_prints_remembers_and_knows_it_again(place, capsys):
+def test_tune_measures_prints_remembers_and_knows_it_again(own_choices, capsys):
     x = torch.randn(10, 8)
     report = fastbp.tune(model(), x, seconds=0.001)
     printed = capsys.readouterr().out
@@ -354,8 +208,8 @@ def test_tune_measures_prints_remembers_and_knows_it_again(place, capsys):
     for call in report.calls:
         assert str(call) in printed and f": {call.fastest}, {call.milliseconds[call.fastest]:.3f} ms" in str(call)
     assert "1 calls name their backend" in str(report) and report.path in str(report)
-    (path,) = place.iterdir()
-    assert str(path) == report.path and stat.S_IMODE(place.stat().st_mode) == 0o700
+    (path,) = own_choices.iterdir()
+    assert str(path) == report.path and stat.S_IMODE(own_choices.stat().st_mode) == 0o700
     content = json.loads(path.read_text())
     assert content["environment"]["torch"] == torch.__version__
     assert {key: entry["fastest"] for key, entry in content["problems"].items()} == {
@@ -436,77 +290,7 @@ def test_a_cache_that_cannot_be_written_warns_once_and_serves_this_process(tmp_p
     assert measured.recall(subject, backends.environment(CPU))[sizes] == (backend, route)
 
 
-@each(
-    "entry",
-    [
-        {"fastest": "nobody"},
-        {"fastest": "native nowhere"},
-        {"fastest": "triton"},
-        {"fastest": ["native"]},
-        {"slowest": "native"},
-        "native",
-        None,
-    ],
-)
-def test_an_entry_that_says_nothing_usable_is_as_if_not_there(entry, capsys):
-    key = KEYS["linear_act"]
-    backends.remember(CPU, key, entry)
-    backends.remember(CPU, "no problem at all", {"fastest": "reference"})
-    job = parse("x", key, CPU)
-    call = race._draw(job)
-    rule = "native" if native.unavailable is None else "reference"
-    assert backends.choose(job.config, call.x, (*call.weights, *call.biases), call.weights).backend == rule
-    assert cli.main(["tune", "--list"]) == 0
-    assert f"{key}: cannot be read" in capsys.readouterr().out
-
-
-def test_what_was_measured_elsewhere_is_not_found(monkeypatch):
-    """Another device, version, library or number of threads is another file."""
-    found = backends.environment(CPU)
-    names = {measured.file_name(found)}
-    for index, (key, value) in enumerate(found):
-        changed = (*found[:index], (key, f"{value}!"), *found[index + 1 :])
-        names.add(measured.file_name(changed))
-    assert len(names) == 1 + len(found)
-    assert dict(found)["threads"] == str(torch.get_num_threads())
-    put(KEYS["linear_act"], "reference")
-    subject, sizes = measured.parse_key(KEYS["linear_act"])
-    assert sizes in measured.recall(subject, found)
-    assert measured.recall(subject, (*found[:-1], ("reference", "9.9"))) == {}
-    assert measured.recall(Subject(subject.form, "silu", subject.dtype, subject.save), found) == {}
-    assert Sizes(7, sizes.features) not in measured.recall(subject, found)
-
-
-def test_a_warm_cache_costs_nothing_at_import_and_little_a_call(place):
-    """0.6 µs, where looking up an unmeasured call takes as much: a ratio, for a busy machine is slower in both."""
-    key = "linear_act 4x8x8 gelu float32 preact"
-    job = parse("x", key, CPU)
-    call = race._draw(job)
-    tensors = (*call.weights, *call.biases)
-
-    def nanoseconds():
-        def look():
-            backends.choose(job.config, call.x, tensors, call.weights)
-
-        return min(timeit.repeat(look, number=20_000, repeat=7)) / 20_000 * 1e9
-
-    unmeasured = nanoseconds()
-    put(key, "reference")
-    assert nanoseconds() < 3 * unmeasured
-    program = f"""
-import sys
-opened = []
-sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
-import fastbp
-print([name for name in opened if {str(place)!r} in name])
-"""
-    outcome = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ
-    )
-    assert outcome.stdout.strip() == "[]"
-
-
-def test_the_command(place, capsys, tmp_path, monkeypatch):
+def test_the_command(capsys, tmp_path, monkeypatch):
     (tmp_path / "net.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def make():\n    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), torch.ones(5, 8)\n"

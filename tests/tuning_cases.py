@@ -1,0 +1,20 @@
+"""What the tests of tuning share: problems, a cache of their own, and choices put into it."""
+
+import pytest
+import torch
+
+from fastbp import backends
+from fastbp.backends import native
+
+CPU = torch.device("cpu")
+KEYS = {
+    "linear_act": "linear_act 6x8x16 gelu float32 preact",
+    "gated_linear_act": "gated_linear_act 6x8x16 silu bfloat16 preact",
+    "mlp": "mlp 6x8x16x4 relu float32 output",
+    "gated_mlp": "gated_mlp 6x8x16x4 silu float32 recompute",
+}
+with_native = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
+
+
+def put(key, fastest, **entry):
+    backends.remember(CPU, key, {"fastest": fastest} | entry)

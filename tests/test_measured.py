@@ -98,6 +98,8 @@ def test_a_tuned_module_computes_the_same_another_way():
         put(key, f"native {route}")
         found[route], node = results(layer, x, dy)
         assert node.startswith("LinearActFunction") and all(map(torch.equal, found[route], forced))
+        with torch.no_grad():
+            assert torch.equal(layer(x), forced[0]), "without gradients too"
     assert not all(map(torch.equal, found["narrow"], found["wide"])), (
         "the ways differ in rounding, or this tests nothing"
     )
@@ -163,7 +165,8 @@ def test_an_entry_that_says_nothing_usable_is_as_if_not_there(entry, capsys):
     job = parse("x", key, CPU)
     call = race._draw(job)
     rule = "native" if native.unavailable is None else "reference"
-    assert backends.choose(job.config, call.x, (*call.weights, *call.biases), call.weights).backend == rule
+    taken = backends.choose(job.config, call.x, (*call.weights, *call.biases), call.weights)
+    assert (taken.backend, taken.route) == (rule, "")
     assert cli.main(["tune", "--list"]) == 0
     assert f"{key}: cannot be read" in capsys.readouterr().out
 

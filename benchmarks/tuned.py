@@ -35,6 +35,7 @@ from fastbp import backends, tuning
 from fastbp.backends import Table, with_choice
 from fastbp.backends.measured import Choice
 from fastbp.tuning.jobs import Job, watch
+from fastbp.tuning.race import error_of_median
 
 OF_BEST, OF_EAGER = 0.99, 0.98
 NEAR = 1.25  # times as long as the fastest, when tuned, who is measured again
@@ -125,12 +126,6 @@ def beside_the_best(times: Mapping[str, Sequence[float]]) -> Row:
         "of_best": round(quantiles(ratios)[1], 3),
         "of_best_error": round(error_of_median(ratios), 4),
     }
-
-
-def error_of_median(values: Sequence[float]) -> float:
-    """Its standard error, from the spread between the 20th and 80th percentile, as if that were a normal one's."""
-    low, _, high = quantiles(list(values))
-    return float((high - low) / 1.683 * 1.2533 / len(values) ** 0.5)
 
 
 def print_row(row: Row) -> None:

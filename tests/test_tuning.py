@@ -9,17 +9,16 @@ import pytest
 import torch
 from support import each
 from torch import nn
-from tuning_cases import CPU, KEYS, with_native
+from tuning_cases import CPU, KEYS
 
 import fastbp
 from fastbp import __main__ as cli
 from fastbp import backends, cache
-from fastbp.backends import measured, native
-from fastbp.backends.measured import EAGER, Choice
+from fastbp.backends import measured
+from fastbp.backends.measured import EAGER
 from fastbp.forms import FORMS
-from fastbp.tuning import TunedCall, race, tune_jobs
+from fastbp.tuning import TunedCall, tune_jobs
 from fastbp.tuning.jobs import parse, watch
-from fastbp.tuning.race import Outcome, candidates, run_off
 
 pytestmark = pytest.mark.usefixtures("own_choices")
 
@@ -32,28 +31,6 @@ def model():
         fastbp.LinearAct(8, 4, bias=False, activation="gelu", backend="reference"),
         fastbp.GatedLinear(4, 3),
     )
-
-
-class Fake:
-    """Steps that take given milliseconds by a clock of its own, and how many calls each had."""
-
-    def __init__(self, **milliseconds):
-        self.calls = dict.fromkeys(milliseconds, 0)
-        self.steps = {name: self.step(name, ms) for name, ms in milliseconds.items()}
-        self.now = 0.0
-
-    def step(self, name, ms):
-        def run():
-            self.now += ms / 1e3
-            self.calls[name] += 1
-
-        return run
-
-    def clock(self, step, calls):
-        start = self.now
-        for _ in range(calls):
-            step()
-        return self.now - start
 
 
 @each("form", FORMS)
@@ -118,83 +95,6 @@ def test_under_autocast_the_dtype_is_the_products():
     with torch.autocast("cpu", torch.bfloat16):
         (job,) = watch("x", fastbp.MLP(8, 16), torch.randn(3, 8)).jobs
     assert job.dtype == torch.bfloat16
-
-
-@each("form", FORMS)
-def test_every_candidate_is_measured_or_refused_and_the_fastest_is_taken(form):
-    job = parse("x", KEYS[form], CPU)
-    before = torch.random.get_rng_state()
-    outcome = race.run_race(job, 0.001)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    names = [choice.name for choice in candidates(job)]
-    assert set(outcome.milliseconds) | set(outcome.refused) == set(names) and outcome.unmeasured == names[0]
-    assert outcome.fastest in outcome.milliseconds and all(ms > 0 for ms in outcome.milliseconds.values())
-    # What eager keeps is more than a block's policy, but for ReLU, where both keep the output.
-    assert (EAGER in outcome.refused) is (form not in ("linear_act", "mlp")), outcome.refused
-
-
-@with_native
-def test_the_candidates_on_a_cpu():
-    found = {choice.name for choice in candidates(parse("x", "linear_act 1x8x8 gelu float32 auto", CPU))}
-    ways = {"native", "native narrow", "native wide", "native library"}
-    assert found == ways | {"native row", "reference", EAGER}
-    two = {choice.name for choice in candidates(parse("x", "linear_act 2x8x8 gelu bfloat16 auto", CPU))}
-    pairs = {"native narrow_pairs"} if native.capability() == "avx512_bf16" else set()
-    assert two == ways | pairs | {"reference", EAGER}
-
-
-def test_a_wrong_candidate_and_one_that_raises_are_refused(monkeypatch):
-    def wrong(config, x, tensors):
-        y, *kept = backends.reference.forward(config, x, tensors)
-        return [y * 1.001, *kept]
-
-    broken = type(backends)("broken")
-    broken.__dict__.update(vars(backends.reference), forward=wrong)
-    raising = type(backends)("raising")
-    raising.__dict__.update(vars(backends.reference), forward=lambda *arguments: 1 / 0)
-    nan = type(backends)("nan")
-    nan.__dict__.update(
-        vars(backends.reference),
-        backward=lambda *a, **k: [g if g is None else g * float("nan") for g in backends.reference.backward(*a, **k)],
-    )
-    for name, module in {"broken": broken, "raising": raising, "nan": nan}.items():
-        monkeypatch.setitem(backends.BACKENDS, name, module)
-    outcome = race.run_race(parse("x", KEYS["linear_act"], CPU), 0.001)
-    assert "error 0.001 against float64" in outcome.refused["broken"]
-    assert outcome.refused["raising"] == "ZeroDivisionError: division by zero"
-    assert "error inf" in outcome.refused["nan"]
-    assert "reference" in outcome.milliseconds
-
-
-def test_no_candidate_at_all_is_an_error_with_the_reasons(monkeypatch):
-    monkeypatch.setattr(race, "candidates", lambda job: [Choice("nobody")])
-    with pytest.raises(RuntimeError, match=r"no candidate serves linear_act 6x8x16.*nobody: "):
-        race.run_race(parse("x", KEYS["linear_act"], CPU), 0.001)
-
-
-def test_losers_drop_out_and_winners_get_their_time():
-    fake = Fake(best=1.0, near=1.03, far=1.2, lost=3.0)
-    times = run_off(fake.steps, 1.0, fake.clock)
-    assert times == pytest.approx({"best": 1.0, "near": 1.03, "far": 1.2, "lost": 3.0})
-    assert fake.calls["lost"] < fake.calls["far"] / 3 < fake.calls["near"] / 10
-    assert fake.calls["best"] >= 900  # a second
-
-
-def test_slow_steps_get_few_turns():
-    """Ten times their seconds, or eight turns; two calls more warm up and count how many make a burst."""
-    for milliseconds, turns in ((100.0, 24), (200.0, 15), (5000.0, 8)):
-        fake = Fake(one=milliseconds, other=1.01 * milliseconds)
-        run_off(fake.steps, 0.3, fake.clock)
-        assert fake.calls == {"one": turns + 2, "other": turns + 2}
-
-
-def test_of_equals_the_written_rule_stays():
-    def fastest(**times):
-        return Outcome(times, {}, "rule").fastest
-
-    assert fastest(other=1.0, rule=1.004) == "rule"
-    assert fastest(other=1.0, rule=1.01) == "other"
-    assert fastest(other=1.0) == "other"
 
 
 def test_tune_measures_prints_remembers_and_knows_it_again(own_choices, capsys):

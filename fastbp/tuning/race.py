@@ -25,10 +25,12 @@ from fastbp.tuning.jobs import Job
 
 Step = Callable[[], object]
 BURST = 0.005  # seconds of a burst, which dwarf the clock; one call where that takes longer
-# After so many turns, who is slower than the fastest by this is not measured on.
-CUTS = ((1, 2.0), (3, 1.3), (8, 1.1), (16, 1.04))
-# Turns that the others get at least, and those after which they get no more than so many times their seconds.
-TURNS, FEW_TURNS, PATIENCE = 24, 8, 10
+# Who is slower than the leader by more than the noise drops out: at a glance after so many turns and by so much, after
+# more by so many standard errors.
+GLANCE, HOPELESS, TURNS, DOUBT = 2, 1.5, 8, 4.0
+# The others go on until each has had its seconds, and while nobody knows who leads, up to so many times as long; slow
+# steps for so many turns at least.
+FEW_TURNS, PATIENCE = 12, 10
 TIE = 0.005  # the choice of the written rule stays where nobody is ahead of it by more: a difference that is noise
 
 
@@ -216,10 +218,11 @@ def clock_of(device: torch.device) -> Callable[[Step, int], float]:
 
 
 def run_off(steps: Mapping[str, Step], seconds: float, clock: Callable[[Step, int], float]) -> dict[str, float]:
-    """Median milliseconds of each step: bursts in turn, so that what slows the machine slows all alike, and every turn
-    in an order of its own, so that nobody always comes after the same.
+    """Milliseconds of each step: bursts in turn, and every turn in an order of its own, so that nobody always comes
+    after the same.
 
-    Who is clearly slower drops out early (``CUTS``); the others go on until each has had its seconds and ``TURNS``.
+    Steps are compared turn by turn, for a machine may be twice as fast in one second as in the next: a step's time is
+    the median of the leader's, times the median of its ratios to the leader's in the turns that it took part in.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     calls: dict[str, int] = {}
@@ -227,15 +230,49 @@ def run_off(steps: Mapping[str, Step], seconds: float, clock: Callable[[Step, in
         clock(step, 1)
         calls[name] = max(1, min(1000, round(BURST / max(clock(step, 1), 1e-9))))
     running, turns, spent, shuffle = list(steps), 0, 0.0, random.Random(0).sample
-    while turns < FEW_TURNS or spent < seconds * len(running) * (1 if turns >= TURNS else PATIENCE):
+    while True:
         turns += 1
-        spent = 0.0 if turns == 1 else spent
         for name in shuffle(running, len(running)):
             took = clock(steps[name], calls[name])
             times[name].append(took / calls[name] * 1e3)
-            spent += took
-        medians = {name: statistics.median(times[name]) for name in running}
-        for after, ratio in CUTS:
-            if turns == after:
-                running = [name for name in running if medians[name] <= ratio * min(medians.values())]
-    return {name: statistics.median(found) for name, found in times.items()}
+            spent += took / len(running)
+        leader = _leader(times, running)
+        if turns >= GLANCE:
+            running = [name for name in running if not _behind(times[name], times[leader])]
+        enough = turns >= FEW_TURNS and spent >= seconds
+        if enough and (spent >= PATIENCE * seconds or _settled(times, running, leader)):
+            break
+    typical = statistics.median(times[leader])
+    return {name: typical * statistics.median(ratios(found, times[leader])) for name, found in times.items()}
+
+
+def _leader(times: Mapping[str, Sequence[float]], running: Sequence[str]) -> str:
+    """Who takes the smallest share of a turn's time."""
+    whole = [sum(turn) for turn in zip(*(times[name] for name in running), strict=True)]
+    return min(running, key=lambda name: statistics.median(ratios(times[name], whole)))
+
+
+def _behind(mine: Sequence[float], leading: Sequence[float]) -> bool:
+    """Whether a step is slower than the leader beyond doubt."""
+    found = ratios(mine, leading)
+    if len(found) < TURNS:
+        return min(found) > HOPELESS
+    return statistics.median(found) - DOUBT * error_of_median(found) > 1
+
+
+def _settled(times: Mapping[str, Sequence[float]], running: Sequence[str], leader: str) -> bool:
+    """Whether nobody who is left can well be ahead of the leader by more than a tie."""
+    found = [ratios(times[name], times[leader]) for name in running if name != leader]
+    return all(statistics.median(each) - 2 * error_of_median(each) > 1 - TIE for each in found)
+
+
+def ratios(times: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Of two steps, turn by turn, as far as both took part."""
+    return [t / b for t, b in zip(times, base, strict=False)]
+
+
+def error_of_median(values: Sequence[float]) -> float:
+    """Its standard error, from the spread between the 20th and 80th percentile, as if that were a normal one's."""
+    ordered = sorted(values)
+    spread = ordered[-1 - len(ordered) // 5] - ordered[len(ordered) // 5]
+    return spread / 1.683 * 1.2533 / len(ordered) ** 0.5

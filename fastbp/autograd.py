@@ -25,7 +25,7 @@ from torch.compiler import is_compiling
 
 from fastbp import ops, reference
 from fastbp.activations import ROWS, bind
-from fastbp.backends import BACKENDS, choose, module_of, with_choice
+from fastbp.backends import BACKENDS, module_of, with_choice
 from fastbp.backends.measured import EAGER, Choice
 from fastbp.forms import FORMS
 from fastbp.problem import Config, Names, check, configure
@@ -33,7 +33,7 @@ from fastbp.reference import Saved, unflatten
 from fastbp.saving import POLICIES, find_kept, kept
 
 Outputs = tuple[Tensor, ...]
-_ONLY_NONE = frozenset((None,))
+_ONLY_NONE, _STRIDED = frozenset((None,)), torch.strided
 
 
 class _Traced(torch.autograd.Function):
@@ -235,42 +235,50 @@ def run(
     biases: Sequence[Tensor | None],
     tensors: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """y of an eager call, differentiable where autograd or a transform asks for it. Refuses as ``check`` does.
+    """y of an eager call by the backend that the config names, differentiable where autograd or a transform asks.
 
-    ``tensors`` are the weights and the biases in one row.
+    ``choose`` has named the backend. Refuses as ``check`` does. ``tensors`` are the weights and the biases in one row.
+    Every small call pays for each line that it comes by here, which is why there are few.
     """
-    return run_chosen(choose(config, x, tensors, weights), x, weights, biases, tensors)
-
-
-def run_chosen(
-    config: Config,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    tensors: tuple[Tensor | None, ...],
-) -> Tensor:
-    """``run`` by the backend that the config names."""
     if config.backend == EAGER:
-        check(config.form, x, weights, biases)
+        dtype, device, fine = x.dtype, x.device, x.layout is _STRIDED
+        for t in tensors:
+            if t is not None and (t.dtype is not dtype or t.layout is not _STRIDED or t.device != device):
+                fine = False
+        if not fine:  # the shapes have been checked, with the choice
+            check(config.form, x, weights, biases)
         return reference.compose(config.form, config.value, x, weights, biases)
-    if (functorch_active() or forward_ad._current_level >= 0) and POLICIES[config.save].compressed:
-        config = _with_save(config, "recompute")  # transforms do not look into bits; and it keeps no more
-    if functorch_active():
-        check(config.form, x, weights, biases)
-        if _nested_forward_mode():
-            return reference.compose(config.form, config.value, x, weights, biases)
-        return FUNCTIONS[config.form.name].apply(config, x, *tensors)[0]  # type: ignore[no-any-return]
-    module = module_of(config)
+    if functorch_active() or forward_ad._current_level >= 0:
+        return _run_transformed(config, x, weights, biases, tensors)
+    module: Any = BACKENDS[config.backend]
     if not module.CHECKS_TENSORS:
         check(config.form, x, weights, biases)
     try:
-        if is_grad_enabled() or forward_ad._current_level >= 0:
+        if is_grad_enabled():
             return _DIRECT[config.form.name](config, x, *tensors)[0]
         # Where no backward can follow: of the policies, recompute writes nothing but y.
         return module.forward(_with_save(config, "recompute"), x, tensors)[0]  # type: ignore[no-any-return]
     except RuntimeError:
         check(config.form, x, weights, biases)  # says it in the words of the call, if it is the call that is wrong
         raise
+
+
+def _run_transformed(
+    config: Config,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    tensors: tuple[Tensor | None, ...],
+) -> Tensor:
+    """``run`` in a transform of torch.func or in forward mode."""
+    check(config.form, x, weights, biases)
+    if POLICIES[config.save].compressed:
+        config = _with_save(config, "recompute")  # transforms do not look into bits; and it keeps no more
+    if not functorch_active():
+        return _DIRECT[config.form.name](config, x, *tensors)[0]
+    if _nested_forward_mode():
+        return reference.compose(config.form, config.value, x, weights, biases)
+    return FUNCTIONS[config.form.name].apply(config, x, *tensors)[0]  # type: ignore[no-any-return]
 
 
 def run_traced(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:

@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from fastbp import activations, backends, main_grad, recognition, saving
 from fastbp.activations import Bound
 from fastbp.autograd import run, run_traced
+from fastbp.backends import choose_settled
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
 from fastbp.problem import Config, Names, check, configure
 
@@ -26,8 +27,7 @@ def available_activations() -> dict[str, tuple[str, ...]]:
 
 class _Defaults(threading.local):
     def __init__(self) -> None:  # of instances, not of the class: Dynamo guards only these
-        self.backend: str | None = None
-        self.save: str | None = None
+        self.both: tuple[str | None, str | None] = (None, None)  # save and backend: looking one thing up is cheaper
 
 
 _defaults = _Defaults()
@@ -49,14 +49,12 @@ class use:
         self._before: list[tuple[str | None, str | None]] = []
 
     def __enter__(self) -> None:
-        self._before.append((_defaults.backend, _defaults.save))
-        if self.backend is not None:
-            _defaults.backend = self.backend
-        if self.save is not None:
-            _defaults.save = self.save
+        save, backend = _defaults.both
+        self._before.append((save, backend))
+        _defaults.both = (save if self.save is None else self.save, backend if self.backend is None else self.backend)
 
     def __exit__(self, *exception: object) -> None:
-        _defaults.backend, _defaults.save = self._before.pop()
+        _defaults.both = self._before.pop()
 
 
 def linear_act(
@@ -213,15 +211,15 @@ def call(
     if type(activation) is not str and type(activation) is not Bound:  # a module's parameters may change between calls
         check(form, x, weights, biases)  # before the activation is probed, so that the tensors' faults come first
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
-    settings = (form, activation, save, backend, _defaults.save, _defaults.backend)
+    settings = (form, activation, save, backend, _defaults.both)
     if is_compiling():
         check(form, x, weights, biases)
         return run_traced(_settle(*settings), x, weights, biases)
     try:
-        config = _settled[settings]
-    except (KeyError, TypeError):  # not seen before, or not hashable and so about to be refused
-        check(form, x, weights, biases)
-        config = _settled[settings] = configure(*_settle(*settings))
+        config = choose_settled(settings, _configure, x, tensors, weights)
+    except (TypeError, ValueError, RuntimeError):
+        check(form, x, weights, biases)  # so that the tensors' faults come first
+        raise
     return run(config, x, weights, biases, tensors)
 
 
@@ -244,7 +242,7 @@ def _accumulated(
     trained = main_grad.find_owners(form, x, owners, tensors)
     if trained is None:
         return call(form, x, weights, biases, activation, save, backend)
-    config = configure(*_settle(form, activation, save, backend, _defaults.save, _defaults.backend))
+    config = _configure((form, activation, save, backend, _defaults.both))
     return main_grad.run(config, trained, x, tensors)
 
 
@@ -281,10 +279,10 @@ def _settle(
     activation: Any,
     save: str,
     backend: str | None,
-    default_save: str | None,
-    default_backend: str | None,
+    defaults: tuple[str | None, str | None],
 ) -> Names:
-    """The settings of a call, checked, as ``Config.names``."""
+    """The settings of a call, checked, as ``Config.names``. ``defaults`` are the policy and the backend of ``use``."""
+    default_save, default_backend = defaults
     where = f"fastbp.{form.name}"
     bound = recognition.resolve(activation, where)
     if save == "auto" and default_save is not None:
@@ -294,4 +292,5 @@ def _settle(
     return form.name, bound.name, bound.params, policy, backend
 
 
-_settled: dict[tuple[Any, ...], Config] = {}  # grows with the settings a program uses, not with its calls
+def _configure(settings: tuple[Any, ...]) -> Config:
+    return configure(*_settle(*settings))

@@ -176,8 +176,10 @@ class LinearAct(_Settings):
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) to y (..., out_features)."""
         own = self._parameters  # looking there first spares nn.Module's __getattr__, as in plain_parts
-        lent = "weight" not in own or "bias" not in own
-        weight, bias = (self.weight, self.bias) if lent else (own["weight"], own["bias"])
+        try:
+            weight, bias = own["weight"], own["bias"]
+        except KeyError:
+            weight, bias = self.weight, self.bias
         flag = self.gradient_accumulation_fusion
         return functional.call(LINEAR_ACT, input, (weight,), (bias,), self.activation, self.save, self.backend, flag)  # type: ignore[arg-type]
 

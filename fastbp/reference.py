@@ -81,11 +81,13 @@ def compose(
     biases: Sequence[Maybe],
 ) -> Tensor:
     """y by PyTorch's own operations and nothing of ours, for transforms that cannot look into a Function or an op."""
+    if not form.gated and not form.projected:
+        return activation(F.linear(x, weights[0], biases[0]))
     h = x
     if form.gated:
         h = activation(F.linear(x, weights[0], biases[0])) * F.linear(x, weights[1], biases[1])
     else:
-        for i in range(len(weights) - form.projected):
+        for i in range(len(weights) - 1):
             h = activation(F.linear(h, weights[i], biases[i]))
     return F.linear(h, weights[-1], biases[-1]) if form.projected else h
 

@@ -13,7 +13,7 @@ from standin import VIEWS
 from support import FEW, assert_accurate, call, cases, each, eager, flatten, grads, like, stock, tensors
 
 from fastbp.activations import bind
-from fastbp.autograd import run_chosen
+from fastbp.autograd import run
 from fastbp.backends import native
 from fastbp.forms import FORMS, LINEAR_ACT, MLP
 from fastbp.problem import DTYPES, configure
@@ -55,7 +55,7 @@ def test_a_call_may_ask_for_its_route(on_gpu, standin, monkeypatch):
 
     def fused(config):
         before = standin.fused_products()
-        y = run_chosen(config, inputs[0], inputs[1:4], inputs[4:], tuple(inputs[1:]))
+        y = run(config, inputs[0], inputs[1:4], inputs[4:], tuple(inputs[1:]))
         grads(y, inputs, like(y, 93))
         return standin.fused_products() - before
 

@@ -49,33 +49,47 @@ def test_calls_of_these_sizes_take_what_was_measured(form):
     assert taken() == rule
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @each("form", FORMS)
 @each("fastest", ["native", "reference", EAGER])
 def test_what_is_refused_is_refused_where_sizes_were_measured(form, fastest):
-    """With the sizes of the call that was measured, or none."""
+    """With the sizes of the call that was measured, or none, before and after a call that is served."""
     job = parse("x", KEYS[form], CPU)
     call = race._draw(job)
     weights, biases = list(call.weights), list(call.biases)
     put(job.key, "reference" if fastest == "native" and native.unavailable else fastest)
 
-    def refused(words, x=call.x, weights=weights, biases=biases, error=ValueError):
+    def made(x=call.x, weights=weights, biases=biases):
+        names = dict(activation=job.config.row.name, save=job.config.save)
+        function = getattr(fastbp, form)
+        return function(x, weights, biases, **names) if form == "mlp" else function(x, *weights, *biases, **names)
+
+    def refused(words, error=ValueError, **spoilt):
         with pytest.raises(error, match=words) as caught:
-            names = dict(activation=job.config.row.name, save=job.config.save)
-            function = getattr(fastbp, form)
-            function(x, weights, biases, **names) if form == "mlp" else function(x, *weights, *biases, **names)
+            made(**spoilt)
         assert str(caught.value).startswith(f"fastbp.{form}: ")
 
-    refused(r"must be \(16,\)", biases=[biases[0].detach()[:1], *biases[1:]])
-    refused(r"must be \(16,\)", biases=[biases[0].detach().expand(6, 16), *biases[1:]])
-    refused("must have the dtype of x", biases=[biases[0].detach().double(), *biases[1:]], error=TypeError)
-    refused("must have the dtype of x", weights=[weights[0].detach().double(), *weights[1:]], error=TypeError)
-    refused("must be on the device of x", weights=[weights[0].detach().to("meta"), *weights[1:]])
-    refused(r"must be \(out_features, 8\)", weights=[weights[0].detach()[0], *weights[1:]])
-    refused("at least one dimension", x=call.x.detach()[0, 0])
-    refused("must be a dense tensor", x=call.x.detach().to_sparse(), error=TypeError)
-    if job.config.form.gated:
-        narrow = [biases[0], biases[1].detach()[:1], *biases[2:]]  # would be spread over the gate's
-        refused("must have the same shape", weights=[weights[0], weights[1].detach()[:1], *weights[2:]], biases=narrow)
+    for _ in range(2):
+        refused(r"must be \(16,\)", biases=[biases[0].detach()[:1], *biases[1:]])
+        refused(r"must be \(16,\)", biases=[biases[0].detach().expand(6, 16), *biases[1:]])
+        refused(r"must be \(out_features, 8\)", weights=[weights[0].detach()[0], *weights[1:]])
+        refused("at least one dimension", x=call.x.detach()[0, 0])
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            for words, error, spoil in (
+                ("must have the dtype of x", TypeError, torch.Tensor.double),
+                ("must be on the device of x", ValueError, lambda t: t.to("meta")),
+                ("must be a dense tensor", TypeError, torch.Tensor.to_sparse),
+            ):
+                refused(words, error, weights=[*weights[:i], spoil(weight.detach()), *weights[i + 1 :]])
+                refused(words, error, biases=[*biases[:i], spoil(bias.detach()), *biases[i + 1 :]])
+        refused("must be a dense tensor", TypeError, x=call.x.detach().to_sparse())
+        refused("nested", TypeError, x=torch.nested.nested_tensor([call.x.detach()]))
+        if job.config.form.gated:
+            narrow = [biases[0], biases[1].detach()[:1], *biases[2:]]  # would be spread over the gate's
+            refused(
+                "must have the same shape", weights=[weights[0], weights[1].detach()[:1], *weights[2:]], biases=narrow
+            )
+        made()
 
 
 def results(layer, x, dy):

@@ -63,7 +63,7 @@ def test_use_ends_with_an_exception():
 
 
 def test_use_may_be_entered_again(monkeypatch):
-    monkeypatch.setattr(functional._defaults, "save", None)  # and is so again for the tests that follow
+    monkeypatch.setattr(functional._defaults, "both", (None, None))  # and is so again for the tests that follow
     recompute = fastbp.use(save="recompute")
     with recompute, recompute:
         assert _bytes() == 0
@@ -120,8 +120,7 @@ def spies(monkeypatch):
 
     for name in ("native", "triton"):
         monkeypatch.setitem(backends.BACKENDS, name, spy(name))
-    monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(functional, "_settled", {})  # no setting of these backends outlives the test
+    monkeypatch.setattr(backends, "_chosen", {})  # no choice of these backends outlives the test
     return done, problems
 
 

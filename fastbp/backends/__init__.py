@@ -78,23 +78,41 @@ def choose(
     ValueError where the call names a backend that does not support it. Ending with the reference on a GPU warns once
     for each set of reasons.
     """
+    return choose_settled(config, lambda given: given, data, tensors, weights)
+
+
+def choose_settled(
+    settings: Any,
+    settle: Callable[[Any], Config],
+    data: Tensor,
+    tensors: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+) -> Config:
+    """``choose`` for the config that ``settle`` makes of settings, asked for where those were not seen yet."""
     for tensor in tensors:
         if type(tensor) not in _PLAIN_OR_NONE:
-            return _choose_for_subclass(config, data, tensor)
+            return _choose_for_subclass(settle(settings), data, tensor)
     if type(data) not in _PLAIN:
-        return _choose_for_subclass(config, data, data)
+        return _choose_for_subclass(settle(settings), data, data)
     try:
-        choice = _chosen[config, data.device, data.dtype]
-    except KeyError:
-        check_dtype(config.save, data.dtype, f"fastbp.{config.form.name}")
-        choice = _chosen[config, data.device, data.dtype] = _find(Problem(config, data.device, data.dtype))
+        choice = _chosen[settings, data.device, data.dtype]
+    except (KeyError, TypeError):  # TypeError: not hashable, and so about to be refused
+        choice = _chosen[settings, data.device, data.dtype] = _chosen_for(settle(settings), data.device, data.dtype)
     return choice if type(choice) is Config else choice(data, tensors, weights)  # type: ignore[operator]
+
+
+def _chosen_for(config: Config, device: torch.device, dtype: torch.dtype) -> Config | BySizes:
+    choice = _chosen.get((config, device, dtype))
+    if choice is None:
+        check_dtype(config.save, dtype, f"fastbp.{config.form.name}")
+        choice = _chosen[config, device, dtype] = _find(Problem(config, device, dtype))
+    return choice
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 BySizes = Callable[[Tensor, Sequence[Tensor | None], Sequence[Tensor]], Config]
-Table = dict[tuple[Any, ...], Config | BySizes]  # by config, device and dtype
+Table = dict[tuple[Any, ...], Config | BySizes]  # by config or what it is made of, device and dtype
 _chosen: Table = {}  # grows with the settings a program uses, not with its calls
 _watcher: Callable[[Config, Tensor, Sequence[Tensor | None]], None] | None = None
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastbp import cache
 from fastbp.forms import FORMS, Form
-from fastbp.problem import Config
+from fastbp.problem import Config, check
 
 # PyTorch's operations under its own autograd, as people write them: no backend, for nothing of fastbp's is called.
 EAGER = "eager"
@@ -100,17 +100,21 @@ def by_sizes(unmeasured: Config, found: Mapping[Sizes, Config]) -> Callable[...,
     """What gives the choice for every call of one config, by its sizes: of x or dy, what else there is, the weights.
 
     It costs a look at the shapes, about 0.6 µs for a layer; as an object with ``__call__`` it would be 0.1 µs more.
+    Shapes for which a forward call takes ``eager``, which computes what PyTorch computes with them, make a call.
     """
     by_shapes: dict[Any, Config] = {}  # grows with the sizes a program uses, not with its calls
 
     def choice(data: Tensor, tensors: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Config:
         shapes: Any = data.shape
-        for weight in weights:
-            shapes = (shapes, weight.shape)
+        for tensor in tensors:
+            shapes = (shapes, None if tensor is None else tensor.shape)
         try:
             return by_shapes[shapes]
         except KeyError:
-            by_shapes[shapes] = chosen = found.get(_sizes_if_any(unmeasured.form, data, weights), unmeasured)  # type: ignore[arg-type]
+            chosen = found.get(_sizes_if_any(unmeasured.form, data, weights), unmeasured)  # type: ignore[arg-type]
+            if chosen.backend == EAGER and tensors[0] is weights[0]:  # a backward call begins with x
+                check(chosen.form, data, weights, tensors[len(weights) :])
+            by_shapes[shapes] = chosen
             return chosen
 
     return choice

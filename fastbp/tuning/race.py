@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastbp import backends
 from fastbp.activations import bind
-from fastbp.autograd import run_chosen
+from fastbp.autograd import run
 from fastbp.backends import REFERENCE, with_backend, with_choice
 from fastbp.backends.measured import EAGER, Choice
 from fastbp.memory import SavedBytes
@@ -121,7 +121,7 @@ class _Call(NamedTuple):
     wanted: list[Tensor]
 
     def forward(self, config: Config) -> Tensor:
-        return run_chosen(config, self.x, self.weights, self.biases, (*self.weights, *self.biases))
+        return run(config, self.x, self.weights, self.biases, (*self.weights, *self.biases))
 
     def step(self, config: Config) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.forward(config), self.wanted, self.dy)
@@ -275,4 +275,4 @@ def error_of_median(values: Sequence[float]) -> float:
     """Its standard error, from the spread between the 20th and 80th percentile, as if that were a normal one's."""
     ordered = sorted(values)
     spread = ordered[-1 - len(ordered) // 5] - ordered[len(ordered) // 5]
-    return spread / 1.683 * 1.2533 / len(ordered) ** 0.5
+    return float(spread / 1.683 * 1.2533 / len(ordered) ** 0.5)

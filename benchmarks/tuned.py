@@ -34,7 +34,8 @@ from benchmarks.steps import Task, step_of, task_of
 from benchmarks.suites import SUITES
 from fastbp import backends, tuning
 from fastbp.backends import Table, with_choice
-from fastbp.backends.measured import Choice
+from fastbp.backends.measured import Choice, by_sizes
+from fastbp.problem import Config
 from fastbp.tuning.jobs import Job, watch
 from fastbp.tuning.race import error_of_median
 
@@ -73,18 +74,24 @@ def choosing(table: Table, step: Callable[[], object]) -> Step:
 
 
 def steps_of(task: Task, job: Job, call: tuning.TunedCall) -> tuple[dict[str, Step], dict[str, str]]:
-    """Who is measured: eager twice, fastbp by the rule, tuned, and by each candidate. And who is not, and why."""
+    """Who is measured: eager twice, fastbp by the rule, tuned, and by each candidate. And who is not, and why.
+
+    Each candidate is called as if it were what is remembered: the look at the sizes is in its time as in the tuned
+    call's, and not in that of the written rule.
+    """
     module = fused()(task.case, task.parts)
 
     def step(run: Run) -> Callable[[], object]:
         return step_of(task, run, "fwd_bwd", None)
 
-    def by(name: str) -> Table:
+    def chosen(name: str) -> Config:
         backend, _, route = name.partition(" ")
-        return {(job.config, job.device, job.dtype): with_choice(job.config, Choice(backend, route))}
+        return with_choice(job.config, Choice(backend, route))
+
+    key, rule = (job.config, job.device, job.dtype), chosen(call.unmeasured)
 
     steps = {"eager": step(eager(task.case, task.parts)), "eager again": step(eager(task.case, task.parts))}
-    steps["fastbp"] = choosing(by(call.unmeasured), step(module))
+    steps["fastbp"] = choosing({key: rule}, step(module))
     steps["fastbp tuned"] = choosing({}, step(module))
     left_out = {f"candidate {name}": reason for name, reason in call.refused.items()}
     for name, ms in call.milliseconds.items():
@@ -92,7 +99,8 @@ def steps_of(task: Task, job: Job, call: tuning.TunedCall) -> tuple[dict[str, St
         if slower > NEAR:
             left_out[f"candidate {name}"] = f"{slower:.2f} times as long as the fastest when tuned"
         else:
-            steps[f"candidate {name}"] = choosing(by(name), step(module))
+            remembered = by_sizes(rule, {job.sizes: chosen(name)})
+            steps[f"candidate {name}"] = choosing({key: remembered}, step(module))
     return steps, left_out
 
 

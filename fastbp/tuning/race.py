@@ -24,7 +24,7 @@ from fastbp.reference import compose
 from fastbp.tuning.jobs import Job
 
 Step = Callable[[], object]
-BURST = 0.005  # seconds of a burst, which dwarf the clock; one call where that takes longer
+BURST = 0.01  # seconds of a burst, which dwarf the clock and what others left in the caches; one call if that is longer
 # Who is slower than the leader by more than the noise drops out: at a glance after so many turns and by so much, after
 # more by so many standard errors.
 GLANCE, HOPELESS, TURNS, DOUBT = 2, 1.5, 8, 4.0

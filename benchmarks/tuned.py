@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import cuda_clock
+from benchmarks import cuda_clock, records
 from benchmarks.cases import Case, Model, flops, least_bytes
 from benchmarks.clock import Step, burst
-from benchmarks.environment import CPU, NOT_MEASURED, announced, keep_freed_memory, results_of, write
+from benchmarks.environment import CPU, NOT_MEASURED, announced, environment, keep_freed_memory, results_of, write
 from benchmarks.measure import bursts, quantiles, summarise
 from benchmarks.rivals import Run, eager, fused
 from benchmarks.steps import Task, step_of, task_of
@@ -137,6 +137,18 @@ def beside_the_best(times: Mapping[str, Sequence[float]]) -> Row:
     }
 
 
+def kept(path: Path, device: torch.device) -> list[Row]:
+    """The rows of an earlier run, cut short, of this commit on this machine."""
+    if not path.exists():
+        return []
+    found, rows = records.read(path, needed=("case", "rivals"))
+    here = environment("", device)
+    other = [key for key in here if key not in ("date", "command", "cpu_mhz") and here[key] != found.get(key)]
+    if other:
+        raise ValueError(f"{path} has rows of another {', '.join(other)}; without --resume they are replaced")
+    return rows
+
+
 def print_row(row: Row) -> None:
     tuned, again = row["rivals"]["fastbp tuned"], row["rivals"]["eager again"]
     rule = row["rivals"]["fastbp"]
@@ -178,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tuning-seconds", type=float, default=tuning.SECONDS, help="as fastbp.tune(seconds=)")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no new case begins")
     parser.add_argument("--output", type=Path, help="a folder for the result file")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of that file, and measure the others")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU that torch can use; `python -m fastbp doctor` says more")
@@ -189,8 +202,16 @@ def main(argv: list[str] | None = None) -> int:
     output: Path | None = arguments.output or (None if arguments.case or arguments.suite else results_of(device))
     keep_freed_memory()
     rows: list[Row] = []
+    if arguments.resume:
+        if output is None:
+            parser.error("--resume: without --output the rows of --suite and --case are written nowhere")
+        try:
+            rows = kept(output / "tuned.jsonl", device)
+        except ValueError as error:
+            parser.error(f"--resume: {error}")
+    there = {row["case"] for row in rows}
     with own_cache():
-        for case in announced(cases):
+        for case in announced([case for case in cases if case.name not in there]):
             if time.monotonic() - start > arguments.limit:
                 print(f"{case.name}{NOT_MEASURED}", flush=True)
                 continue

@@ -111,6 +111,27 @@ def test_who_seems_short_of_a_floor_is_measured_longer_by_the_same_choice(tmp_pa
         assert first.split(", ")[0] == second.split(", ")[0], "the choice is kept"
 
 
+def test_a_run_cut_short_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    rivals = {name: {"ms": 1.0, "over_eager": 1.0} for name in ("fastbp tuned", "fastbp", "eager again")}
+    row = {"mode": "fwd_bwd", "chosen": "native", "best": "native", "of_best": 1.0, "of_best_error": 0.0}
+    row |= {"of_eager_error": 0.0, "rivals": rivals}
+    measured = []
+    monkeypatch.setattr(tuned, "measure", lambda case, *_: measured.append(case.name) or {"case": case.name} | row)
+    arguments = ["--suite", "overhead", "--output", str(tmp_path)]
+    tuned.main([*arguments, "--case", "layer 4×8→8 silu", "--resume"])
+    assert measured == ["layer 4×8→8 silu float32"]
+    tuned.main([*arguments, "--case", "layer", "--resume"])
+    assert measured == [f"layer 4×8→8 {activation} float32" for activation in ("silu", "gelu", "relu")]
+    _, rows = records.read(tmp_path / "tuned.jsonl", needed=("case", "mode", "rivals"))
+    assert [row["case"] for row in rows] == measured
+    path = tmp_path / "tuned.jsonl"
+    path.write_text(path.read_text().replace(f'"commit": "{records.read(path)[0]["commit"]}"', '"commit": "older"'))
+    for given, words in ((arguments, "has rows of another commit"), (["--suite", "overhead"], "written nowhere")):
+        with pytest.raises(SystemExit):
+            tuned.main([*given, "--resume"])
+        assert words in capsys.readouterr().err
+
+
 def test_unknown_arguments_list_what_there_is(capsys):
     for arguments, words in ((["--suite", "models"], "choose from"), (["--case", "zz"], "layer 2048×768→3072")):
         with pytest.raises(SystemExit) as stop:

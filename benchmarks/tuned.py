@@ -141,9 +141,9 @@ def kept(path: Path, device: torch.device) -> list[Row]:
     """The rows of an earlier run, cut short, of this commit on this machine."""
     if not path.exists():
         return []
-    found, rows = records.read(path, needed=("case", "rivals"))
+    found, rows = records.read(path, needed=("case", "rivals", "of_best", "of_best_error", "of_eager_error"))
     here = environment("", device)
-    other = [key for key in here if key not in ("date", "command", "cpu_mhz") and here[key] != found.get(key)]
+    other = [key for key in here if key not in ("date", "command", "cpu_mhz") and here[key] != (found or {}).get(key)]
     if other:
         raise ValueError(f"{path} has rows of another {', '.join(other)}; without --resume they are replaced")
     return rows

@@ -10,7 +10,7 @@ from benchmarks import records, tuned
 from benchmarks.cases import Case
 from benchmarks.environment import CPU
 from benchmarks.steps import task_of
-from fastbp import backends
+from fastbp import backends, tuning
 from fastbp.backends import native
 from fastbp.tuning import TunedCall
 from fastbp.tuning.jobs import watch
@@ -62,6 +62,10 @@ def test_each_step_is_computed_by_its_choice(monkeypatch):
                 weight, bias = task.parts[0].parameters()
                 chosen = backends.choose(job.config, task.inputs[0][0], (weight, bias), (weight,))
                 taken[name] = f"{chosen.backend} {chosen.route}".rstrip()
+                other = backends.choose(job.config, task.inputs[0][0][:2], (weight, bias), (weight,))
+                assert (other.backend, other.route) == ("native", ""), (
+                    "candidates are looked up by sizes, like the tuned"
+                )
     candidates = {f"candidate {name}": name for name in milliseconds if name != "native wide"}
     assert taken == {"fastbp": "native", "fastbp tuned": "reference", **candidates}
     assert backends.choose(job.config, task.inputs[0][0]).backend == "native", "nothing learnt there is known here"
@@ -102,13 +106,16 @@ def test_who_seems_short_of_a_floor_is_measured_longer_by_the_same_choice(tmp_pa
     monkeypatch.setattr(tuned, "beside_the_best", doubtful)
     monkeypatch.setattr(tuned, "is_short", lambda row: row["of_best"] < tuned.OF_BEST)
     arguments = ["--suite", "overhead", "--case", "layer 4×8→8 relu", "--seconds", "0.02", "--tuning-seconds", "0.01"]
+    races, race = [], tuning.run_race
+    monkeypatch.setattr(tuning, "run_race", lambda *arguments: races.append(arguments) or race(*arguments))
     for found in ([0.95, 1.0], [0.95, 0.94]):
         seen.clear()
+        races.clear()
         tuned.main([*arguments, "--output", str(tmp_path)])
         _, (row,) = records.read(tmp_path / "tuned.jsonl", needed=("case", "mode", "rivals"))
         assert len(seen) == 2 and row["of_best"] == found[1] and row["longer"] == tuned.LONGER
         first, second = capsys.readouterr().out.splitlines()[:2]
-        assert first.split(", ")[0] == second.split(", ")[0], "the choice is kept"
+        assert first.split(", ")[0] == second.split(", ")[0] and len(races) == 1, "the choice is kept"
 
 
 def test_a_run_cut_short_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
@@ -126,6 +133,12 @@ def test_a_run_cut_short_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert [row["case"] for row in rows] == measured
     path = tmp_path / "tuned.jsonl"
     path.write_text(path.read_text().replace(f'"commit": "{records.read(path)[0]["commit"]}"', '"commit": "older"'))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tuned.jsonl").write_text('{"case": "of which nobody knows what it belongs to"}\n')
+    with pytest.warns(RuntimeWarning, match="line 1, is skipped"), pytest.raises(SystemExit):
+        tuned.main(["--suite", "overhead", "--output", str(broken), "--resume"])
+    capsys.readouterr()
     for given, words in ((arguments, "has rows of another commit"), (["--suite", "overhead"], "written nowhere")):
         with pytest.raises(SystemExit):
             tuned.main([*given, "--resume"])

@@ -50,6 +50,14 @@ def test_the_readme_has_one_mode_with_machine_date_and_compile(machine):
     assert bfloat16[-2:] == ["1.00, 1.00, 1.00", ""]  # the floor; torch.compile is broken there
 
 
+def test_a_table_and_a_picture_bear_the_commits_of_their_own_figures_alone(tmp_path, machine):
+    """Those of the tuned choices have a table of their own, and may be of another commit."""
+    records.write(tmp_path / "wonder" / "tuned.jsonl", ENVIRONMENT | {"commit": "0ther99"}, LAYERS)
+    (both,) = load(tmp_path)
+    assert document.readme([both]) == document.readme([machine])
+    assert document.readme_picture([both]) == document.readme_picture([machine]) != ""
+
+
 def test_rivals_have_their_spans(machine):
     head, *_ = speed.rivals(machine).splitlines()
     assert "torch.compile" in head and "eager again" in head

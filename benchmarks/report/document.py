@@ -65,7 +65,7 @@ def readme(machines: Sequence[Machine]) -> str:
     """For each machine what and when it was, and fastbp over eager."""
     parts = []
     for machine in machines:
-        if found := [suite for suite in machine.timed if over_eager(suite.part(MODE), "fastbp")]:
+        if found := [suite for suite in machine.compared if over_eager(suite.part(MODE), "fastbp")]:
             where = f"[benchmarks/results/{machine.name}/](benchmarks/results/{machine.name}/)"
             parts.append(f"**{_when(found)}** ({where}):\n\n{speed.summary(machine, BESIDE, (MODE,))}")
     return "\n".join(parts)

@@ -48,7 +48,7 @@ def of(machine: Machine) -> dict[str, Drawing]:
 
 def parted(machine: Machine) -> tuple[list[Suite], list[Suite]]:
     """The suites in which fastbp was timed: ordinary ones, and those of the ends of the range, of many shapes."""
-    timed = [suite for suite in machine.timed if any("fastbp" in row["rivals"] for row in suite.rows)]
+    timed = [suite for suite in machine.compared if any("fastbp" in row["rivals"] for row in suite.rows)]
     extreme = [suite for suite in timed if suite.name.endswith(EXTREMES)]
     return [suite for suite in timed if suite not in extreme], extreme
 

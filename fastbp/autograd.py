@@ -249,7 +249,7 @@ def run(
             check(config.form, x, weights, biases)
         return reference.compose(config.form, config.value, x, weights, biases)
     if functorch_active() or forward_ad._current_level >= 0:
-        return _run_transformed(config, x, weights, biases, tensors)
+        return _run_transformed(config, x, tensors)
     module: Any = BACKENDS[config.backend]
     if not module.CHECKS_TENSORS:
         check(config.form, x, weights, biases)
@@ -263,14 +263,9 @@ def run(
         raise
 
 
-def _run_transformed(
-    config: Config,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    tensors: tuple[Tensor | None, ...],
-) -> Tensor:
+def _run_transformed(config: Config, x: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
     """``run`` in a transform of torch.func or in forward mode."""
+    weights, biases = _halves(tensors)
     check(config.form, x, weights, biases)
     if POLICIES[config.save].compressed:
         config = _with_save(config, "recompute")  # transforms do not look into bits; and it keeps no more

@@ -92,6 +92,17 @@ def test_what_is_refused_is_refused_where_sizes_were_measured(form, fastest):
         made()
 
 
+def test_a_backward_call_does_not_vouch_for_the_shapes_of_a_forward_one():
+    job = parse("x", KEYS["linear_act"], CPU)
+    call = race._draw(job)
+    eager = backends.with_choice(job.config, measured.Choice(EAGER))
+    choice = measured.by_sizes(job.config, {job.sizes: eager})
+    (weight,), bias = call.weights, call.biases[0][:1]
+    assert choice(call.x, (weight.clone(), bias), (weight,)) is eager
+    with pytest.raises(ValueError, match=r"must be \(16,\)"):
+        choice(call.x, (weight, bias), (weight,))
+
+
 def results(layer, x, dy):
     y = layer(x)
     return [y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)], type(y.grad_fn).__name__

@@ -17,6 +17,7 @@ from benchmarks.clock import Step
 from benchmarks.clock import burst as burst
 from benchmarks.rivals import RIVALS
 from benchmarks.steps import step_of, task_of
+from fastbp.tuning.race import quantiles as quantiles
 
 WRONG = 0.1  # an error that no rounding makes
 NO_GRAPH = {
@@ -158,9 +159,3 @@ def summarise(times: list[float], base: list[float]) -> dict[str, float]:
         "over_eager_p20": round(low, 3),
         "over_eager_p80": round(high, 3),
     }
-
-
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """The 20th percentile, the median, the 80th."""
-    ordered = sorted(values)
-    return ordered[len(ordered) // 5], statistics.median(ordered), ordered[-1 - len(ordered) // 5]

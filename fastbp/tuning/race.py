@@ -273,6 +273,11 @@ def ratios(times: Sequence[float], base: Sequence[float]) -> list[float]:
 
 def error_of_median(values: Sequence[float]) -> float:
     """Its standard error, from the spread between the 20th and 80th percentile, as if that were a normal one's."""
+    low, _, high = quantiles(values)
+    return float((high - low) / 1.683 * 1.2533 / len(values) ** 0.5)
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th percentile, the median, the 80th."""
     ordered = sorted(values)
-    spread = ordered[-1 - len(ordered) // 5] - ordered[len(ordered) // 5]
-    return float(spread / 1.683 * 1.2533 / len(ordered) ** 0.5)
+    return ordered[len(ordered) // 5], statistics.median(ordered), ordered[-1 - len(ordered) // 5]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fusible import BLOCKS, WIDTH, Residual, TwoLinears, assert_same_step, sequential
+from fusible import BLOCKS, WIDTH, Residual, Swish, TwoLinears, assert_same_step, sequential
 from torch import Tensor, nn
 
 import fastbp
@@ -105,6 +105,15 @@ def test_sequential_runs():
         ("Sequential [6:7]", "linear_act, silu"),
         ("Sequential [9:11]", "mlp, relu"),
     ], str(report)
+    assert_same_step(model, stock, x)
+
+
+def test_a_child_that_stands_in_a_sequential_twice_runs_twice():
+    linear, relu, swish = nn.Linear(WIDTH, WIDTH), nn.ReLU(), Swish()
+    model = nn.Sequential(linear, relu, nn.Linear(WIDTH, WIDTH), relu, nn.LayerNorm(WIDTH), linear, swish, linear, swish)
+    stock, x = copy.deepcopy(model), torch.randn(7, WIDTH)
+    report = fastbp.fuse(model)
+    assert [s.kind for s in report.fused] == ["Sequential [0:2]", "Sequential [5:7]"], str(report)
     assert_same_step(model, stock, x)
 
 

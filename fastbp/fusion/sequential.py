@@ -44,8 +44,8 @@ class Run:
 def recognise_children(module: nn.Sequential) -> dict[str, tuple[type, Bound]]:
     """The children that are activations by their values and not by their class."""
     found = {}
-    for name, child in module.named_children():
-        if of_known_module(child) is None and not list(child.children()):
+    for name, child in module._modules.items():
+        if child is not None and of_known_module(child) is None and not list(child.children()):
             try:
                 found[name] = (type(child), recognition.resolve(child))
             except ValueError:
@@ -59,7 +59,7 @@ def find_runs(module: nn.Sequential, plan: SequentialPlan) -> list[Run | nn.Modu
     The longest chain of linears with the same activation between them becomes one ``mlp``; a linear with an activation
     after it and no linear behind that becomes a ``linear_act``.
     """
-    children = list(module.named_children())
+    children = list(module._modules.items())  # not named_children(), which passes over a child that is there twice
     steps: list[Run | nn.Module] = []
     i = 0
     while i < len(children):

@@ -18,7 +18,7 @@ from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, Form
 from fastbp.forms import MLP as MLP_FORM
 from fastbp.recognition import has_hooks
 
-_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, fx.Proxy, fx.proxy.ParameterProxy)
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, fx.Proxy, fx.proxy.ParameterProxy)
 
 
 class Linear(nn.Linear):
@@ -52,7 +52,7 @@ def plain_parts(linears: Sequence[nn.Module]) -> tuple[tuple[Tensor, ...], tuple
         own = linear._parameters
         lent = "weight" not in own or "bias" not in own  # plain attributes, as wrappers set that shard parameters
         weight, bias = (linear.weight, linear.bias) if lent else (own["weight"], own["bias"])
-        if type(weight) not in _PLAIN_TENSORS:
+        if type(weight) not in PLAIN_TENSORS:
             return None
         weights, biases = (*weights, weight), (*biases, bias)
     return None if _has_any_global_hook() else (weights, biases)

@@ -75,7 +75,23 @@ def _resolve_module(module: nn.Module, where: str) -> Bound:
         raise ValueError(
             f"{where}: activation {name} has hooks or a forward of its own that a fused kernel would not run"
         )
-    return of_known_module(module, where) or _recognised(module, name, where)
+    return of_known_module(module, where) or _recognised_module(module, name, where)
+
+
+def _recognised_module(module: nn.Module, name: str, where: str) -> Bound:
+    """By its values, which must be the same in training and evaluating."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        found = [_recognised(module.train(training), name, where) for training in (True, False)]
+    finally:
+        for m, training in modes:
+            m.training = training
+    if found[0] != found[1]:
+        raise ValueError(
+            f"{where}: activation {name} computes {found[0]!r} in training and {found[1]!r} in evaluating; apply it "
+            "after a plain layer"
+        )
+    return found[0]
 
 
 def of_known_module(module: nn.Module, where: str = "fastbp") -> Bound | None:
@@ -121,8 +137,7 @@ def recognise(function: Callable[..., Any]) -> Bound | None:
         )
         z = grid.double()
         try:
-            y, pullback, *_ = torch.func.vjp(lambda z: function(z.clone()), z)  # a clone, for what works in place
-            (slope,) = pullback(torch.ones_like(z))
+            y, slope = _value_and_slope(function, z)
             again = function(z.flip(0).view(2, -1)).reshape(-1).flip(0)
         except Exception:  # whatever a stranger's function raises, it is not one of ours
             return None
@@ -134,6 +149,17 @@ def recognise(function: Callable[..., Any]) -> Bound | None:
             if _close(y, row.value(z, *bound.params), 1e-6) and _close(slope, row.grad(dy, z, *bound.params), 1e-6):
                 return bound
     return None
+
+
+def _value_and_slope(function: Callable[..., Any], z: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        y, pullback, *_ = torch.func.vjp(lambda z: function(z.clone()), z)  # a clone, for what works in place
+        (slope,) = pullback(torch.ones_like(z))
+    except RuntimeError:  # an autograd.Function of the old kind, which torch.func does not take
+        z = z.detach().requires_grad_()
+        y = function(z.clone())
+        (slope,) = torch.autograd.grad(y, z, torch.ones_like(z))
+    return y.detach(), slope
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

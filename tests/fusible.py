@@ -39,6 +39,13 @@ class Residual(TwoLinears):
         return x + super().forward(x)
 
 
+class Scaled(TwoLinears):
+    """Something stands between the linear and its activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(2 * self.fc1(x)))
+
+
 class Gated(nn.Module):
     def __init__(self, names=("gate_proj", "up_proj", "down_proj"), swap=False):
         super().__init__()
@@ -60,9 +67,11 @@ class Swish(nn.Module):
 
 
 def step(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output and every gradient."""
+    """Output and every gradient; dropouts draw the same numbers each time."""
     x = x.clone().requires_grad_()
-    y = model(x)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        y = model(x)
     dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     return [y.detach(), *torch.autograd.grad(y, [x, *model.parameters()], dy)]
 
@@ -72,11 +81,21 @@ def assert_same_step(model: nn.Module, stock: nn.Module, x: Tensor) -> None:
         torch.testing.assert_close(a, b)
 
 
+def with_child(name: str, child: nn.Module) -> nn.Module:
+    """A block with one child more, or another."""
+    model = TwoLinears(nn.GELU())
+    setattr(model, name, child)
+    return model
+
+
 BLOCKS = {
     "fc1/fc2": (lambda: TwoLinears(nn.GELU()), "mlp, gelu"),
     "other names, second first": (lambda: TwoLinears(nn.ReLU(), ("a_out", "b_in")), "mlp, relu"),
     "square": (lambda: TwoLinears(nn.Tanh(), hidden=WIDTH), "mlp, tanh"),
     "idle dropout": (lambda: TwoLinears(nn.GELU(), dropout=0.0), "mlp, gelu"),
+    "dropout": (lambda: TwoLinears(nn.GELU(), dropout=0.1), "mlp, gelu"),
+    "residual": (lambda: Residual(nn.GELU()), "mlp, gelu"),
+    "another activation, never called": (lambda: with_child("act2", nn.ReLU()), "mlp, gelu"),
     "function attribute": (lambda: TwoLinears(F.silu), "mlp, silu"),
     "stranger's module": (lambda: TwoLinears(Swish()), "mlp, silu"),
     "parameters": (lambda: TwoLinears(nn.LeakyReLU(0.2)), "mlp, leaky_relu(negative_slope=0.2)"),

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from fusible import WIDTH, Gated, Residual, TwoLinears, assert_same_step, sequential, step
+from fusible import WIDTH, Gated, Residual, Scaled, TwoLinears, assert_same_step, sequential, step
 from torch import Tensor, nn
 
 import fastbp
@@ -82,7 +82,7 @@ def test_saved_model_loads_without_fastbp(tmp_path):
 
 
 def test_dry_run_changes_nothing():
-    model = nn.Sequential(TwoLinears(nn.GELU()), Residual(nn.GELU()))
+    model = nn.Sequential(TwoLinears(nn.GELU()), Scaled(nn.GELU()))
     report = fastbp.fuse(model, dry_run=True)
     assert [s.status for s in report.sites] == ["would fuse", "left"] and report.verified is None
     assert not any(is_fused(m) for m in model.modules())
@@ -99,7 +99,7 @@ def test_filter_sees_module_and_name():
 
 
 def test_strict_raises_and_leaves_the_model():
-    model = nn.Sequential(TwoLinears(nn.GELU()), Residual(nn.GELU()))
+    model = nn.Sequential(TwoLinears(nn.GELU()), Scaled(nn.GELU()))
     with pytest.raises(RuntimeError, match=r"(?s)strict=True.*computes something else"):
         fastbp.fuse(model, strict=True)
     assert not any(is_fused(m) for m in model.modules())

@@ -6,13 +6,15 @@ appended, replaced or hooked later is seen by the next call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastbp import recognition
 from fastbp.activations import Bound
+from fastbp.fusion.linears import is_idle
 from fastbp.modules import is_plain, run_chain
 from fastbp.recognition import has_hooks, of_known_module
 
@@ -24,6 +26,12 @@ class SequentialPlan:
     recognised: Mapping[str, tuple[type, Bound]]
     save: str
     backend: str | None
+
+    def forward(self, module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The Sequential's forward with its runs fused."""
+        if len(args) != 1 or kwargs:
+            return base.forward(module, *args, **kwargs)
+        return run_sequential(module, self, args[0])  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -53,45 +61,61 @@ def recognise_children(module: nn.Sequential) -> dict[str, tuple[type, Bound]]:
     return found
 
 
-def find_runs(module: nn.Sequential, plan: SequentialPlan) -> list[Run | nn.Module]:
+def find_runs(
+    module: nn.Sequential, plan: SequentialPlan, idle: Callable[[nn.Module | None], bool] = is_idle
+) -> list[Run | nn.Module]:
     """The children in order, grouped into fused runs where they can be.
 
     The longest chain of linears with the same activation between them becomes one ``mlp``; a linear with an activation
-    after it and no linear behind that becomes a ``linear_act``.
+    after it and no linear behind that becomes a ``linear_act``. Between an activation and a linear there may be
+    children that are ``idle``.
     """
     children = list(module._modules.items())  # not named_children(), which passes over a child that is there twice
     steps: list[Run | nn.Module] = []
     i = 0
     while i < len(children):
-        run = _run_at(children, i, plan)
+        run = _run_at(children, i, plan, idle)
         steps.append(run or children[i][1])
         i += len(run.names) if run else 1
     return steps
 
 
-def _run_at(children: list[tuple[str, nn.Module]], start: int, plan: SequentialPlan) -> Run | None:
-    if start + 1 >= len(children) or not is_plain(children[start][1]):
+def may_idle(module: nn.Module | None) -> bool:
+    """Whether a child is of a kind that can be idle."""
+    return type(module) in (nn.Identity, nn.Dropout)
+
+
+def _run_at(
+    children: Sequence[tuple[str, nn.Module | None]],
+    start: int,
+    plan: SequentialPlan,
+    idle: Callable[[nn.Module | None], bool],
+) -> Run | None:
+    first = children[start][1]
+    if start + 1 >= len(children) or first is None or not is_plain(first):
         return None
     activation = _activation_of(children[start + 1], plan)
     if activation is None:
         return None
-    linears, stop = [children[start][1]], start + 1
-    while (
-        stop + 1 < len(children)
-        and _activation_of(children[stop], plan) == activation
-        and is_plain(children[stop + 1][1])
-    ):
-        linears.append(children[stop + 1][1])
-        stop += 2
+    linears, stop = [first], start + 1
+    while stop < len(children) and _activation_of(children[stop], plan) == activation:
+        behind = stop + 1
+        while behind < len(children) and idle(children[behind][1]):
+            behind += 1
+        following = children[behind][1] if behind < len(children) else None
+        if following is None or not is_plain(following):
+            break
+        linears.append(following)
+        stop = behind + 1
     projected = len(linears) > 1
     if not projected:
         stop += 1
     return Run(tuple(name for name, _ in children[start:stop]), tuple(linears), activation, projected)
 
 
-def _activation_of(child: tuple[str, nn.Module], plan: SequentialPlan) -> Bound | None:
+def _activation_of(child: tuple[str, nn.Module | None], plan: SequentialPlan) -> Bound | None:
     name, module = child
-    if has_hooks(module):
+    if module is None or has_hooks(module):
         return None
     bound = of_known_module(module)
     if bound is None and name in plan.recognised:

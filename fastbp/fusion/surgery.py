@@ -8,55 +8,65 @@ not what was fused.
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from torch import nn
 
-from fastbp.fusion.sequential import SequentialPlan, run_sequential
+from fastbp.fusion.inside import PLAN, TWINS, InsidePlan, make_twins
+from fastbp.fusion.sequential import SequentialPlan
 from fastbp.fusion.templates import Plan
 
-_PLAN = "_fastbp_plan"
+AnyPlan = Plan | SequentialPlan | InsidePlan
+_BASE = "_fastbp_base"  # of a fused class: the class it was made of
 
 
 def is_fused(module: nn.Module) -> bool:
     """Whether ``fuse`` changed this module."""
-    return _PLAN in module.__dict__
+    return PLAN in module.__dict__
 
 
-def swap_in(module: nn.Module, plan: Plan | SequentialPlan) -> None:
+def swap_in(module: nn.Module, plan: AnyPlan) -> None:
     """Make the module run by the plan."""
-    module.__dict__[_PLAN] = plan
-    module.__class__ = _fused_class(type(module))  # type: ignore[arg-type]  # mypy: a class is not Hashable
+    base = type(module)
+    module.__dict__[PLAN] = plan
+    if isinstance(plan, InsidePlan):
+        module.__dict__[TWINS] = make_twins(module, base, plan.pairs)
+    module.__class__ = _fused_class(base)  # type: ignore[arg-type]  # mypy: a class is not Hashable
 
 
-def plan_of(module: nn.Module) -> Plan | SequentialPlan:
+def plan_of(module: nn.Module) -> AnyPlan:
     """How a fused module runs."""
-    return module.__dict__[_PLAN]  # type: ignore[no-any-return]
+    return module.__dict__[PLAN]  # type: ignore[no-any-return]
 
 
 def set_save(module: nn.Module, save: str) -> None:
     """Give a fused module another save policy."""
-    module.__dict__[_PLAN] = replace(plan_of(module), save=save)
+    module.__dict__[PLAN] = replace(plan_of(module), save=save)
 
 
 def swap_out(module: nn.Module) -> None:
-    """Give the module back the class it came with."""
-    del module.__dict__[_PLAN]
-    module.__class__ = type(module).__mro__[1]
+    """Give the module back the class it came with.
+
+    Where others have made a class of their own from the fused one since, as fully_shard does, theirs stays; without a
+    plan it runs the module's own forward.
+    """
+    del module.__dict__[PLAN]
+    module.__dict__.pop(TWINS, None)
+    if _BASE in type(module).__dict__:
+        module.__class__ = type(module).__dict__[_BASE]
 
 
 @cache
 def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(base.forward)  # what reads the signature, as symbolic tracing and trainers do, sees the module's
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plan = self.__dict__[_PLAN]
-        if len(args) == 1 and not kwargs:
-            if isinstance(plan, SequentialPlan):
-                return run_sequential(self, plan, args[0])  # type: ignore[arg-type]
-            if plan.holds(self):
-                return plan.run(self, args[0])
-        return base.forward(self, *args, **kwargs)
+        plan = self.__dict__.get(PLAN)
+        if plan is None:
+            return base.forward(self, *args, **kwargs)
+        return plan.forward(self, base, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         """Pickle as the class the module came with, so that a saved model loads without fastbp."""
@@ -69,20 +79,34 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         """A copy that is fused too: copy.deepcopy would go by way of ``__reduce_ex__``."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
+        return _filled(new, copy.deepcopy({k: v for k, v in self.__dict__.items() if k != TWINS}, memo), base)
 
     def shallow(self: nn.Module) -> nn.Module:
-        new = type(self).__new__(type(self))
-        new.__dict__.update(self.__dict__)
-        return new
+        return _filled(type(self).__new__(type(self)), self.__dict__, base)
+
+    def script(self: nn.Module) -> Any:
+        raise RuntimeError(
+            f"fastbp.fuse: a fused {base.__name__} cannot be scripted: TorchScript does not know fastbp's ops; call "
+            "fastbp.unfuse(model) before torch.jit.script, or use torch.export"
+        )
 
     body: dict[str, Any] = {
+        _BASE: base,
         "forward": forward,
         "__reduce_ex__": reduce,
         "__copy__": shallow,
+        "__prepare_scriptable__": script,
         "__module__": base.__module__,
     }
     if not hasattr(base, "__deepcopy__"):
         body["__deepcopy__"] = deepcopy
     return type(f"Fused{base.__name__}", (base,), body)
+
+
+def _filled(new: nn.Module, attributes: dict[str, Any], base: type[nn.Module]) -> nn.Module:
+    """A copy with these attributes, and twins of its own where it needs them."""
+    new.__dict__.update(attributes)
+    plan = new.__dict__.get(PLAN)
+    if isinstance(plan, InsidePlan):
+        new.__dict__[TWINS] = make_twins(new, base, plan.pairs)
+    return new

@@ -1,24 +1,26 @@
-"""Which modules are blocks that can be fused: found by structure, decided by values.
+"""Which modules are chains that can be fused: found by running them on stand-ins, decided by values.
 
-A candidate is a module whose children are two or three plain linears and an activation. What its forward computes is
-not read off its source or its names: it is run, on small float64 weights in place of its own, and compared with what
-the fused call would compute, output and gradients. So a block with a residual, a scale or another activation inside is
-told apart from one without whatever the model's own dtype, size and device.
+A chain is ``after(last(between(hidden(before(x)))))``: hidden is act(fc(x)), or act(gate(x)) * up(x) of two linears or
+of one that holds both; last is a linear or nothing; before, between and after are children called one after another
+(dropouts, norms). What a forward computes is not read off its source or its names: it is run, with small float64
+stand-ins in place of its children, and compared with what the plan computes of the same stand-ins, output and
+gradients.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbp import functional, recognition
 from fastbp.activations import ROWS, Bound, bind
-from fastbp.modules import is_plain, run_chain, run_gated
+from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
+from fastbp.fusion.linears import LinearKind, Parts, Settings, is_function, is_idle, kind_of, parts_of, settings_of
+from fastbp.fusion.probe import Trace, opaque, quiet, small_linear, trace
 from fastbp.recognition import has_hooks, of_known_module
 
 # Relative L2, in float64. PyTorch's hardsigmoid takes 1/6 in float32 even there; the closest pair of activations, the
@@ -27,88 +29,166 @@ TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a fused module runs: which of its linears, in the order of the call, and which activation."""
+class Packing:
+    """How one linear holds gate and up."""
 
-    linears: tuple[str, ...]
+    name: str
+    interleaved: bool  # rows of the two in turn, else one half after the other
+    gate_first: bool
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """(gate, up) of a weight (2 N, K) or a bias (2 N,), as views."""
+        shape, dim = ((-1, 2), 1) if self.interleaved else ((2, -1), 0)
+        first, second = tensor.unflatten(0, shape).unbind(dim)
+        return (first, second) if self.gate_first else (second, first)
+
+
+PACKINGS = tuple(
+    Packing(f"{'interleaved' if i else 'halves'}, gate {'first' if g else 'last'}", i, g)
+    for i in (False, True)
+    for g in (True, False)
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a fused module runs: which children in which order, and which activation."""
+
+    before: tuple[str, ...]
+    hidden: tuple[str, ...]  # one linear, or gate and up
+    packing: Packing | None
+    between: tuple[str, ...]
+    last: str | None
+    after: tuple[str, ...]
     activation: Bound
     activation_child: str | None  # None where the activation is written in the module's forward
     activation_type: type | None
-    idle: tuple[str, ...]  # dropouts that must stay at p = 0
+    kinds: tuple[LinearKind, ...]  # of the linears
+    settings: Settings
     save: str
     backend: str | None
 
     @property
     def gated(self) -> bool:
-        return len(self.linears) == 3
+        return len(self.hidden) == 2 or self.packing is not None
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return self.hidden if self.last is None else (*self.hidden, self.last)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """The whole call, and what is left of it while something between acts."""
+        apart, whole = (GATED_LINEAR_ACT, GATED_MLP) if self.gated else (LINEAR_ACT, MLP)
+        return (apart,) if self.last is None else (whole, apart) if self.between else (whole,)
 
     @property
     def call(self) -> str:
         """The fused call in words."""
-        return f"{'gated_mlp' if self.gated else 'mlp'}, {self.activation!r}"
+        return f"{self.forms[0].name}, {self.activation!r}"
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether the module still is what it was when it was fused, as far as this call is concerned."""
+    def forward(self, module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's forward: fused if it still is what it was when it was fused, else its own."""
+        if len(args) == 1 and not kwargs:
+            children = module._modules
+            parts = parts_of([children.get(name) for name in self.linears], self.kinds)
+            if parts is not None and _one_dtype(parts[0]) and self._holds(module):
+                return self.run(children, parts, args[0])  # type: ignore[arg-type]
+        return base.forward(module, *args, **kwargs)
+
+    def _holds(self, module: nn.Module) -> bool:
         children = module._modules
-        if not all(name in children and is_plain(children[name]) for name in self.linears):  # type: ignore[arg-type]
+        if not self.settings.hold(module) or any(
+            children.get(name) is None for name in (*self.before, *self.between, *self.after)
+        ):
             return False
-        if not all(_is_idle(children.get(name)) for name in self.idle):
-            return False
-        if self.activation_child is None:
-            return True
-        child = children.get(self.activation_child)
-        if child is None or type(child) is not self.activation_type or has_hooks(child):
-            return False
-        known = of_known_module(child)
-        return known is None or known == self.activation
+        return self.activation_child is None or still_computes(
+            children.get(self.activation_child), self.activation_type, self.activation
+        )
 
-    def run(self, module: nn.Module, input: Tensor) -> Tensor:
-        """The fused call."""
-        linears = [module._modules[name] for name in self.linears]
-        if self.gated:
-            return run_gated(linears, self.activation, self.save, self.backend, input)  # type: ignore[arg-type]
-        return run_chain(linears, self.activation, self.save, self.backend, input, projected=True)  # type: ignore[arg-type]
+    def run(self, children: Mapping[str, nn.Module], parts: Parts, x: Tensor) -> Tensor:
+        """The chain on these children, whose linears have these weights and biases."""
+        weights, biases = parts
+        h = _call_all(children, self.before, x)
+        if self.packing is not None:
+            weights = (*self.packing.split(weights[0]), *weights[1:])
+            first = biases[0]
+            biases = (*((None, None) if first is None else self.packing.split(first)), *biases[1:])
+        if all(is_idle(children[name]) for name in self.between):
+            h = functional.call(self.forms[0], h, weights, biases, self.activation, self.save, self.backend)
+        else:
+            count = self.forms[-1].width
+            h = functional.call(
+                self.forms[-1], h, weights[:count], biases[:count], self.activation, self.save, self.backend
+            )
+            h = _call_all(children, self.between, h)
+            assert self.last is not None
+            h = children[self.last](h)
+        return _call_all(children, self.after, h)
 
 
-def _is_idle(module: nn.Module | None) -> bool:
-    return type(module) is nn.Identity or (isinstance(module, nn.Dropout) and module.p == 0)
+def still_computes(child: nn.Module | None, kind: type | None, activation: Bound) -> bool:
+    """Whether a child is the activation that it was."""
+    if child is None or type(child) is not kind or has_hooks(child):
+        return False
+    known = of_known_module(child)
+    return known is None or known == activation
+
+
+def _one_dtype(weights: tuple[Tensor, ...]) -> bool:
+    return all(w.dtype is weights[0].dtype for w in weights)
+
+
+def _call_all(children: Mapping[str, nn.Module], names: tuple[str, ...], h: Tensor) -> Tensor:
+    for name in names:
+        if not is_idle(children[name]):
+            h = children[name](h)
+    return h
 
 
 def find_plan(module: nn.Module, save: str, backend: str | None) -> Plan | str | None:
     """The plan by which a module can run fused, or why it cannot; None where it does not look like a block at all."""
-    linears = [name for name, child in module.named_children() if isinstance(child, nn.Linear)]
-    others = {name: child for name, child in module.named_children() if name not in linears}
-    if len(linears) not in (2, 3) or isinstance(module, torch.jit.ScriptModule):
-        return None
-    acts = {name: bound for name, child in others.items() if (bound := _activation(child)) is not None}
-    strangers = [child for name, child in others.items() if name not in acts and not isinstance(child, nn.Dropout)]
-    if any(next(child.parameters(), None) is not None for child in strangers):
-        return None  # more than a block: an attention, a whole layer
-    if strangers:
-        names = ", ".join(type(child).__name__ for child in strangers)
-        return f"{names} is no activation that fastbp knows"
-    if len(acts) > 1:
-        return "more than one activation"
-    unplain = [name for name in linears if not is_plain(module._modules[name])]  # type: ignore[arg-type]
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    kinds = {name: kind for name, child in children.items() if (kind := kind_of(child)) is not None}
+    unplain = [name for name, child in children.items() if name not in kinds and isinstance(child, nn.Linear)]
+    acts = {name: bound for name, child in children.items() if name not in kinds and (bound := activation_of(child))}
+    functions = written_activations(module)
+    if not kinds or len(kinds) + len(unplain) > 3:
+        return _experts(module) if acts or functions else None
+    hinted = bool(acts or functions)
     if unplain:
-        return f"{', '.join(unplain)} is not a plain nn.Linear (a subclass, hooks, or a wrapped weight)"
+        why = f"{', '.join(unplain)} is not a plain nn.Linear (a subclass, hooks, or a wrapped weight)"
+        return why if hinted else None
+    strangers = [c for n, c in children.items() if n not in kinds and n not in acts]
+    if len(kinds) == 1 and not hinted and strangers:
+        return None
     if module._parameters or module._buffers:
-        return "it has parameters or buffers of its own"
-    idle = tuple(name for name, child in others.items() if name not in acts)
-    dropping = [name for name in idle if not _is_idle(module._modules[name])]
-    if dropping:
-        return f"{', '.join(dropping)} drops (p > 0) inside the block"
-    child, given = next(iter(acts.items()), (None, None))
-    for order in _orders(module, linears):
-        for bound in [given] if given is not None else _written_activations(module):
-            kind = None if child is None else type(module._modules[child])
-            plan = Plan(order, bound, child, kind, idle, save, backend)
-            if computes(module, plan):
-                return plan
-    return "its forward computes something else than the fused block"
+        return "it has parameters or buffers of its own" if hinted else None
+    if "forward" in module.__dict__:
+        return "its forward was replaced" if hinted else None
+    bounds = functions or [bind(name) for name in ROWS if name != "identity"]
+    for packed in (False, True):
+        traced = _trace(module, children, kinds, acts, packed)
+        for plan in [] if traced is None else _candidates(module, traced, kinds, acts, bounds, packed):
+            if computes(traced, plan):  # type: ignore[arg-type]
+                return replace(plan, save=save, backend=backend)
+    if hinted:
+        return "its forward computes something else than the fused block"
+    odd = [type(c).__name__ for c in strangers if not isinstance(c, (nn.Dropout, nn.Identity)) and _is_bare(c)]
+    return f"{odd[0]} is no activation that fastbp knows" if len(odd) == 1 == len(strangers) else None
 
 
-def _activation(module: nn.Module) -> Bound | None:
+def _is_bare(child: nn.Module) -> bool:
+    return next(child.parameters(), None) is None and not child._modules
+
+
+def _experts(module: nn.Module) -> str | None:
+    deep = [name for name, p in module._parameters.items() if p is not None and p.ndim == 3]
+    return f"its weights are 3-D ({', '.join(deep)}): experts are not fused" if len(deep) >= 2 else None
+
+
+def activation_of(module: nn.Module) -> Bound | None:
+    """The activation that a child is; None for other modules."""
     try:
         bound = recognition.resolve(module)
     except ValueError:
@@ -116,74 +196,116 @@ def _activation(module: nn.Module) -> Bound | None:
     return None if bound.name == "identity" else bound
 
 
-def _written_activations(module: nn.Module) -> list[Bound]:
-    """What an activation that is no child can be: a function among the attributes, else any of the table."""
+def written_activations(module: nn.Module) -> list[Bound]:
+    """The activations among a module's attributes that are functions."""
     found = []
     for value in vars(module).values():
-        if callable(value) and not isinstance(value, (nn.Module, type)):
+        if is_function(value):
             try:
-                found.append(recognition.resolve(value))
+                bound = recognition.resolve(value)
             except (TypeError, ValueError):
                 continue
-    return found or [bind(name) for name in ROWS if name != "identity"]
+            if bound.name != "identity":
+                found.append(bound)
+    return found
 
 
-def _orders(module: nn.Module, linears: list[str]) -> Iterator[tuple[str, ...]]:
-    """The orders of the linears whose sizes fit: first to second, or gate and up to down."""
-    sizes = {
-        name: (m.in_features, m.out_features) for name in linears if isinstance(m := module._modules[name], nn.Linear)
-    }
-    for order in itertools.permutations(linears):
-        first, last = sizes[order[0]], sizes[order[-1]]
-        if first[1] == last[0] and (len(order) == 2 or sizes[order[1]] == first):
-            yield order
-
-
-def computes(module: nn.Module, plan: Plan) -> bool:
-    """Whether the module's forward is the plan's call: output and gradients, on random small float64 weights."""
-    children = {name: cast(nn.Linear, module._modules[name]) for name in plan.linears}
-    small = _shrink([s for m in children.values() for s in (m.in_features, m.out_features)])
+def _trace(
+    module: nn.Module, children: Mapping[str, nn.Module], kinds: Mapping[str, LinearKind],
+    acts: Mapping[str, Bound], packed: bool,
+) -> Trace | None:  # fmt: skip
+    """The module's forward on small stand-ins; ``packed`` where its first linear holds gate and up."""
+    shapes = {name: _shape(children[name], kinds[name]) for name in kinds}
+    small = _shrink(list(shapes.values()), packed)
+    if small is None:
+        return None
     generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-    weights: dict[str, Tensor] = {}
-    for name, m in children.items():
-        size_in, size_out = small[m.in_features], small[m.out_features]
-        # Wide enough for z to reach the limits of relu6 and the like.
-        weights[f"{name}.weight"] = (3.0 / size_in**0.5 * draw(size_out, size_in)).requires_grad_()
-        if m.bias is not None:
-            weights[f"{name}.bias"] = draw(size_out).requires_grad_()
-    x = draw(4, 16, small[children[plan.linears[0]].in_features]).requires_grad_()
-    inputs = [x, *weights.values()]
-
-    def fused(x: Tensor) -> Tensor:
-        ws = [weights[f"{name}.weight"] for name in plan.linears]
-        bs = [weights.get(f"{name}.bias") for name in plan.linears]
-        if plan.gated:
-            return functional.gated_mlp(x, *ws, *bs, activation=plan.activation)
-        return functional.mlp(x, ws, bs, activation=plan.activation)
-
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            y = torch.func.functional_call(module, weights, (x,))
-            if not isinstance(y, Tensor):
-                return False
-            dy = draw(*y.shape)
-            theirs = [y, *torch.autograd.grad(y, inputs, dy, allow_unused=True)]
-    except Exception:  # a stranger's forward on sizes it may not like: then it is not known, and left alone
-        return False
-    y = fused(x)
-    if theirs[0].shape != y.shape:
-        return False
-    ours = [y, *torch.autograd.grad(y, inputs, dy)]
-    return all(t is not None and difference(t, o) <= TOLERANCE for t, o in zip(theirs, ours, strict=True))
+    made: dict[int, nn.Linear] = {}  # by child: one that is there twice is one stand-in
+    standing: dict[str, nn.Module] = {}
+    for number, (name, child) in enumerate(children.items()):
+        if name in kinds:
+            size_in, size_out = shapes[name]
+            bias = child._parameters.get("bias") is not None
+            with quiet():
+                stand_in = made.get(id(child)) or small_linear(small[size_in], small[size_out], bias, generator)
+            standing[name] = made[id(child)] = stand_in
+        else:
+            standing[name] = child if name in acts else opaque(number)
+    return trace(module, standing, small[shapes[next(iter(kinds))][0]])
 
 
-def _shrink(sizes: list[int]) -> dict[int, int]:
-    """Small sizes that are equal and different where the real ones are."""
-    return {size: 6 + 2 * i for i, size in enumerate(sorted(set(sizes)))}
+def _shape(child: nn.Module, kind: LinearKind) -> tuple[int, int]:
+    """(in, out)"""
+    rows, columns = child.weight.shape  # type: ignore[misc]
+    return (rows, columns) if kind.transposed else (columns, rows)
+
+
+def _shrink(shapes: list[tuple[int, int]], packed: bool) -> dict[int, int] | None:
+    """Small sizes that are equal and different where the real ones are, and double where one is read as two halves."""
+    sizes = sorted({size for shape in shapes for size in shape})
+    small = {size: 6 + 4 * i for i, size in enumerate(sizes)}
+    if packed:
+        double = [out for _, out in shapes if out % 2 == 0 and (len(shapes) == 1 or (out // 2 in sizes))]
+        if not double:
+            return None
+        small[double[0]] = 2 * small.get(double[0] // 2, 7)
+    return small
+
+
+def _candidates(
+    module: nn.Module, traced: Trace, kinds: Mapping[str, LinearKind], acts: Mapping[str, Bound],
+    bounds: list[Bound], packed: bool,
+) -> Iterator[Plan]:  # fmt: skip
+    """What the forward can be, by the order in which it called its children."""
+    order = [call.name for call in traced.calls]
+    linears = [call for call in traced.calls if call.name in kinds]
+    called_acts = [name for name in order if name in acts]
+    if len(set(order)) != len(order) or not linears or len(called_acts) > 1 or len(linears) != len(kinds):
+        return
+    together = sum(call.input is linears[0].input for call in linears)
+    hidden = [call.name for call in linears[:together]]
+    last = [call.name for call in linears[together:]]
+    if together > 2 or len(last) > 1 or (packed and together > 1):
+        return
+    first, final = order.index(hidden[0]), order.index(last[0]) if last else len(order)
+    others = [(i, name) for i, name in enumerate(order) if name not in kinds and name not in acts]
+    child = called_acts[0] if called_acts else None
+    for bound in bounds if child is None else [acts[child]]:
+        for heads in [tuple(hidden), tuple(reversed(hidden))][: len(hidden)]:
+            for packing in PACKINGS if packed else (None,):
+                yield Plan(
+                    before=tuple(name for i, name in others if i < first),
+                    hidden=heads,
+                    packing=packing,
+                    between=tuple(name for i, name in others if first < i < final and last),
+                    last=last[0] if last else None,
+                    after=tuple(name for i, name in others if i > (final if last else first)),
+                    activation=bound,
+                    activation_child=child,
+                    activation_type=None if child is None else type(module._modules[child]),
+                    kinds=tuple(kinds[name] for name in (*heads, *last)),
+                    settings=settings_of(module),
+                    save="auto",
+                    backend=None,
+                )
+
+
+def computes(traced: Trace, plan: Plan) -> bool:
+    """Whether the plan computes of the stand-ins what the module's forward did: output and gradients."""
+    linears = [traced.children[name] for name in plan.linears]
+    parts = tuple(c.weight for c in linears), tuple(c.bias for c in linears)
+    with quiet():
+        try:
+            y = plan.run(traced.children, parts, traced.x)  # type: ignore[arg-type]
+        except (ValueError, RuntimeError):  # sizes that do not fit: another candidate will
+            return False
+        if traced.y.shape != y.shape or difference(traced.y, y) > TOLERANCE:
+            return False
+        ours = torch.autograd.grad(y, traced.inputs(), traced.dy, allow_unused=True)
+    return all(
+        (a is None) == (b is None) and (a is None or b is None or difference(a, b) <= TOLERANCE)
+        for a, b in zip(traced.grads, ours, strict=True)
+    )
 
 
 def difference(a: Tensor, b: Tensor) -> float:

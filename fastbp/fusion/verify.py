@@ -44,19 +44,53 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def observe(model: nn.Module, sample_inputs: Any) -> dict[str, Tensor]:
     """The model's outputs, and the gradients of its parameters for random output gradients.
 
-    Random state, buffers and ``.grad`` are left as they were.
+    In the mode the model is in; of the other (evaluating or training) the outputs, if it runs there. Random state,
+    buffers and ``.grad`` are left as they were.
     """
-    args, kwargs = as_call(sample_inputs)
     with undisturbed(model):
-        leaves = [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
-        outputs = {f"output {i}": t.detach().clone() for i, t in enumerate(leaves)}
+        leaves = _floats(run_sample(model, sample_inputs))
+        observed = {f"output {i}": t.detach().clone() for i, t in enumerate(leaves)}
         roots = [t for t in leaves if t.requires_grad]
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if roots and parameters:
             cotangents = [torch.randn_like(t) for t in roots]
             grads = torch.autograd.grad(roots, list(parameters.values()), cotangents, allow_unused=True)
-            outputs |= {f"gradient of {n}": g for n, g in zip(parameters, grads, strict=True) if g is not None}
-    return outputs
+            observed |= {f"gradient of {n}": g for n, g in zip(parameters, grads, strict=True) if g is not None}
+    modes = [(module, module.training) for module in model.modules()]
+    other = not model.training
+    try:
+        model.train(other)
+        with undisturbed(model), torch.no_grad():
+            leaves = _floats(run_sample(model, sample_inputs))
+        observed |= {f"output {i} {'training' if other else 'evaluating'}": t.clone() for i, t in enumerate(leaves)}
+    except ValueError:
+        pass  # it does not run so; nor will it afterwards
+    finally:
+        for module, training in modes:
+            module.training = training
+    return observed
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def run_sample(model: nn.Module, sample_inputs: Any) -> Any:
+    """The model's outputs; ValueError where it does not run with them."""
+    args, kwargs = as_call(sample_inputs)
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(
+            f"{type(t).__name__} {tuple(t.shape)} {t.dtype}"
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, Tensor)
+        )
+        raise ValueError(
+            f"fastbp.fuse: the model does not run with sample_inputs ({shapes or type(sample_inputs).__name__}): "
+            f"{type(error).__name__}: {error}; they are a tensor, a tuple of arguments or a dict of keyword arguments "
+            "for it, and the model is as it was"
+        ) from error
 
 
 def as_call(sample_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

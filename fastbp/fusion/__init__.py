@@ -21,6 +21,7 @@ from fastbp.fusion.verify import agree, compare, observe
 
 __all__ = ["FusionReport", "fuse", "unfuse"]
 
+_GRAPHS = (torch.jit.ScriptModule, fx.GraphModule)
 _Found = tuple[nn.Module, AnyPlan | None, list[Site]]
 
 
@@ -109,6 +110,8 @@ def _find(
     found: list[_Found] = []
     candidates: list[tuple[int, Candidate]] = []
     for name, module in list(model.named_modules()):
+        if isinstance(module, _GRAPHS):
+            continue  # its code would not look at a fused block again
         if is_fused(module):
             found.append((module, None, [Site(name, type(module).__name__, "", FUSED, "fused before")]))
             continue
@@ -145,8 +148,6 @@ def _plan(module: nn.Module, name: str, save: str, backend: str | None) -> tuple
     if isinstance(module, nn.Sequential):
         return _plan_sequential(module, name, save, backend)
     kind = type(module).__name__
-    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
-        return None, []
     plan = find_plan(module, save, backend)
     if plan is None:
         return None, []

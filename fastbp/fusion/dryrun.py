@@ -29,7 +29,7 @@ from fastbp.fusion.verify import run_sample, undisturbed
 _HARMLESS = (F.dropout, torch.dropout)  # they hand on the very tensor when they drop nothing, which is looked at
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """A module with linears and activations among its children, and what was seen of it."""
 
@@ -139,7 +139,7 @@ def _watch(candidates: list[Candidate], model: nn.Module, sample: Any) -> None:
             module.training = training
 
 
-@dataclass
+@dataclass(eq=False)
 class _Step:
     """A call of a child: what it got and gave, with the versions the tensors had."""
 
@@ -150,7 +150,7 @@ class _Step:
     output_version: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Frame:
     """One call of a candidate that is under way."""
 

@@ -71,7 +71,7 @@ class LinearKind:
 
 def kind_of(child: nn.Module | None) -> LinearKind | None:
     """How a child stands for a linear layer; None if it does not."""
-    if child is None:
+    if child is None or isinstance(child, torch.jit.ScriptModule):
         return None
     if type(child) in (nn.Linear, Linear):
         return LinearKind(type(child), False, Settings((), ())) if is_plain(child) else None
@@ -84,7 +84,6 @@ def kind_of(child: nn.Module | None) -> LinearKind | None:
         or child._modules
         or child._buffers
         or type(weight) not in PLAIN_TENSORS
-        or isinstance(child, torch.jit.ScriptModule)
         or has_hooks(child)
     ):
         return None

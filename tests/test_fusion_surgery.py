@@ -32,6 +32,17 @@ def test_nothing_else_about_the_model_changes():
     assert fastbp.unfuse(model) == []
 
 
+def test_the_name_of_the_class_stays():
+    """Configs that are saved and policies that wrap layers go by it; repr tells that a module is fused."""
+    model = nn.Sequential(TwoLinears(nn.GELU()), nn.TransformerEncoderLayer(WIDTH, 2, 16))
+    names = [type(m).__name__ for m in model.modules()]
+    fastbp.fuse(model)
+    assert [type(m).__name__ for m in model.modules()] == names and type(model[0]).__qualname__ == "TwoLinears"
+    assert repr(model).count("Fused") == 2 and "FusedTransformerEncoderLayer(" in repr(model)
+    fastbp.unfuse(model)
+    assert "Fused" not in repr(model)
+
+
 def test_optimizer_made_before_stays_valid():
     model, x = TwoLinears(nn.GELU()), torch.randn(9, WIDTH)
     stock = copy.deepcopy(model)

@@ -97,10 +97,13 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         "__copy__": shallow,
         "__prepare_scriptable__": script,
         "__module__": base.__module__,
+        # Others go by the name: what is written into a model's config, which layers are to be wrapped or kept whole.
+        "__qualname__": base.__qualname__,
+        "_get_name": lambda self: f"Fused{base.__name__}" if is_fused(self) else base.__name__,  # for repr
     }
     if not hasattr(base, "__deepcopy__"):
         body["__deepcopy__"] = deepcopy
-    return type(f"Fused{base.__name__}", (base,), body)
+    return type(base.__name__, (base,), body)
 
 
 def _filled(new: nn.Module, attributes: dict[str, Any], base: type[nn.Module]) -> nn.Module:

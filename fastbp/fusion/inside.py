@@ -19,8 +19,8 @@ from torch.compiler import is_compiling
 from fastbp import functional
 from fastbp.activations import Bound
 from fastbp.forms import LINEAR_ACT, MLP, Form
+from fastbp.fusion.chain import still_computes
 from fastbp.fusion.linears import LinearKind, Settings, is_idle, parts_of
-from fastbp.fusion.templates import still_computes
 
 PLAN = "_fastbp_plan"
 TWINS = "_fastbp_twins"
@@ -107,7 +107,7 @@ def _twin_class(base: type[nn.Module], names: tuple[tuple[str, str, str | None],
             body[linear], body[last] = _hands_on(linear), _fused(last, index, MLP)
         else:
             body[linear] = _fused(linear, index, LINEAR_ACT)
-    return type(f"Twin{base.__name__}", (base,), body)
+    return type(base.__name__, (base,), body | {"__qualname__": base.__qualname__})
 
 
 def _hands_on(name: str) -> property:

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from fastbp.fusion.chain import Plan
 from fastbp.fusion.inside import PLAN, TWINS, InsidePlan, make_twins
 from fastbp.fusion.sequential import SequentialPlan
-from fastbp.fusion.templates import Plan
 
 AnyPlan = Plan | SequentialPlan | InsidePlan
 _BASE = "_fastbp_base"  # of a fused class: the class it was made of

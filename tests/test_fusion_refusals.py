@@ -8,6 +8,7 @@ from fusible import WIDTH, TwoLinears, assert_same_step
 from torch import Tensor, nn
 
 import fastbp
+from fastbp import functional
 from fastbp.fusion.surgery import is_fused
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -119,6 +120,33 @@ def test_an_illegal_policy_is_named_at_each_site():
     assert [(s.name, s.status) for s in report.sites] == [("chain", "left"), ("inside", "left")]
     assert all("does not determine its slope" in s.reason for s in report.sites)
     assert not any(is_fused(m) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("make", "sample"),
+    [
+        (lambda: TwoLinears(nn.GELU()), True),
+        (lambda: nn.TransformerEncoderLayer(WIDTH, 2, 16), True),
+        (lambda: nn.TransformerEncoderLayer(WIDTH, 2, 16), False),
+    ],
+    ids=["chain", "inside", "inside, no sample"],
+)
+def test_what_fails_once_it_is_fused_is_rolled_back(make, sample, monkeypatch):
+    model, x = make(), torch.randn(3, 4, WIDTH)
+    found = fastbp.fuse(copy.deepcopy(model), sample_inputs=x if sample else None).fused
+    assert len(found) == 1
+    call = functional.call
+
+    def broken(form, x, *args, **kwargs):
+        if x.dtype is torch.float32:
+            raise RuntimeError("no memory")
+        return call(form, x, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "call", broken)
+    report = fastbp.fuse(model, sample_inputs=x if sample else None)
+    assert not report.fused and "failed once it was fused: no memory" in report.left[0].reason, str(report)
+    assert report.verified is (False if sample else None)
+    assert not is_fused(model)
 
 
 def test_a_model_without_data_inside_a_layer():

@@ -71,11 +71,11 @@ def fuse(
             for site in sites:
                 site.status = FUSED
     if before is not None and not dry_run:
-        after = observe(model, sample_inputs)
-        report.errors |= compare(before, after)
-        report.verified = before.keys() == after.keys() and agree(report.errors, before)
-        if not report.verified:
-            _roll_back(changed, "the model's outputs or gradients changed")
+        errors, reason = _compare_again(before, model, sample_inputs)
+        report.errors |= errors
+        report.verified = not reason
+        if reason:
+            _roll_back(changed, f"the model's {reason}")
     if strict and (report.left or report.verified is False):
         _roll_back(changed, "strict, and not everything could be fused")
         raise RuntimeError(f"fastbp.fuse(strict=True): not everything was fused; the model is as it was\n{report}")
@@ -171,10 +171,12 @@ def _plan_inside(candidate: Candidate, found: _Found, save: str, backend: str | 
     sites = [Site(name, f"{kind} [{', '.join(pair.linears)}]", pair.call, WOULD_FUSE) for pair in plan.pairs]
     reasons = [_illegal(save, pair.activation, pair.forms) for pair in plan.pairs]
     if candidate.own_sample is not None and not any(reasons):
-        before, errors = _try(module, plan, candidate.own_sample)
-        report.errors[f"{name or '(model)'} alone"] = max(errors.values())
-        if not agree(errors, before):
-            reasons = ["its outputs or gradients changed when it was fused"]
+        before = observe(module, candidate.own_sample)
+        swap_in(module, plan)
+        errors, reason = _compare_again(before, module, candidate.own_sample)
+        swap_out(module)
+        report.errors[f"{name or '(model)'} alone"] = max(errors.values(), default=float("inf"))
+        reasons = [f"its {reason}" if reason else None]
     if any(reasons):  # one policy for the whole module, so all or nothing
         for site in sites:
             site.status, site.reason = LEFT, next(r for r in reasons if r)
@@ -182,14 +184,15 @@ def _plan_inside(candidate: Candidate, found: _Found, save: str, backend: str | 
     return module, plan, sites
 
 
-def _try(module: nn.Module, plan: InsidePlan, sample: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Fuse a module for a moment: what was observed before, and how far it is from that."""
-    before = observe(module, sample)
-    swap_in(module, plan)
+def _compare_again(before: dict[str, Tensor], module: nn.Module, sample: Any) -> tuple[dict[str, float], str | None]:
+    """How far a module that was just fused is from what it was, and what is wrong with that, if anything."""
     try:
-        return before, compare(before, observe(module, sample))
-    finally:
-        swap_out(module)
+        after = observe(module, sample)
+    except ValueError as error:
+        return {}, f"forward or backward failed once it was fused: {error.__cause__ or error}"
+    errors = compare(before, after)
+    fine = before.keys() == after.keys() and agree(errors, before)
+    return errors, None if fine else "outputs or gradients changed when it was fused"
 
 
 def _plan_sequential(

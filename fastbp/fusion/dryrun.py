@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fastbp import recognition
 from fastbp.activations import Bound
 from fastbp.fusion.inside import InsidePlan, Pair
-from fastbp.fusion.linears import LinearKind, is_function, kind_of, settings_of
+from fastbp.fusion.linears import LinearKind, kind_of, settings_of
 from fastbp.fusion.sequential import may_idle
-from fastbp.fusion.templates import activation_of
+from fastbp.fusion.templates import activation_of, written_activations
 from fastbp.fusion.verify import run_sample, undisturbed
 
 _HARMLESS = (F.dropout, torch.dropout)  # they hand on the very tensor when they drop nothing, which is looked at
@@ -64,14 +63,7 @@ def find_candidate(name: str, module: nn.Module) -> Candidate | None:
     if not kinds or "forward" in module.__dict__:
         return None
     acts = {n: bound for n, child in children.items() if n not in kinds and (bound := activation_of(child)) is not None}
-    for n, value in vars(module).items():
-        if is_function(value):
-            try:
-                bound = recognition.resolve(value)
-            except (TypeError, ValueError):
-                continue
-            if bound.name != "identity":
-                acts[n] = bound
+    acts |= written_activations(module)
     return Candidate(name, module, kinds, acts) if acts else None
 
 

@@ -49,7 +49,7 @@ def find_plan(module: nn.Module, save: str, backend: str | None) -> Plan | str |
         return "it has parameters or buffers of its own" if hinted else None
     if "forward" in module.__dict__:
         return "its forward was replaced" if hinted else None
-    bounds = functions or [bind(name) for name in ROWS if name != "identity"]
+    bounds = list(functions.values()) or [bind(name) for name in ROWS if name != "identity"]
     for packed in (False, True):
         traced = _trace(module, children, kinds, acts, packed)
         for plan in [] if traced is None else _candidates(module, traced, kinds, acts, bounds, packed):
@@ -84,17 +84,17 @@ def activation_of(module: nn.Module) -> Bound | None:
     return None if bound.name == "identity" else bound
 
 
-def written_activations(module: nn.Module) -> list[Bound]:
+def written_activations(module: nn.Module) -> dict[str, Bound]:
     """The activations among a module's attributes that are functions."""
-    found = []
-    for value in vars(module).values():
+    found = {}
+    for name, value in vars(module).items():
         if is_function(value):
             try:
                 bound = recognition.resolve(value)
             except (TypeError, ValueError):
                 continue
             if bound.name != "identity":
-                found.append(bound)
+                found[name] = bound
     return found
 
 

@@ -11,7 +11,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +50,12 @@ class Run:
 
 
 def parse(
-    argv: list[str] | None, about: str | None, *, steps: int, quick: int, extras: dict[str, dict[str, Any]] | None = None
+    argv: list[str] | None,
+    about: str | None,
+    *,
+    steps: int,
+    quick: int,
+    extras: dict[str, dict[str, Any]] | None = None,
 ) -> argparse.Namespace:
     """The options that every example has, and its own ``extras``: keyword arguments of ``add_argument`` by name."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,15 +97,17 @@ def compare(
     options: argparse.Namespace,
     *,
     stock: Callable[[], nn.Module],
-    variants: dict[str, Variant],
+    variants: Mapping[str, Variant],
     train: Callable[[nn.Module, Record], None],
     forward: Callable[[nn.Module], Tensor],
     precision: torch.dtype = torch.float32,
+    cached: list[int] | None = None,
 ) -> dict[str, Any]:
     """Train ``stock()`` and every variant from the same seed, print the comparison, and return it.
 
     ``train(model, record)`` calls ``record(loss)`` after each step. ``forward(model)`` computes a loss, for the count
     of the bytes that autograd keeps of it. ``precision`` is what the products are computed in, and so what rounding is.
+    ``cached`` is where a model notes the bytes it keeps for backward itself, besides those that autograd keeps.
     The result has ``runs`` and ``differences`` by name, and ``failures``, a line for each reason to distrust fastbp.
     """
     runs: dict[str, Run] = {}
@@ -109,9 +116,11 @@ def compare(
         run = Run(*variants[name]()) if name in variants else Run(stock())
         if run.report is not None:
             print(f"\n{name}:\n{run.report}")
+        if cached is not None:
+            cached.clear()
         with fastbp.SavedBytes(exclude=[run.model]) as kept, torch.random.fork_rng():
             forward(run.model)
-        run.kept = kept.total
+        run.kept = kept.total + sum(cached or ())
         if name == "stock again":
             _nudge(run.model, torch.finfo(precision).eps)
         torch.manual_seed(options.seed)
@@ -162,7 +171,10 @@ def _print_table(runs: dict[str, Run], differences: dict[str, Difference]) -> No
         ["loss, first step", *cells(lambda run: f"{run.losses[0]:.6g}")],
         [f"loss, step {len(stock)}", *cells(lambda run: f"{run.losses[-1]:.6g}")],
         ["largest relative difference from stock", *cells(lambda run: f"{_relative(run.losses, stock):.1e}")],
-        ["of what rounding explains", *(f"{100 * differences[n].share:.0f} %" if n in differences else "" for n in runs)],
+        [
+            "of what rounding explains",
+            *(f"{100 * differences[n].share:.0f} %" if n in differences else "" for n in runs),
+        ],
         ["kept for backward, KiB", *cells(lambda run: f"{run.kept / 1024:.1f}")],
         ["of stock's", *cells(lambda run: f"{run.kept / runs['stock'].kept:.2f}")],
         ["fastest step, ms (a note, no benchmark)", *cells(lambda run: f"{1e3 * run.step_seconds:.2f}")],

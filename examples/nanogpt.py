@@ -158,9 +158,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return model, fastbp.fuse(model, sample_inputs=batches[0][0])
 
     precision = torch.bfloat16 if options.bf16 else torch.float32
-    return compare(
-        options, stock=stock, variants={"fused": fused}, train=train, forward=forward, precision=precision
-    )
+    return compare(options, stock=stock, variants={"fused": fused}, train=train, forward=forward, precision=precision)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,10 @@ class ViT(nn.Module):
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train and compare; ``accuracy`` on held-out scans, stock and fused, comes with what ``common.compare`` gives."""
-    options = parse(argv, __doc__, steps=200, quick=24)
+    options = parse(argv, __doc__, steps=150, quick=40)
     digits = load_digits()
-    scans = torch.from_numpy(digits.images).float().unsqueeze(1).to(options.device) / 16
+    scans = torch.from_numpy(digits.images).float().unsqueeze(1).to(options.device)
+    scans = (scans - scans.mean()) / scans.std()
     labels = torch.from_numpy(digits.target).long().to(options.device)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(options.seed)).to(options.device)
     test, training = order[:300], order[300:]
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return F.cross_entropy(model(scans[pick]), labels[pick])
 
     def train(model: nn.Module, record: Record) -> None:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         for _ in range(options.steps):
             loss = forward(model, training[torch.randint(len(training), (64,)).to(options.device)])
             optimizer.zero_grad()

@@ -19,8 +19,8 @@ import fastbp
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-# How far a loss may be from stock's, relative to it. Rounding, 1e-7 in float32, grows with the steps of a training, here
-# to 6e-6 at most; in bfloat16 to 4e-4, in float64 to 1e-10. A block off by 1e-3 is past them in the first three steps.
+# How far a loss may be from stock's, relative to it. Rounding, 1e-7 in float32, grows with the steps of a training,
+# here to 6e-6 at most; in bfloat16 to 4e-4, in float64 to 1e-10. A block off by 1e-3 is past them in three steps.
 FLOAT32, BFLOAT16, FLOAT64 = 1e-4, 2e-3, 1e-8
 
 

@@ -2,9 +2,7 @@
 
 The network sees the outline and its normals, and otherwise learns from the eikonal equation |∇f| = 1 alone: the
 gradient by the input is in the loss, a double backward through every layer. The shape is a ring, whose distance is
-known. Where derivatives are in the loss, fastbp computes them with PyTorch's own operations, which keep about as much
-as stock does: the table may show more or less. ``--out field.png`` draws both fields and their difference (needs
-matplotlib).
+known. ``--out field.png`` draws both fields and their difference (needs matplotlib).
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 -u''(x) = π² sin(πx) on [0, 1], u(0) = u(1) = 0, has the solution u(x) = sin(πx). The loss holds u'', so that training
 takes a third derivative through every layer. Here u'' comes in both of PyTorch's ways, from ``torch.autograd.grad`` and
-from ``torch.func``, and the network in both of fastbp's, an ``nn.Sequential`` that is fused and a ``fastbp.MLP``.
+from ``torch.func``, and the network in both of fastbp's, an ``nn.Sequential`` that is fused and a ``fastbp.MLP``. Where
+derivatives are in the loss, fastbp computes them with PyTorch's own operations: this shows that they are right, and
+saves nothing.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ def declare() -> None:
     """
     try:
         importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        pass  # nothing here needs it but its own models
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]

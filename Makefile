@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test workers: one per core, and one thread in each, so that they do not fight over the cores.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 
-.PHONY: demo test check bench bench-check gpu sanitize render report clean
+.PHONY: demo examples test check bench bench-check gpu sanitize render report clean
 
 # The stamps are newer than what they were made from, so a second `make` starts at once. torch comes first and by itself:
 # a later resolver run must not replace the build that was chosen. FASTBP_BUILD=auto, the default, builds what it can.
@@ -23,6 +23,11 @@ $(VENV)/.built: $(VENV)/.stamp setup.py fastbp/version.py $(wildcard csrc/*.* cs
 
 demo: $(VENV)/.built
 	$(BIN)/python -m fastbp demo $(ARGS)
+
+# Each trains stock and fused and says whether they agree; ARGS=--quick for fewer steps.
+examples: $(VENV)/.built
+	set -e; for example in $(filter-out examples/common.py,$(wildcard examples/*.py)); do \
+	  printf '\n== %s\n' $$example; $(BIN)/python $$example $(ARGS); done
 
 test: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

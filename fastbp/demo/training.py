@@ -76,6 +76,13 @@ class Difference:
     steps: list[float]
     allowed: list[float]
 
+    @classmethod
+    def between(cls, stock: list[float], again: list[float], run: list[float], unit: float) -> Difference:
+        """Of ``run`` from ``stock``, where ``again`` shows what rounding does and ``unit`` is the rounding unit."""
+        s, a, r = (torch.tensor(values, dtype=torch.float64) for values in (stock, again, run))
+        allowed = MARGIN * torch.maximum((a - s).abs(), unit * s.abs()).cummax(0).values
+        return cls((r - s).abs().tolist(), allowed.tolist())
+
     @property
     def largest(self) -> float:
         return float(torch.tensor(self.steps, dtype=torch.float64).max())  # Python's max may pass over a NaN
@@ -105,12 +112,8 @@ class Outcome:
 
     def difference(self, name: str, quantity: str) -> Difference:
         """How far ``losses`` or ``norms`` of run ``name`` are from stock's."""
-        stock, again, run = (
-            torch.tensor(getattr(self.runs[n], quantity), dtype=torch.float64) for n in ("stock", "again", name)
-        )
-        unit = torch.finfo(torch.float32).eps
-        allowed = MARGIN * torch.maximum((again - stock).abs(), unit * stock.abs()).cummax(0).values
-        return Difference((run - stock).abs().tolist(), allowed.tolist())
+        stock, again, run = (getattr(self.runs[n], quantity) for n in ("stock", "again", name))
+        return Difference.between(stock, again, run, torch.finfo(torch.float32).eps)
 
     def failures(self) -> list[str]:
         """Why fused is not as good as stock, a line each; empty where it is."""

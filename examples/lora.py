@@ -1,0 +1,102 @@
+"""LoRA by PEFT on a small Llama, stock and fused, in both orders: LoRA and then fuse, fuse and then LoRA.
+
+The adapters sit in the attention of every layer and in the MLP of the first. That MLP runs as PEFT left it, the others
+run fused, in both orders. When the adapters are merged into the weights the first MLP can run fused again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from common import Record, compare, english, packages, parse, require, run
+from torch import Tensor, nn
+
+import fastbp
+
+with packages("peft", "transformers"):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train and compare; ``merged``, the bytes that merged models keep, comes with what ``common.compare`` gives."""
+    options = parse(argv, __doc__, steps=60, quick=16)
+    llama = LlamaConfig(
+        vocab_size=256,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    lora = LoraConfig(
+        r=8,
+        target_modules=r".*\.(q_proj|v_proj)|.*\.layers\.0\.mlp\.(gate|up|down)_proj",
+        modules_to_save=["lm_head"],
+        init_lora_weights="gaussian",
+    )
+    text = english(options.device)
+    window = torch.arange(64, device=options.device)
+
+    def draw() -> dict[str, Tensor]:
+        piece = text[torch.randint(len(text) - 64, (8, 1)).to(options.device) + window]
+        return {"input_ids": piece, "labels": piece}
+
+    torch.manual_seed(options.seed)
+    sample = draw()
+
+    def base() -> nn.Module:
+        return LlamaForCausalLM(llama).to(options.device)
+
+    def stock() -> nn.Module:
+        return get_peft_model(base(), lora)
+
+    def lora_then_fuse() -> tuple[nn.Module, fastbp.FusionReport]:
+        model = get_peft_model(base(), lora)
+        return model, fastbp.fuse(model, sample_inputs=sample)
+
+    def fuse_then_lora() -> tuple[nn.Module, fastbp.FusionReport]:
+        model = base()
+        report = fastbp.fuse(model, sample_inputs=sample)
+        return get_peft_model(model, lora), report
+
+    def forward(model: nn.Module) -> Tensor:
+        return model(**sample).loss
+
+    def train(model: nn.Module, record: Record) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=5e-3)
+        for _ in range(options.steps):
+            loss = model(**draw()).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            record(loss.item())
+
+    variants = {"LoRA, then fuse": lora_then_fuse, "fuse, then LoRA": fuse_then_lora}
+    result = compare(options, stock=stock, variants=variants, train=train, forward=forward)
+
+    result["merged"] = {}
+    merged = {name: result["runs"][name].model.merge_and_unload() for name in ("stock", *variants)}
+    again = fastbp.fuse(merged["LoRA, then fuse"], sample_inputs=sample)  # the other order needs no second call
+    print(f"\nLoRA, then fuse; merged, and fuse again:\n{again}\n")
+    with torch.no_grad():
+        logits = {name: model.eval()(**sample).logits for name, model in merged.items()}
+    for name, model in merged.items():
+        for parameter in model.parameters():
+            parameter.requires_grad_()
+        with fastbp.SavedBytes(exclude=[model]) as kept:
+            forward(model)
+        result["merged"][name] = kept.total
+    for name in variants:
+        same = torch.allclose(logits[name], logits["stock"], rtol=1e-3, atol=1e-3)
+        require(result, same, f"{name}: the merged model gives the logits of the stock one")
+        kept, stocks = result["merged"][name], result["merged"]["stock"]
+        require(result, kept < stocks, f"{name}: merged it keeps {kept / stocks:.2f} of the bytes stock keeps")
+    return result
+
+
+if __name__ == "__main__":
+    run(main)

@@ -12,7 +12,6 @@ from fastbp import backends, saving
 from fastbp.activations import Bound
 from fastbp.forms import LINEAR_ACT, MLP, Form
 from fastbp.fusion.dryrun import Candidate, find_candidate, look
-from fastbp.fusion.inside import InsidePlan
 from fastbp.fusion.report import FUSED, LEFT, ROLLED_BACK, WOULD_FUSE, FusionReport, Site
 from fastbp.fusion.sequential import Run, SequentialPlan, find_runs, may_idle, recognise_children
 from fastbp.fusion.surgery import AnyPlan, is_fused, swap_in, swap_out

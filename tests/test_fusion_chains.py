@@ -240,6 +240,16 @@ class Functional(TwoLinears):
         return F.dropout(self.fc2(self.act(self.fc1(x))), self.p, self.training)
 
 
+def test_a_linear_that_trains_otherwise_is_left():
+    class Noisy(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2.0 if self.training else 1.0)
+
+    for training in (True, False):
+        report = fastbp.fuse(_two(Noisy).train(training))
+        assert not report.fused and "fc1, fc2 is not a plain" in report.left[0].reason
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_dropout_by_a_function_goes_on_dropping(p):
     model = Functional(p).double()

@@ -6,7 +6,6 @@ does, is run once on small random numbers. What it then was is compared at each 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbp.fusion.probe import quiet, shadow
 from fastbp.modules import PLAIN_TENSORS, Linear, is_plain, plain_parts
 from fastbp.recognition import has_hooks
 
@@ -103,20 +103,23 @@ def _is_linear(child: nn.Module, out_features: int, transposed: bool) -> bool:
 
     x, weight, bias = draw(3, 2, 5), draw(*((5, out_features) if transposed else (out_features, 5))), draw(out_features)
     given = [x, weight] + ([bias] if child._parameters.get("bias") is not None else [])
-    probe = copy.copy(child)
-    probe.__dict__["_parameters"] = dict(zip(("weight", "bias"), map(nn.Parameter, given[1:]), strict=False))
-    probe._parameters.setdefault("bias", None)
-    inputs = [x, *(p for p in probe._parameters.values() if p is not None)]
-    ours = torch.nn.functional.linear(x, weight.mT if transposed else weight, bias if len(given) == 3 else None)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            theirs = type(probe).forward(probe, x)
-            dy = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
-            found = [theirs, *torch.autograd.grad(theirs, inputs, dy)]
-    except Exception:  # a stranger's forward: then it is no linear layer
-        return False
-    wanted = [ours, *torch.autograd.grad(ours, given, dy)]
-    return all(a.shape == b.shape and torch.allclose(a, b, 1e-12, 1e-12) for a, b in zip(found, wanted, strict=True))
+    parameters = dict(zip(("weight", "bias"), map(nn.Parameter, given[1:]), strict=False))
+    probes = [shadow(child, _parameters={"bias": None} | parameters, training=t) for t in (True, False)]
+    inputs = [x, *parameters.values()]
+    with quiet():
+        ours = torch.nn.functional.linear(x, weight.mT if transposed else weight, bias if len(given) == 3 else None)
+        dy = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+        wanted = [ours, *torch.autograd.grad(ours, given, dy)]
+        try:
+            outputs = [type(probe).forward(probe, x) for probe in probes]
+            found = [[y, *torch.autograd.grad(y, inputs, dy)] for y in outputs]
+        except Exception:  # a stranger's forward: then it is no linear layer
+            return False
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, 1e-12, 1e-12)
+        for theirs in found
+        for a, b in zip(theirs, wanted, strict=True)
+    )
 
 
 def parts_of(children: Sequence[nn.Module | None], kinds: Sequence[LinearKind]) -> Parts | None:

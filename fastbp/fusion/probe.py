@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,6 +90,13 @@ def _draw(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
+def shadow(module: nn.Module, **attributes: Any) -> nn.Module:
+    """Another object of the module's class with its attributes, but for these."""
+    new: nn.Module = object.__new__(type(module))
+    object.__setattr__(new, "__dict__", module.__dict__ | attributes)
+    return new
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """A stranger's forward on the CPU, differentiable and without autocast; random state is left as it was."""
@@ -126,9 +132,8 @@ def trace(module: nn.Module, children: Mapping[str, nn.Module], size_in: int) ->
 def _run(module: nn.Module, children: Mapping[str, nn.Module], size_in: int, training: bool) -> Trace | None:
     generator = torch.Generator().manual_seed(1)
     calls: list[Called | None] = []
-    probe = copy.copy(module)
     standing = {name: _StandIn(name, child, calls) for name, child in children.items()}
-    probe.__dict__ = {**module.__dict__, "_modules": {**module._modules, **standing}, "training": training}
+    probe = shadow(module, _modules={**module._modules, **standing}, training=training)
     x = _draw(generator, 4, 16, size_in).requires_grad_()
     forward: Callable[..., Any] = type(module).forward
     try:

@@ -23,7 +23,8 @@ class SavedBytes:
     ``exclude`` holds tensors and modules whose storages are not counted: parameters and inputs exist anyway. ``total``
     is the sum in bytes, ``by_storage`` the size of every storage in the order it was first kept. Works on any device,
     meta and fake tensors too, and for any module, not only those of fastbp. Only what goes through autograd's saved
-    tensors is seen, which is all that PyTorch's and fastbp's layers keep.
+    tensors is seen, which is all that PyTorch's and fastbp's layers keep; not what selective activation checkpointing
+    puts aside beside it.
     """
 
     def __init__(self, exclude: Iterable[Tensor | nn.Module] = ()) -> None:

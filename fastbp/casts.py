@@ -35,7 +35,7 @@ def cast_all(tensors: Sequence[Any], dtype: torch.dtype, device: str) -> list[An
     if not is_compiling() and torch.is_autocast_cache_enabled() and not _passing(device):
         casts = _current()
         if casts is None:
-            casts = _begin(device)
+            casts = _begin(device, dtype)
     found = []
     for t in tensors:
         entry = None if casts is None else casts.get(id(t))
@@ -73,13 +73,13 @@ def _passing(device: str) -> bool:
     )
 
 
-def _begin(device: str) -> _Casts:
+def _begin(device: str, dtype: torch.dtype) -> _Casts:
     """The casts of a region, which live as long as PyTorch keeps its own."""
     global _current
     _watch_optimizers()
     # Modes of the user's neither see nor change this, and it saves nothing that hooks of theirs would see.
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.inference_mode(False):
-        leaf, empty = _empty(device)
+        leaf, empty = _empty(device, dtype)
         node = torch.addmm(leaf, empty, empty).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     casts: _Casts = node.metadata.setdefault("fastbp", _Casts())  # type: ignore[union-attr]
     _current = weakref.ref(casts)
@@ -87,9 +87,10 @@ def _begin(device: str) -> _Casts:
 
 
 @cache
-def _empty(device: str) -> tuple[Tensor, Tensor]:
-    empty = torch.empty((0, 0), device=device, dtype=torch.float32)
-    return empty.clone().requires_grad_(), empty
+def _empty(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A leaf for autocast to cast, and what needs no cast beside it."""
+    leaf = torch.empty((0, 0), device=device, dtype=torch.float32, requires_grad=True)
+    return leaf, torch.empty_like(leaf, dtype=dtype, requires_grad=False)
 
 
 @cache

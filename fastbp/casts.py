@@ -53,7 +53,9 @@ def cast_all(tensors: Sequence[Any], dtype: torch.dtype, device: str) -> list[An
 
 def _cast(tensor: Any, dtype: torch.dtype, casts: _Casts | None) -> Any:
     """One cast, kept if F.linear's would be: of float32 leaves that take a gradient."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if not isinstance(tensor, Tensor) or tensor.dtype is dtype:
+        return tensor
+    if tensor.dtype is torch.float64 or not tensor.is_floating_point():
         return tensor
     weight = tensor.requires_grad and tensor.is_leaf and tensor.dtype is torch.float32 and type(tensor) in _PLAIN
     if casts is None or not weight or tensor._is_view() or tensor.is_inference():

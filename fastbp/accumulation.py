@@ -68,8 +68,13 @@ def add_product(into: Tensor | None, d: Tensor, h: Tensor) -> Tensor | None:
             into.addmm_(d.mT, h)
         elif into.device.type != "cuda":
             rows = max(_CHUNK // max(d.shape[1] + h.shape[1], 1), 1)
+            # float32 products may be made of bfloat16, by PyTorch's switch; it holds float16's digits no more.
+            cut = d.dtype is torch.float16 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
             for dc, hc in zip(d.split(rows), h.split(rows), strict=True):
-                into.addmm_(dc.float().mT, hc.float())
+                if cut:
+                    into.add_(dc.double().mT.mm(hc.double()))
+                else:
+                    into.addmm_(dc.float().mT, hc.float())
         elif 1 in into.shape or not _adds(into.device):
             # One row looks like a bias to addmm, which some versions then read in the wrong dtype.
             into.add_(torch.mm(d.mT, h, out_dtype=torch.float32))

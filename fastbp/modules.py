@@ -308,3 +308,6 @@ class GatedMLP(_Block):
         """x (..., in_features) to y (..., out_features)."""
         flag = self.gradient_accumulation_fusion
         return run_gated(self._children(), self.activation, self.save, self.backend, input, flag)
+
+
+LAYERS = (LinearAct, GatedLinear, MLP, GatedMLP)  # what has settings of its own

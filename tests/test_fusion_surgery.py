@@ -32,6 +32,19 @@ def test_nothing_else_about_the_model_changes():
     assert fastbp.unfuse(model) == []
 
 
+def test_modules_of_fastbp_are_left_as_they_are():
+    """They run fused, with settings of their own: a policy, a backend, gradients that are added to main_grad."""
+    layers = [
+        fastbp.LinearAct(WIDTH, WIDTH, gradient_accumulation_fusion=True),
+        fastbp.GatedLinear(WIDTH, WIDTH, save="recompute"),
+        fastbp.MLP(WIDTH, 20, gradient_accumulation_fusion=True),
+        fastbp.GatedMLP(WIDTH, 20, backend="reference"),
+    ]
+    model = nn.Sequential(*layers, TwoLinears(nn.GELU()))
+    assert [s.name for s in fastbp.fuse(model, sample_inputs=None).sites] == ["4"]
+    assert not any(is_fused(layer) for layer in layers)
+
+
 def test_the_name_of_the_class_stays():
     """Configs that are saved and policies that wrap layers go by it; repr tells that a module is fused."""
     model = nn.Sequential(TwoLinears(nn.GELU()), nn.TransformerEncoderLayer(WIDTH, 2, 16))

@@ -17,6 +17,7 @@ from fastbp.fusion.sequential import Run, SequentialPlan, find_runs, may_idle, r
 from fastbp.fusion.surgery import AnyPlan, is_fused, swap_in, swap_out
 from fastbp.fusion.templates import find_plan
 from fastbp.fusion.verify import agree, compare, observe
+from fastbp.modules import LAYERS
 
 __all__ = ["FusionReport", "fuse", "unfuse"]
 
@@ -109,8 +110,8 @@ def _find(
     found: list[_Found] = []
     candidates: list[tuple[int, Candidate]] = []
     for name, module in list(model.named_modules()):
-        if isinstance(module, _GRAPHS):
-            continue  # its code would not look at a fused block again
+        if isinstance(module, (*_GRAPHS, *LAYERS)):
+            continue  # a graph's code would not look at a fused block again; what is fastbp's has settings of its own
         if is_fused(module):
             found.append((module, None, [Site(name, type(module).__name__, "", FUSED, "fused before")]))
             continue

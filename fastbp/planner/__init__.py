@@ -14,7 +14,7 @@ from fastbp.forms import Form
 from fastbp.fusion import FusionReport, fuse
 from fastbp.fusion.surgery import is_fused, swap_out
 from fastbp.fusion.verify import as_call
-from fastbp.modules import MLP, GatedLinear, GatedMLP, LinearAct
+from fastbp.modules import LAYERS
 from fastbp.planner.choice import Option, choose
 from fastbp.planner.costs import STEPS, slope_error
 from fastbp.planner.observe import WHERE, Call, Layer, Recorder, Sample, as_given
@@ -23,7 +23,6 @@ from fastbp.saving import POLICIES, resolve
 
 __all__ = ["MemoryPlan", "PlannedLayer", "plan_memory"]
 
-LAYERS = (LinearAct, GatedLinear, MLP, GatedMLP)
 _ERROR_UNITS = 1 << 40  # squared relative errors as integers
 
 
@@ -151,11 +150,7 @@ def _find_layers(
 ) -> tuple[list[Layer], FusionReport]:
     """The layers of fastbp in a model, after fusing it."""
     old = {id(module) for module in model.modules() if is_fused(module)}
-
-    def is_wanted(module: nn.Module, name: str) -> bool:  # blocks of fastbp have a policy of their own to set
-        return not isinstance(module, LAYERS) and (filter_fn is None or filter_fn(module, name))
-
-    report = fuse(model, filter_fn=is_wanted, backend=backend, verify=False)
+    report = fuse(model, filter_fn=filter_fn, backend=backend, verify=False)
     layers = []
     for name, module in model.named_modules():
         fresh = is_fused(module) and id(module) not in old

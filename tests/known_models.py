@@ -134,20 +134,12 @@ for _name in (
 
 # What fuse does not do yet: what it says of these sites today, None where it does not see them, and why.
 WRITTEN = "its activation is written in a forward that is more than a chain"
-NORM = "run as their first half, as they must for the norm between, and are reported as whole blocks"
 NOT_FUSED = {
-    "RoBERTa": ({"lm_head": None}, f"`RobertaLMHead`: {WRITTEN} (a bias of its own)"),
     "RoBERTa, classifier": ({"classifier": None}, f"`RobertaClassificationHead`: {WRITTEN} (it takes the first token)"),
-    "ESM": ({"lm_head": None}, f"`EsmLMHead`: {WRITTEN} (a bias of its own)"),
+    "ESM": ({"lm_head": None}, f"`EsmLMHead`: {WRITTEN} (it adds a bias of its own)"),
     "BART, classifier": (
         {"classification_head": None},
         f"`BartClassificationHead`: {WRITTEN} (a dropout called twice)",
     ),
-    "EVA-02, norm in the block": ({"blocks.*.mlp": "gated_mlp, silu"}, f"they {NORM}"),
-    "ConvNeXt V2": ({"stages.*.blocks.*.mlp": "mlp, gelu"}, f"they {NORM}"),
 }
 NOT_FUSED["RoBERTa, classifier, no dropout"] = NOT_FUSED["RoBERTa, classifier"]
-NOT_NAMED = {  # blocks of these are left, and the report does not say so
-    "Apertus": "`ApertusMLP`: its activation has parameters of its own",
-    "GPT-OSS": "`GptOssExperts`: its weights are 3-D",
-}

@@ -65,11 +65,18 @@ def _own_parameter() -> nn.Module:
     return model
 
 
+def _own_buffer() -> nn.Module:
+    model = Scaled(nn.GELU())
+    model.register_buffer("mask", torch.ones(1))
+    return model
+
+
 LEFT = {
     "between linear and activation": (lambda: Scaled(nn.GELU()), "computes something else"),
     "subclass of Linear": (lambda: with_child("fc1", Subclass(WIDTH, 20)), "fc1 is not a plain"),
     "hook": (_hooked, "fc1 is not a plain"),
-    "own parameter": (_own_parameter, "parameters or buffers of its own"),
+    "own parameter": (_own_parameter, "computes something else"),
+    "own buffer": (_own_buffer, "buffers of its own"),
     "unknown activation": (lambda: TwoLinears(nn.LogSigmoid()), "LogSigmoid is no activation"),
 }
 

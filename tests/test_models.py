@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from known_models import KNOWN, NOT_FUSED, NOT_NAMED
+from known_models import KNOWN, NOT_FUSED
 from model_kinds import expand
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -184,11 +184,8 @@ def test_every_block_that_can_be_is_fused(outcome):
 
 def test_what_is_left_is_named_with_the_reason(outcome):
     left = {site.name: site.reason for site in outcome.report.left}
-    unnamed = NOT_NAMED.get(outcome.name)
-    assert left.keys() == (set() if unnamed else outcome.left.keys()), str(outcome.report)
+    assert left.keys() == outcome.left.keys(), str(outcome.report)
     assert all(outcome.left[name] in reason for name, reason in left.items()), left
-    if unnamed:
-        pytest.xfail(unnamed)
 
 
 def test_table_is_fresh(outcome):

@@ -12,10 +12,11 @@ from fastbp import backends, saving
 from fastbp.activations import Bound
 from fastbp.forms import LINEAR_ACT, MLP, Form
 from fastbp.fusion.dryrun import Candidate, find_candidate, look
+from fastbp.fusion.linears import may_idle
 from fastbp.fusion.report import FUSED, LEFT, ROLLED_BACK, WOULD_FUSE, FusionReport, Site
-from fastbp.fusion.sequential import Run, SequentialPlan, find_runs, may_idle, recognise_children
+from fastbp.fusion.sequential import Run, SequentialPlan, find_runs, recognise_children
 from fastbp.fusion.surgery import AnyPlan, is_fused, swap_in, swap_out
-from fastbp.fusion.templates import find_plan
+from fastbp.fusion.templates import OTHERWISE, find_plan
 from fastbp.fusion.verify import agree, compare, observe
 from fastbp.modules import LAYERS
 
@@ -163,6 +164,8 @@ def _plan_inside(candidate: Candidate, found: _Found, save: str, backend: str | 
     """What the dry run found in a module whose forward is more than a block."""
     module, _, sites = found
     plan = candidate.plan(save, backend)
+    if plan is None and candidate.is_no_block and all(site.reason == OTHERWISE for site in sites):
+        return module, None, []
     if plan is None:
         for site in sites:
             site.reason = f"{site.reason}; {candidate.missing}" if candidate.missing else site.reason
@@ -191,8 +194,10 @@ def _compare_again(before: dict[str, Tensor], module: nn.Module, sample: Any) ->
     except ValueError as error:
         return {}, f"forward or backward failed once it was fused: {error.__cause__ or error}"
     errors = compare(before, after)
-    fine = before.keys() == after.keys() and agree(errors, before)
-    return errors, None if fine else "outputs or gradients changed when it was fused"
+    if before.keys() == after.keys() and agree(errors, before):
+        return errors, None
+    name = max(errors, key=errors.__getitem__)
+    return errors, f"outputs or gradients changed when it was fused (most of all {name}, by {errors[name]:.1e})"
 
 
 def _plan_sequential(

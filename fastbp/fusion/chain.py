@@ -45,6 +45,7 @@ class Plan:
     hidden: tuple[str, ...]  # one linear, or gate and up
     packing: Packing | None
     between: tuple[str, ...]
+    parted: bool  # something between always acts, as a norm does
     last: str | None
     after: tuple[str, ...]
     activation: Bound
@@ -52,6 +53,7 @@ class Plan:
     activation_type: type | None
     kinds: tuple[LinearKind, ...]  # of the linears
     settings: Settings
+    argument: str  # what the forward calls its input
     save: str
     backend: str | None
 
@@ -67,7 +69,7 @@ class Plan:
     def forms(self) -> tuple[Form, ...]:
         """The whole call, and what is left of it while something between acts."""
         apart, whole = (GATED_LINEAR_ACT, GATED_MLP) if self.gated else (LINEAR_ACT, MLP)
-        return (apart,) if self.last is None else (whole, apart) if self.between else (whole,)
+        return (apart,) if self.last is None or self.parted else (whole, apart) if self.between else (whole,)
 
     @property
     def call(self) -> str:
@@ -76,11 +78,12 @@ class Plan:
 
     def forward(self, module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward: fused if it still is what it was when it was fused, else its own."""
-        if len(args) == 1 and not kwargs:
+        if len(args) + len(kwargs) == 1 and (args or self.argument in kwargs):
+            x = args[0] if args else kwargs[self.argument]
             children = module._modules
             parts = parts_of([children.get(name) for name in self.linears], self.kinds)
             if parts is not None and _one_dtype(parts[0]) and self._holds(module):
-                return self.run(children, parts, args[0])  # type: ignore[arg-type]
+                return self.run(children, parts, x)  # type: ignore[arg-type]
         return base.forward(module, *args, **kwargs)
 
     def _holds(self, module: nn.Module) -> bool:
@@ -101,7 +104,7 @@ class Plan:
             weights = (*self.packing.split(weights[0]), *weights[1:])
             first = biases[0]
             biases = (*((None, None) if first is None else self.packing.split(first)), *biases[1:])
-        if all(is_idle(children[name]) for name in self.between):
+        if self.last is None or (not self.parted and all(is_idle(children[name]) for name in self.between)):
             h = functional.call(self.forms[0], h, weights, biases, self.activation, self.save, self.backend)
         else:
             count = self.forms[-1].width

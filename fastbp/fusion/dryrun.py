@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastbp.activations import Bound
 from fastbp.fusion.inside import InsidePlan, Pair
-from fastbp.fusion.linears import LinearKind, kind_of, settings_of
-from fastbp.fusion.sequential import may_idle
+from fastbp.fusion.linears import LinearKind, kind_of, may_idle, settings_of
 from fastbp.fusion.templates import activation_of, written_activations
 from fastbp.fusion.verify import run_sample, undisturbed
 
@@ -39,6 +38,14 @@ class Candidate:
     seen: dict[bool, list[dict[str, Pair]]] = field(default_factory=lambda: {True: [], False: []})
     own_sample: tuple[Tensor, ...] | None = None  # of random numbers, where it was looked at alone
     missing: str = ""  # why nothing was seen
+
+    @property
+    def is_no_block(self) -> bool:
+        """Whether its one linear and its activation have nothing to do with each other, as in other networks."""
+        children = self.module._modules
+        others = [c for n, c in children.items() if c is not None and n not in self.kinds and n not in self.acts]
+        more = any(next(c.parameters(), None) is not None for c in others)
+        return len(self.kinds) == 1 and (more or bool(self.seen[False]))
 
     def plan(self, save: str, backend: str | None) -> InsidePlan | None:
         """The plan by what every call of the module agreed on; None where there is nothing to fuse."""

@@ -136,9 +136,14 @@ def parts_of(children: Sequence[nn.Module | None], kinds: Sequence[LinearKind]) 
     return None if plain_parts(()) is None else (weights, biases)
 
 
+def may_idle(module: nn.Module | None) -> bool:
+    """Whether a child is of a kind that can be idle."""
+    return type(module) in (nn.Identity, nn.Dropout)
+
+
 def is_idle(module: nn.Module | None) -> bool:
     """Whether a child hands on what it gets: an nn.Identity, or a dropout that does not drop now."""
     kind = type(module)
-    if kind is not nn.Identity and kind is not nn.Dropout:
+    if kind is not nn.Identity and kind is not nn.Dropout:  # may_idle, without a call in each of every block
         return False
     return (kind is nn.Identity or module.p == 0 or not module.training) and not has_hooks(module)  # type: ignore

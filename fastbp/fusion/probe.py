@@ -87,7 +87,7 @@ def small_linear(size_in: int, size_out: int, bias: bool, generator: torch.Gener
 
 
 def _draw(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def shadow(module: nn.Module, **attributes: Any) -> nn.Module:
@@ -133,7 +133,9 @@ def _run(module: nn.Module, children: Mapping[str, nn.Module], size_in: int, tra
     generator = torch.Generator().manual_seed(1)
     calls: list[Called | None] = []
     standing = {name: _StandIn(name, child, calls) for name, child in children.items()}
-    probe = shadow(module, _modules={**module._modules, **standing}, training=training)
+    # Of other values than they have now: a scale of 1 or a bias of 0 is one that training will move.
+    own = {n: p if p is None else nn.Parameter(_draw(generator, *p.shape)) for n, p in module._parameters.items()}
+    probe = shadow(module, _modules={**module._modules, **standing}, _parameters=own, training=training)
     x = _draw(generator, 4, 16, size_in).requires_grad_()
     forward: Callable[..., Any] = type(module).forward
     try:

@@ -29,9 +29,9 @@ class SequentialPlan:
 
     def forward(self, module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The Sequential's forward with its runs fused."""
-        if len(args) != 1 or kwargs:
-            return base.forward(module, *args, **kwargs)
-        return run_sequential(module, self, args[0])  # type: ignore[arg-type]
+        if len(args) + len(kwargs) == 1 and (args or "input" in kwargs):
+            return run_sequential(module, self, args[0] if args else kwargs["input"])  # type: ignore[arg-type]
+        return base.forward(module, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,6 @@ def find_runs(
         steps.append(run or children[i][1])
         i += len(run.names) if run else 1
     return steps
-
-
-def may_idle(module: nn.Module | None) -> bool:
-    """Whether a child is of a kind that can be idle."""
-    return type(module) in (nn.Identity, nn.Dropout)
 
 
 def _run_at(

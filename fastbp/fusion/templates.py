@@ -9,6 +9,7 @@ gradients.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fastbp import recognition
 from fastbp.activations import ROWS, Bound, bind
 from fastbp.fusion.chain import PACKINGS, Plan
-from fastbp.fusion.linears import LinearKind, is_function, kind_of, settings_of
+from fastbp.fusion.linears import LinearKind, is_function, kind_of, may_idle, settings_of
 from fastbp.fusion.probe import Trace, opaque, quiet, small_linear, trace
 
 # Relative L2, in float64. PyTorch's hardsigmoid takes 1/6 in float32 even there; the closest pair of activations, the
@@ -36,7 +37,7 @@ def find_plan(module: nn.Module, save: str, backend: str | None) -> Plan | str |
     functions = written_activations(module)
     hinted = bool(acts or functions)
     if not kinds and not unplain:
-        return _experts(module) if hinted else None
+        return _experts(module)
     if unplain:
         why = f"{', '.join(unplain)} is not a plain nn.Linear (a subclass, hooks, or a wrapped weight)"
         return why if hinted else None
@@ -45,8 +46,8 @@ def find_plan(module: nn.Module, save: str, backend: str | None) -> Plan | str |
     strangers = [c for n, c in children.items() if n not in kinds and n not in acts]
     if len(kinds) == 1 and not hinted and strangers:
         return None
-    if module._parameters or module._buffers:
-        return "it has parameters or buffers of its own" if hinted else None
+    if module._buffers:
+        return "it has buffers of its own" if hinted else None
     if "forward" in module.__dict__:
         return "its forward was replaced" if hinted else None
     bounds = list(functions.values()) or [bind(name) for name in ROWS if name != "identity"]
@@ -57,7 +58,7 @@ def find_plan(module: nn.Module, save: str, backend: str | None) -> Plan | str |
                 return replace(plan, save=save, backend=backend)
     if hinted:
         return OTHERWISE
-    odd = [type(c).__name__ for c in strangers if not isinstance(c, (nn.Dropout, nn.Identity)) and _is_bare(c)]
+    odd = [type(c).__name__ for c in strangers if not may_idle(c) and _is_elementwise(c)]
     return f"{odd[0]} is no activation that fastbp knows" if len(odd) == 1 == len(strangers) else None
 
 
@@ -66,13 +67,26 @@ def _looks_linear(child: nn.Module) -> bool:
     return isinstance(child, nn.Linear) or (hasattr(child, "in_features") and hasattr(child, "out_features"))
 
 
-def _is_bare(child: nn.Module) -> bool:
-    return next(child.parameters(), None) is None and not child._modules
+def _is_elementwise(child: nn.Module) -> bool:
+    """Whether a child maps each number by itself, as an activation does."""
+    dtype = next((p.dtype for p in child.parameters()), torch.float32)
+    x, order = (
+        torch.linspace(-3.0, 3.1, 24, dtype=dtype),
+        torch.randperm(24, generator=torch.Generator().manual_seed(0)),
+    )
+    with quiet():
+        try:
+            y, mixed = child(x.view(4, 6).clone()), child(x[order].view(4, 6))
+        except Exception:  # a stranger's forward
+            return False
+    return isinstance(y, Tensor) and y.shape == (4, 6) and torch.equal(y.flatten()[order], mixed.flatten())
 
 
 def _experts(module: nn.Module) -> str | None:
-    deep = [name for name, p in module._parameters.items() if p is not None and p.ndim == 3]
-    return f"its weights are 3-D ({', '.join(deep)}): experts are not fused" if len(deep) >= 2 else None
+    deep = {name: p.shape[0] for name, p in module._parameters.items() if p is not None and p.ndim == 3}
+    if len(deep) < 2 or len(set(deep.values())) != 1 or 1 in deep.values():
+        return None
+    return f"its weights are 3-D ({', '.join(deep)}): experts are not fused"
 
 
 def activation_of(module: nn.Module) -> Bound | None:
@@ -161,11 +175,13 @@ def _candidates(
     for bound in bounds if child is None else [acts[child]]:
         for heads in [tuple(hidden), tuple(reversed(hidden))][: len(hidden)]:
             for packing in PACKINGS if packed else (None,):
+                between = tuple(name for i, name in others if first < i < final and last)
                 yield Plan(
                     before=tuple(name for i, name in others if i < first),
                     hidden=heads,
                     packing=packing,
-                    between=tuple(name for i, name in others if first < i < final and last),
+                    between=between,
+                    parted=not all(may_idle(module._modules[name]) for name in between),
                     last=last[0] if last else None,
                     after=tuple(name for i, name in others if i > (final if last else first)),
                     activation=bound,
@@ -173,6 +189,7 @@ def _candidates(
                     activation_type=None if child is None else type(module._modules[child]),
                     kinds=tuple(kinds[name] for name in (*heads, *last)),
                     settings=settings_of(module),
+                    argument=next(iter(inspect.signature(module.forward).parameters), ""),
                     save="auto",
                     backend=None,
                 )

@@ -114,7 +114,7 @@ def _scaled(a: Tensor, b: Tensor, everything: Iterable[Tensor]) -> float:
     if a.shape != b.shape:
         return float("inf")
     own = difference(b, a)
-    floor = 1e-3 * max((float(t.double().square().mean().sqrt()) for t in everything if t.numel()), default=0.0)
+    floor = 1e-2 * max((float(t.double().square().mean().sqrt()) for t in everything if t.numel()), default=0.0)
     rms = float(a.double().square().mean().sqrt()) if a.numel() else 0.0
     return own * rms / floor if 0.0 < rms < floor else own
 

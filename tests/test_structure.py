@@ -27,7 +27,7 @@ FLOORS = (
     ("activations",),
     ("recognition", "forms"),
     ("saving",),
-    ("problem",),
+    ("problem", "sharding"),
     ("residuals",),
     ("reference",),
     ("backends.*",),

@@ -1,8 +1,10 @@
 """fastbp on PyTorch's distributed engines: two processes on gloo."""
 
+import engine_cases
 import mesh_cases
 import pytest
 import torch.distributed as dist
+import two_ranks
 from support import compressed_cases, each
 from two_ranks import TwoRanks
 
@@ -17,6 +19,18 @@ def ranks(tmp_path_factory):
     two = TwoRanks(lambda: tmp_path_factory.mktemp("ranks"))
     yield two
     two.stop()
+
+
+def test_a_failure_reaches_the_test(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(two_ranks, "GRACE", 1.0)
+    two = TwoRanks(lambda: tmp_path_factory.mktemp("ranks"))
+    with pytest.raises(pytest.fail.Exception) as failure:
+        two.run(two_ranks.one_fails, "said so")
+    told = str(failure.value)
+    assert "two_ranks.one_fails(said so)" in told and "rank 1: Traceback" in told and "ValueError: said so" in told
+    assert "rank 0: no answer" in told and "in barrier" in told
+    with pytest.raises(pytest.fail.Exception, match="rank 0: died, exit code 3"):
+        two.run(two_ranks.one_dies)
 
 
 @each("form", FORMS)
@@ -61,9 +75,40 @@ CASES = (
     mesh_cases.refusals,
     mesh_cases.a_mesh_without_this_rank,
     mesh_cases.row_parallel_needs_no_activation,
+    engine_cases.ddp_fused_before,
+    engine_cases.ddp_fused_after,
+    engine_cases.fsdp,
+    engine_cases.fsdp_of_the_root_alone,
+    engine_cases.fsdp_of_each_linear,
+    engine_cases.fsdp_checkpointed,
+    engine_cases.fsdp_fused_after,
+    engine_cases.fsdp_in_bfloat16,
+    engine_cases.fsdp_compiled,
+    engine_cases.sequence_parallel,
+    engine_cases.blocks_cut_whole,
 )
 
 
 @each("case", CASES)
 def test_case(ranks, case):
     ranks.run(case)
+
+
+@each("order", ["fuse first", "fuse last"])
+def test_tensor_parallel(ranks, order):
+    ranks.run(engine_cases.tensor_parallel, order)
+
+
+@each("shape", [(1, 2), (2, 1)])
+def test_fsdp_and_tensor_parallel(ranks, shape):
+    ranks.run(engine_cases.two_dimensions, shape)
+
+
+@each("name", engine_cases.CHECKPOINTS)
+def test_checkpoints(ranks, name, tmp_path):
+    ranks.run(engine_cases.checkpoints, name, str(tmp_path))
+
+
+@each("schedule", ["GPipe", "1F1B"])
+def test_pipeline(ranks, schedule):
+    ranks.run(engine_cases.pipeline, schedule)

@@ -110,3 +110,16 @@ class TwoRanks:
             if process.is_alive():
                 process.kill()
         self.processes, self.pipes = [], []
+
+
+def one_fails(words):
+    """One rank raises; the other waits for it."""
+    if dist.get_rank() == 1:
+        raise ValueError(words)
+    dist.barrier()
+
+
+def one_dies():
+    """One rank is gone without a word."""
+    if dist.get_rank() == 0:
+        os._exit(3)

@@ -3,15 +3,12 @@
 import engine_cases
 import mesh_cases
 import pytest
-import torch.distributed as dist
 import two_ranks
 from support import compressed_cases, each
 from two_ranks import TwoRanks
 
 from fastbp.activations import bind
 from fastbp.forms import FORMS
-
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo in this torch")
 
 
 @pytest.fixture(scope="module")

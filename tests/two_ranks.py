@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import importlib
 import os
@@ -32,14 +31,13 @@ def serve(rank, pipe, folder):
     faulthandler.register(signal.SIGUSR1, open(stack_file(folder, rank), "w"), all_threads=False)  # noqa: SIM115
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=2 * STUCK))
-    while (asked := pipe.recv()) is not None:
-        module, case, arguments = asked
+    while True:
+        module, case, arguments = pipe.recv()
         try:
             getattr(importlib.import_module(module), case)(*arguments)
             pipe.send(None)
         except BaseException:
             pipe.send(traceback.format_exc())
-    dist.destroy_process_group()
 
 
 def stack_file(folder, rank):
@@ -61,7 +59,7 @@ class TwoRanks:
             pipe.send((case.__module__, case.__name__, arguments))
         failures = self._failures(timeout)
         if failures:
-            self.stop(kill=True)
+            self.stop()
             what = ", ".join(map(str, arguments))
             pytest.fail("\n".join([f"{case.__module__}.{case.__name__}({what})", *failures]), pytrace=False)
 
@@ -99,16 +97,10 @@ class TwoRanks:
         time.sleep(0.5)
         return f"rank {rank}: no answer, it stands here:\n{stack_file(self.folder, rank).read_text()}"
 
-    def stop(self, kill=False):
-        for process, pipe in zip(self.processes, self.pipes, strict=True):
-            if kill:
-                process.kill()
-            with contextlib.suppress(OSError):
-                pipe.send(None)
+    def stop(self):
         for process in self.processes:
-            process.join(GRACE)
-            if process.is_alive():
-                process.kill()
+            process.kill()
+            process.join()
         self.processes, self.pipes = [], []
 
 

@@ -246,6 +246,23 @@ def sequence_parallel():
     assert_same(train(model, [mine(x, 1) for x in drawn()]), one_process(CUT), summed=True)
 
 
+def linears_of_ours_in_styles():
+    """fastbp.Linear is an nn.Linear, which the styles take: by columns and by rows, each a fused call of its part."""
+    made = []
+    for linear in (nn.Linear, fastbp.Linear, fastbp.Linear):
+        torch.manual_seed(4)
+        made.append(nn.Sequential(linear(WIDTH, 16), nn.GELU(), linear(16, WIDTH)).double())
+    stock, *ours = made
+    expected = train(stock, drawn())
+    for model, along in zip(ours, (None, Shard(1)), strict=True):
+        styles = {"0": ColwiseParallel(input_layouts=along), "2": RowwiseParallel(output_layouts=along)}
+        parallelize_module(model, line(), styles)
+        with fused_calls() as calls:
+            found = train(model, drawn() if along is None else [mine(x, 1) for x in drawn()])
+        assert_same(found, expected, summed=along is not None)
+        assert calls == ["linear_act"] * 4 * STEPS, calls
+
+
 def cut(block, mesh, along=Replicate()):  # noqa: B008
     """A whole block divided: the first weights by columns, the last by rows, hooks on the block alone."""
 

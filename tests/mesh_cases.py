@@ -200,19 +200,23 @@ def compressed(form_name, save):
             torch.testing.assert_close(whole(m), e, rtol=2e-5, atol=2e-6, msg=lambda text, i=i: f"{i}: {text}")
 
 
-def second_derivatives(form_name):
-    """A gradient penalty, through the gradient of a gradient."""
+def higher_derivatives(form_name, order):
+    """A gradient penalty, through the gradient of a gradient; or a penalty on that one's gradient."""
     form, mesh = FORMS[form_name], line()
     numbers = tensors(form, seed=6, rows=(4,), features=(6, 10, 6) if form is MLP else FEATURES)
     count = len(numbers[1])
 
     def penalty(function, x, weights, biases):
         y = function(form, x, weights, biases, activation=TANH)
-        (dx,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
-        return grads((dx * dx).sum(), flatten(x, weights, biases), None, allow_unused=True)
+        value = (y * y).sum()
+        for _ in range(order - 1):
+            (dx,) = torch.autograd.grad(value, x, create_graph=True)
+            value = (dx * dx).sum()
+        return grads(value, flatten(x, weights, biases), None, allow_unused=True)
 
     expected = penalty(eager, *numbers)
-    for px, cut in ((Shard(0), False), (R, True)):
+    largest = max(e.abs().max() for e in expected if e is not None)
+    for px, cut in ((Shard(0), False), (R, True), (Shard(1), True)):
         pws = [(COLUMNS if cut else R,)] * count
         if cut and form.projected:
             pws[-1] = (ROWS,)
@@ -220,7 +224,7 @@ def second_derivatives(form_name):
         for i, (m, e) in enumerate(zip(mine, expected, strict=True)):
             assert (m is None) == (e is None), i
             if e is not None:
-                assert_close(whole(m), e, msg=lambda text, i=i: f"gradient {i}: {text}")
+                assert_close(whole(m) / largest, e / largest, msg=lambda text, i=i: f"gradient {i}: {text}")
 
 
 def compiled(form_name):

@@ -58,8 +58,9 @@ def test_what_is_kept_is_of_the_part(ranks, form, save):
 
 
 @each("form", FORMS)
-def test_second_derivatives(ranks, form):
-    ranks.run(mesh_cases.second_derivatives, form)
+@each("order", [2, 3])
+def test_higher_derivatives(ranks, form, order):
+    ranks.run(mesh_cases.higher_derivatives, form, order)
 
 
 @each("form", ["linear_act", "gated_mlp"])
@@ -82,6 +83,7 @@ CASES = (
     engine_cases.fsdp_in_bfloat16,
     engine_cases.fsdp_compiled,
     engine_cases.sequence_parallel,
+    engine_cases.linears_of_ours_in_styles,
     engine_cases.blocks_cut_whole,
 )
 

@@ -8,7 +8,7 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.distributed as dist
-from support import assert_close, call, eager, flatten, grads, like, tensors
+from support import assert_close, call, eager, flatten, grads, like, on_flat, tensors
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -251,6 +251,23 @@ def compiled(form_name):
         for m, e in zip(mine, grads(expected, flatten(*numbers), None, retain_graph=True), strict=True):
             assert_close(whole(m), e)
         assert graphs.ops == [form_name, f"{form_name}_backward"], graphs.ops
+
+
+def transforms(form_name):
+    """torch.func.grad hides the DTensors from the choice of a backend; then PyTorch's operations serve."""
+    form, mesh = FORMS[form_name], line()
+    numbers = tensors(form, seed=13, rows=(4,), features=FEATURES, requires_grad=False)
+    lying = lying_as(mesh, (Shard(0),), [(R,)] * len(numbers[1]), [(R,)] * len(numbers[1]), numbers)
+    flat, count = [t.detach() for t in flatten(*lying)], 1 + 2 * len(numbers[1])
+    for wanted in (tuple(range(count)), (0,), (1,)):
+
+        def total(function, *arguments):
+            return on_flat(function, form, activation=GELU)(*arguments).square().sum()
+
+        mine = torch.func.grad(partial(total, call), wanted)(*flat)
+        expected = torch.func.grad(partial(total, eager), wanted)(*flatten(*numbers))
+        for i, m, e in zip(wanted, mine, expected, strict=True):
+            assert_close(whole(m), e, msg=lambda text, i=i: f"gradient {i}: {text}")
 
 
 def under_autocast():

@@ -63,6 +63,11 @@ def test_higher_derivatives(ranks, form, order):
     ranks.run(mesh_cases.higher_derivatives, form, order)
 
 
+@each("form", FORMS)
+def test_transforms(ranks, form):
+    ranks.run(mesh_cases.transforms, form)
+
+
 @each("form", ["linear_act", "gated_mlp"])
 def test_compiled(ranks, form):
     ranks.run(mesh_cases.compiled, form)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, is_grad_enabled
+from torch import Tensor, is_grad_enabled, nn
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
@@ -25,7 +25,7 @@ from torch.compiler import is_compiling
 
 from fastbp import ops, reference
 from fastbp.activations import ROWS, bind
-from fastbp.backends import BACKENDS, module_of, with_choice
+from fastbp.backends import BACKENDS, REFERENCE, module_of, with_backend, with_choice
 from fastbp.backends.measured import EAGER, Choice
 from fastbp.forms import FORMS
 from fastbp.problem import Config, Names, check, configure
@@ -34,6 +34,7 @@ from fastbp.saving import POLICIES, find_kept, kept
 
 Outputs = tuple[Tensor, ...]
 _ONLY_NONE, _STRIDED = frozenset((None,)), torch.strided
+_PLAIN_OR_NONE = frozenset((Tensor, nn.Parameter, nn.Buffer, type(None)))
 
 
 class _Traced(torch.autograd.Function):
@@ -74,6 +75,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(config: Config, x: Tensor, *tensors: Tensor | None) -> Outputs:
+        # A transform hides of which class a tensor is until here, so the choice could not see it.
+        if not _PLAIN_OR_NONE.issuperset(map(type, (x, *tensors))):
+            config = with_backend(config, REFERENCE)
         return tuple(module_of(config).forward(config, x, tensors))
 
     @staticmethod

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.compiler import is_compiling, is_exporting
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastbp import activations, backends, main_grad, recognition, saving
+from fastbp import activations, backends, main_grad, recognition, saving, sharding
 from fastbp.activations import Bound
 from fastbp.autograd import run, run_traced
 from fastbp.backends import choose_settled
@@ -24,6 +25,9 @@ from fastbp.problem import Config, Names, check, configure
 def available_activations() -> dict[str, tuple[str, ...]]:
     """Each activation by name, with the save policies that serve it in ``fastbp.linear_act``."""
     return {name: saving.legal_policies(activations.bind(name)) for name in activations.ROWS}
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class _Defaults(threading.local):
@@ -220,6 +224,11 @@ def call(
         check(form, x, weights, biases)  # before the activation is probed, so that the tensors' faults come first
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
     settings = (form, activation, save, backend, _defaults.both)
+    if type(x) not in _PLAIN and sharding.applies(x, tensors):
+        check(form, x, weights, biases)
+        linear = _settle(*settings)[1] == "identity"
+        settled = partial(call, form, activation=activation, save=save, backend=backend)
+        return sharding.call(form, linear, x, weights, biases, settled)
     if is_compiling():
         check(form, x, weights, biases)
         return run_traced(_settle(*settings), x, weights, biases)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from fastbp import backends, functional, main_grad, recognition, saving
+from fastbp import backends, functional, main_grad, recognition, saving, sharding
 from fastbp.activations import Bound
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, Form
 from fastbp.forms import MLP as MLP_FORM
@@ -38,8 +38,12 @@ def is_plain(module: nn.Module) -> bool:
     return plain_parts((module,)) is not None
 
 
-def plain_parts(linears: Sequence[nn.Module]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
+def plain_parts(
+    linears: Sequence[nn.Module], on_mesh: bool = False
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
     """The weights and the biases of linears that are all plain in the sense of ``is_plain``; None if one is not.
+
+    ``on_mesh`` lets DTensors pass too, which the functions take.
 
     Blocks ask on every call, so this looks where parameters are registered first: ``nn.Module.__getattr__`` costs as
     much as everything else here.
@@ -52,7 +56,7 @@ def plain_parts(linears: Sequence[nn.Module]) -> tuple[tuple[Tensor, ...], tuple
         own = linear._parameters
         lent = "weight" not in own or "bias" not in own  # plain attributes, as wrappers set that shard parameters
         weight, bias = (linear.weight, linear.bias) if lent else (own["weight"], own["bias"])
-        if type(weight) not in PLAIN_TENSORS:
+        if type(weight) not in PLAIN_TENSORS and not (on_mesh and sharding.is_dtensor(weight)):
             return None
         weights, biases = (*weights, weight), (*biases, bias)
     return None if _has_any_global_hook() else (weights, biases)
@@ -73,7 +77,7 @@ def run_chain(
     One fused call where all are plain; else each linear is called as it is, with its activation where it is plain.
     """
     if projected or len(linears) == 1:
-        parts = plain_parts(linears)
+        parts = plain_parts(linears, on_mesh=True)
         if parts is not None:
             form = MLP_FORM if projected else LINEAR_ACT
             return functional.call(form, input, *parts, activation, save, backend, accumulates)
@@ -97,12 +101,12 @@ def run_gated(
     accumulates: bool = False,
 ) -> Tensor:
     """Gate and up, and down if there is a third linear; fused as far as they are plain."""
-    parts = plain_parts(linears)
+    parts = plain_parts(linears, on_mesh=True)
     if parts is not None and len(linears) == 3:
         return functional.call(GATED_MLP, input, *parts, activation, save, backend, accumulates)
     if parts is None:
         main_grad.refuse_apart(accumulates, GATED_MLP if len(linears) == 3 else GATED_LINEAR_ACT, linears)
-        parts = plain_parts(linears[:2])
+        parts = plain_parts(linears[:2], on_mesh=True)
     if parts is not None:
         h = functional.call(GATED_LINEAR_ACT, input, *parts, activation, save, backend, accumulates)
     else:

@@ -27,7 +27,7 @@ FLOORS = (
     ("activations",),
     ("recognition", "forms"),
     ("saving",),
-    ("problem",),
+    ("problem", "sharding"),
     ("residuals",),
     ("reference",),
     ("backends.*",),
@@ -199,7 +199,8 @@ import torch
 before = set(sys.modules)
 warnings.simplefilter("error")
 import fastbp
-heavy = ("triton", "sklearn", "matplotlib", "torch._inductor", "torch._dynamo", "torch.testing._internal", "sympy")
+heavy = ("triton", "sklearn", "matplotlib", "torch._inductor", "torch._dynamo", "torch.testing._internal", "sympy",
+         "torch.distributed.tensor")
 print(sorted(m for m in set(sys.modules) - before if any(m == h or m.startswith(h + ".") for h in heavy)))
 """
     command = [sys.executable, "-c", program]

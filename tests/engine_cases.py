@@ -12,7 +12,7 @@ from support import assert_as_good_as_eager, assert_close
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -182,6 +182,14 @@ def fsdp_fused_after():
     report = fastbp.fuse(model)
     assert {site.name for site in (*report.fused, *report.left)} >= {"two", "gated"}, str(report)
     assert_same(train(model, [mine(x) for x in drawn()]), one_process(weight=0.5), summed=True)
+
+
+def fsdp_unfused():
+    """unfuse finds the class that was fused beneath FSDP's own, and leaves that in place."""
+    model = shard(fused())
+    fastbp.unfuse(model)
+    assert isinstance(model.two, FSDPModule) and isinstance(model.two, TwoLinears), type(model.two).__mro__
+    data_parallel(model, forms(BUILT))
 
 
 def fsdp_in_bfloat16():

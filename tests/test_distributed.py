@@ -85,6 +85,7 @@ CASES = (
     engine_cases.fsdp_of_each_linear,
     engine_cases.fsdp_checkpointed,
     engine_cases.fsdp_fused_after,
+    engine_cases.fsdp_unfused,
     engine_cases.fsdp_in_bfloat16,
     engine_cases.fsdp_compiled,
     engine_cases.sequence_parallel,

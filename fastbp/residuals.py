@@ -22,7 +22,8 @@ def in_blocks(f: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> list[Tens
     """f(tensors), row after row of the last dimension, in blocks: what f makes on the way is never of whole tensors."""
     shape = tensors[0].shape
     step = max(1, IN_A_BLOCK // max(1, shape[-1]))
-    if shape[:-1].numel() <= step:
+    rows = shape[:-1].numel()
+    if type(rows) is not int or rows <= step:  # a graph of symbolic sizes would hold as many blocks as this call has
         return [*f(*tensors)]
     blocks = zip(*(t.reshape(-1, t.shape[-1]).split(step) for t in tensors), strict=True)
     results: list[Tensor] = []

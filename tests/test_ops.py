@@ -3,8 +3,9 @@
 import pytest
 import torch
 from graphs import CASES, GELU, IDENTITY, LEAKY, TANH, draw, each_form
-from support import each, flatten, like
+from support import compressed_cases, each, flatten, like
 
+from fastbp.activations import bind
 from fastbp.forms import FORMS, MLP
 from fastbp.saving import exact_policies, find_kept
 
@@ -40,6 +41,34 @@ OP_CASES += [(FORMS["linear_act"], IDENTITY, "output"), (MLP, IDENTITY, "output"
 @each("bias", [True, False])
 def test_opcheck(form, activation, save, bias):
     check_ops(form, *op_case(form, activation, save, draw(form, bias=bias, requires_grad=False)))
+
+
+@each(("form", "activation", "save"), compressed_cases([GELU]))
+@each("dtype", [torch.float32, torch.float16])
+def test_opcheck_of_compressed_policies(form, activation, save, dtype):
+    check_ops(form, *op_case(form, activation, save, draw(form, dtype=dtype, requires_grad=False)))
+
+
+@each_form
+@each("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck_of_16_bits(form, dtype):
+    """One activation by PyTorch's kernels, one by the table's formula."""
+    for activation in (TANH, bind("quick_gelu")):
+        check_ops(form, *op_case(form, activation, "preact", draw(form, dtype=dtype, requires_grad=False)))
+
+
+@each_form
+@each("activation", [TANH, GELU])
+def test_opcheck_of_the_derivative(form, activation):
+    """Of inputs that take gradients, all of them or x alone: the same in a graph as outside."""
+    for save in exact_policies(activation, form):
+        for frozen in (False, True):
+            x, weights, biases = draw(form)
+            for t in (*weights, *biases):
+                t.requires_grad_(not frozen)
+            with torch.no_grad():
+                forward, _ = op_case(form, activation, save, (x, weights, biases))
+            torch.library.opcheck(getattr(torch.ops.fastbp, form.name).default, forward)
 
 
 @each_form

@@ -94,8 +94,9 @@ def test_a_program_that_is_compiled_trains(form):
 def test_a_program_is_differentiated_twice(form, frozen):
     """Frozen weights read no x in backward; the second derivative does."""
     model, x = Residual(form, activation=GELU), draw(form)[0]
-    model.requires_grad_(not frozen)
     program = capture(model, x).module()
+    for module in (program, model):
+        module.requires_grad_(not frozen)
     results = []
     for function in (program, model):
         (dx,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
@@ -137,7 +138,10 @@ def test_a_decomposed_program_has_no_op_and_equals_the_model(form, activation, s
         assert_close(program.module()(batch.detach()), model(batch.detach()), **close(dtype))
 
 
-@each(("form", "activation", "save"), [*POLICY_CASES[len(AUTO_CASES) :], *compressed_cases([GELU])])
+@each(
+    ("form", "activation", "save"),
+    [*POLICY_CASES[len(AUTO_CASES) :], *compressed_cases([GELU], [FORMS["linear_act"], FORMS["gated_linear_act"]])],
+)
 def test_decomposed_backward(form, activation, save):
     """In a graph of forward and backward, as AOTAutograd makes one, for other numbers of rows too."""
     dtype = dtype_for(save)

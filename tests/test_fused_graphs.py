@@ -91,8 +91,7 @@ def assert_same_step(model, stock, x, **tolerances):
 # torch.compile
 
 
-@each_model
-@each("dynamic", [False, True])
+@each(("name", "dynamic"), [*((name, True) for name in MODELS), ("layers", False)])
 def test_a_compiled_model_is_one_graph_and_equals_the_stock_one(name, dynamic):
     stock, fused, x = pair(name)
     counter = counting()

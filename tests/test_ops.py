@@ -1,9 +1,10 @@
 """The ops under torch.library's checks."""
 
 import pytest
+import support
 import torch
 from graphs import CASES, GELU, IDENTITY, LEAKY, TANH, draw, each_form
-from support import compressed_cases, each, flatten, like
+from support import assert_close, compressed_cases, each, flatten, grads, like
 
 from fastbp.activations import bind
 from fastbp.forms import FORMS, MLP
@@ -60,7 +61,8 @@ def test_opcheck_of_16_bits(form, dtype):
 @each_form
 @each("activation", [TANH, GELU])
 def test_opcheck_of_the_derivative(form, activation):
-    """Of inputs that take gradients, all of them or x alone: the same in a graph as outside."""
+    """Of inputs that take gradients, all of them or x alone: the same in a graph as outside, and that of the call."""
+    op = getattr(torch.ops.fastbp, form.name).default
     for save in exact_policies(activation, form):
         for frozen in (False, True):
             x, weights, biases = draw(form)
@@ -68,7 +70,11 @@ def test_opcheck_of_the_derivative(form, activation):
                 t.requires_grad_(not frozen)
             with torch.no_grad():
                 forward, _ = op_case(form, activation, save, (x, weights, biases))
-            torch.library.opcheck(getattr(torch.ops.fastbp, form.name).default, forward)
+            torch.library.opcheck(op, forward)
+            y = support.call(form, x, weights, biases, activation=activation, save=save)
+            inputs, dy = [t for t in (x, *weights, *biases) if t.requires_grad], like(y, seed=1)
+            for mine, expected in zip(grads(op(*forward)[0], inputs, dy), grads(y, inputs, dy), strict=True):
+                assert_close(mine, expected)
 
 
 @each_form

@@ -6,6 +6,7 @@ from fastbp.functional import available_activations, gated_linear_act, gated_mlp
 from fastbp.fusion import FusionReport, fuse, unfuse
 from fastbp.memory import SavedBytes
 from fastbp.modules import MLP, GatedLinear, GatedMLP, Linear, LinearAct
+from fastbp.ops import decompositions
 from fastbp.planner import MemoryPlan, plan_memory
 from fastbp.tuning import TuningReport, tune
 from fastbp.version import __version__
@@ -24,6 +25,7 @@ __all__ = [
     "autograd",
     "available_activations",
     "available_backends",
+    "decompositions",
     "fuse",
     "gated_linear_act",
     "gated_mlp",

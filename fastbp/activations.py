@@ -139,11 +139,12 @@ _gelu_backward_kernel: Callable[..., Tensor] = _aten.gelu_backward.default
 
 
 def _gelu(z: Tensor) -> Tensor:
-    return F.gelu(z.mT).mT if z.numel() <= _SMALL and z.dim() > 1 and z.is_cpu else F.gelu(z)
+    # A fake tensor is not asked for its size, which may be a symbol: the graph would be of small sizes alone.
+    return F.gelu(z.mT).mT if type(z) is Tensor and z.numel() <= _SMALL and z.dim() > 1 and z.is_cpu else F.gelu(z)
 
 
 def _gelu_backward(dy: Tensor, z: Tensor) -> Tensor:
-    if z.numel() <= _SMALL and z.dim() > 1 and z.is_cpu:
+    if type(z) is Tensor and z.numel() <= _SMALL and z.dim() > 1 and z.is_cpu:
         return _gelu_backward_kernel(dy.mT, z.mT).mT
     return _gelu_backward_kernel(dy, z)
 

@@ -23,55 +23,20 @@ from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.compiler import is_compiling
 
-from fastbp import ops, reference
-from fastbp.activations import ROWS, bind
+from fastbp import reference
 from fastbp.backends import BACKENDS, REFERENCE, module_of, with_backend, with_choice
 from fastbp.backends.measured import EAGER, Choice
-from fastbp.forms import FORMS
-from fastbp.problem import Config, Names, check, configure
+from fastbp.problem import Config, check, configure
 from fastbp.reference import Saved, unflatten
-from fastbp.saving import POLICIES, find_kept, kept
+from fastbp.saving import POLICIES, kept
 
 Outputs = tuple[Tensor, ...]
 _ONLY_NONE, _STRIDED = frozenset((None,)), torch.strided
 _PLAIN_OR_NONE = frozenset((Tensor, nn.Parameter, nn.Buffer, type(None)))
 
 
-class _Traced(torch.autograd.Function):
-    """What graphs hold: the op forward and the op backward. Dynamo takes no Function with a jvp, so this has none."""
-
-    @staticmethod
-    def forward(names: Names, x: Tensor, *tensors: Tensor | None) -> Outputs:
-        weights, biases = _halves(tensors)
-        y, residuals = ops.traced_forward(names, x, weights, biases)
-        return (y, *residuals)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        names, x, *tensors = inputs
-        y, *residuals = output
-        ctx.mark_non_differentiable(*residuals)
-        ctx.names, ctx.needs = names, tuple(ctx.needs_input_grad[1:])
-        form, activation, _, save, _ = names
-        keep = find_kept(FORMS[form], save, ROWS[activation].grad_reads_output, ctx.needs)
-        # Every weight and bias goes along, so that the op's fake knows the shapes; the compiler drops what is not read.
-        first = 2 + len(tensors)
-        ctx.save_for_backward(
-            x if keep[0] else None,
-            y if keep[1] else None,
-            *tensors,
-            *(r if k else None for r, k in zip(residuals, keep[first:], strict=True)),
-        )
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        saved = unflatten(ctx.saved_tensors, len(ctx.needs) // 2)
-        needs = tuple(n and t is not None for n, t in zip(ctx.needs, (dy, *saved.weights, *saved.biases), strict=True))
-        return (None, *ops.traced_backward(ctx.names, dy, saved, needs))
-
-
 class _Eager(torch.autograd.Function):
-    """The same without ops, with derivatives of every order, forward mode and vmap."""
+    """What all of them are: derivatives of every order, forward mode and vmap."""
 
     @staticmethod
     def forward(config: Config, x: Tensor, *tensors: Tensor | None) -> Outputs:
@@ -278,17 +243,6 @@ def _run_transformed(config: Config, x: Tensor, tensors: tuple[Tensor | None, ..
     if _nested_forward_mode():
         return reference.compose(config.form, config.value, x, weights, biases)
     return FUNCTIONS[config.form.name].apply(config, x, *tensors)[0]  # type: ignore[no-any-return]
-
-
-def run_traced(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """y of a checked call in a graph being captured, of ``Config.names``."""
-    form, activation, params, _, backend = names
-    if functorch_active():  # an op without autograd would be a constant to the transform
-        return reference.compose(FORMS[form], bind(activation, params), x, weights, biases)
-    tensors = (x, *weights, *biases)
-    if is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Traced.apply(names, *tensors)[0]  # type: ignore[no-any-return]
-    return ops.traced_forward((form, activation, params, "recompute", backend), x, weights, biases)[0]
 
 
 def _nested_forward_mode() -> bool:

@@ -70,9 +70,7 @@ def _cast(tensor: Any, dtype: torch.dtype, casts: _Casts | None) -> Any:
 
 def _passing(device: str) -> bool:
     """Whether casts made now belong to a transform, to a graph being captured, and not to what comes after."""
-    return (
-        functorch_active() or torch._C._is_tracing() or (device == "cuda" and torch.cuda.is_current_stream_capturing())
-    )
+    return functorch_active() or (device == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _begin(device: str, dtype: torch.dtype) -> _Casts:

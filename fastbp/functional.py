@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled as any_autocast
+from torch._C import _is_tracing as is_tracing
 from torch.compiler import is_compiling, is_exporting
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastbp import activations, backends, main_grad, recognition, saving, sharding
 from fastbp.activations import Bound
-from fastbp.autograd import run, run_traced
+from fastbp.autograd import run
 from fastbp.backends import choose_settled
+from fastbp.capture import refuse_torchscript, run_captured, unscriptable
 from fastbp.casts import cast_all
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
 from fastbp.problem import Config, Names, check, configure
@@ -62,6 +64,7 @@ class use:
         _defaults.both = self._before.pop()
 
 
+@unscriptable
 def linear_act(
     x: Tensor,
     weight: Tensor,
@@ -102,6 +105,7 @@ def linear_act(
     return call(LINEAR_ACT, x, (weight,), (bias,), activation, save, backend, gradient_accumulation_fusion)
 
 
+@unscriptable
 def gated_linear_act(
     x: Tensor,
     gate_weight: Tensor,
@@ -125,6 +129,7 @@ def gated_linear_act(
     return call(GATED_LINEAR_ACT, x, weights, biases, activation, save, backend, gradient_accumulation_fusion)
 
 
+@unscriptable
 def mlp(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -156,6 +161,7 @@ def _tensors(name: str, given: Any, nones: int | None = None) -> tuple[Any, ...]
     return tuple(given)
 
 
+@unscriptable
 def gated_mlp(
     x: Tensor,
     gate_weight: Tensor,
@@ -231,7 +237,9 @@ def call(
         return sharding.call(form, linear, x, weights, biases, settled)
     if is_compiling():
         check(form, x, weights, biases)
-        return run_traced(_settle(*settings), x, weights, biases)
+        return run_captured(_settle(*settings), x, weights, biases)
+    if is_tracing():
+        refuse_torchscript(form.name, "torch.jit.trace")
     try:
         config = choose_settled(settings, _configure, x, tensors, weights)
     except (TypeError, ValueError, RuntimeError):

@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastbp import backends, functional, main_grad, recognition, saving, sharding
 from fastbp.activations import Bound
+from fastbp.capture import refuse_script
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, Form
 from fastbp.forms import MLP as MLP_FORM
 from fastbp.recognition import has_hooks
@@ -23,6 +24,8 @@ PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, fx.Proxy, fx.proxy.ParameterP
 
 class Linear(nn.Linear):
     """An ``nn.Linear``, ``y = x Wᵀ + b``, whose step runs in fastbp; parameters and state_dict are nn.Linear's."""
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) to y (..., out_features); errors as ``fastbp.linear_act``."""
@@ -43,10 +46,8 @@ def plain_parts(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
     """The weights and the biases of linears that are all plain in the sense of ``is_plain``; None if one is not.
 
-    ``on_mesh`` lets DTensors pass too, which the functions take.
-
-    Blocks ask on every call, so this looks where parameters are registered first: ``nn.Module.__getattr__`` costs as
-    much as everything else here.
+    ``on_mesh`` lets DTensors pass too, which the functions take. Blocks ask on every call, so this looks where parameters
+    are registered first: ``nn.Module.__getattr__`` costs as much as everything else here.
     """
     weights: tuple[Any, ...] = ()
     biases: tuple[Any, ...] = ()
@@ -118,6 +119,7 @@ class _Settings(nn.Module):
     """The settings that all layers and blocks share, checked when they are made."""
 
     form: Form
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, activation: Any, save: str, backend: str | None, accumulates: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The ops ``torch.ops.fastbp.*``, without autograd, with fakes; and the same calls without a dispatcher in between.
+"""The ops ``torch.ops.fastbp.*`` with fakes, beneath autograd; and the same calls without a dispatcher in between.
 
 One forward and one backward op for each form, named after it, with the tensors of the function of that name:
 
@@ -6,8 +6,8 @@ One forward and one backward op for each form, named after it, with the tensors 
     linear_act_backward(Tensor dy, Tensor? x, Tensor? y, Tensor weight, Tensor? bias, Tensor?[] residuals, <config>,
                         bool[] needs) -> Tensor[]          one gradient for each true entry of needs
 
-Graphs (torch.compile, torch.export) hold the ops. Eager calls go straight to the backend: the detour through the
-dispatcher into Python and back costs about 40 µs a step.
+Graphs (torch.compile, torch.export) hold the ops, whose derivative is in ``capture``. Eager calls go straight to the
+backend: the detour through the dispatcher into Python and back costs about 40 µs a step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from fastbp.saving import find_residuals
 
 _CONFIG = "str activation, float[] params, str save, str backend"
 _library = torch.library.Library("fastbp", "DEF")
+_plain: dict[Any, Callable[..., Any]] = {}
 
+Kernels = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]  # its kernel, its fake, and in plain torch
 Biases = Sequence[Tensor | None]
 Grads = list[Tensor | None]
 
@@ -52,7 +54,7 @@ def _with_kernels(config: Config) -> Config:
     return with_backend(config, REFERENCE) if config.backend == EAGER else config
 
 
-def traced_forward(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> tuple[Tensor, list[Tensor]]:
+def traced_forward(names: Names, x: Tensor, weights: Sequence[Any], biases: Biases) -> tuple[Tensor, list[Tensor]]:
     """``forward`` as one op in a graph, given ``Config.names``."""
     form, *settings = names
     op = getattr(torch.ops.fastbp, form).default
@@ -79,7 +81,7 @@ def _packed(form: Form, weights: Sequence[Any], biases: Sequence[Any]) -> list[A
     return [*weights, *biases] if form.parts else [list(weights), list(biases)]
 
 
-def _unpacked(form: Form, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+def unpacked(form: Form, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
     """Weights, biases and the arguments after them."""
     if not form.parts:
         return args[0], args[1], args[2:]
@@ -95,23 +97,15 @@ def _schema(form: Form) -> str:
     return ", ".join(weights + [f"Tensor? {form.argument('bias', i)}" for i in indices])
 
 
-def _kernels(form: Form) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """(forward, its fake, backward, its fake) of a form's ops."""
+def _kernels(form: Form) -> tuple[Kernels, Kernels]:
+    """Of a form's op forward and of its op backward."""
 
     def split_forward(x: Tensor, *args: Any) -> tuple[Config, Tensor, Sequence[Tensor], Biases]:
-        weights, biases, (activation, params, save, backend) = _unpacked(form, args)
+        weights, biases, (activation, params, save, backend) = unpacked(form, args)
         return configure(form.name, activation, tuple(params), save, backend), x, weights, biases
 
     def forward_kernel(*args: Any) -> tuple[Tensor, list[Tensor]]:
-        config, x, weights, biases = split_forward(*args)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases)):
-            # An exported program is being trained: autograd looks inside the op, and sees what PyTorch's own do.
-            plain = configure(*config.names[:3], "recompute", config.backend)
-            y = reference.forward(plain, x, weights, biases)[0]
-            with torch.no_grad():
-                residuals = reference.forward(config, x, weights, biases)[1]
-        else:
-            y, *residuals = forward(config, x, weights, biases)
+        y, *residuals = forward(*split_forward(*args))
         return y.contiguous(), [r.contiguous() for r in residuals]
 
     def forward_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
@@ -123,19 +117,29 @@ def _kernels(form: Form) -> tuple[Callable[..., Any], Callable[..., Any], Callab
         ]
         return x.new_empty(*leading, weights[-1].shape[0]), residuals
 
-    def backward_kernel(dy: Tensor, x: Tensor | None, y: Tensor | None, *args: Any) -> list[Tensor]:
-        weights, biases, (residuals, activation, params, save, backend, needs) = _unpacked(form, args)
+    def forward_plain(*args: Any) -> tuple[Tensor, list[Tensor]]:
+        return reference.forward(*split_forward(*args))
+
+    def split_backward(
+        dy: Tensor, x: Tensor | None, y: Tensor | None, *args: Any
+    ) -> tuple[Config, Tensor, Saved, tuple[bool, ...]]:
+        weights, biases, (residuals, activation, params, save, backend, needs) = unpacked(form, args)
         config = configure(form.name, activation, tuple(params), save, backend)
-        grads = backward(config, dy, Saved(x, y, weights, biases, residuals), tuple(needs))
-        return [_own(g, dy) for g in grads if g is not None]
+        return config, dy, Saved(x, y, weights, biases, residuals), tuple(needs)
+
+    def backward_kernel(dy: Tensor, *args: Any) -> list[Tensor]:
+        return [_own(g, dy) for g in backward(*split_backward(dy, *args)) if g is not None]
 
     def backward_fake(dy: Tensor, x: Tensor | None, y: Tensor | None, *args: Any) -> list[Tensor]:
-        weights, _, (*_, needs) = _unpacked(form, args)
+        weights, _, (*_, needs) = unpacked(form, args)
         shapes: list[Sequence[int]] = [(*dy.shape[:-1], weights[0].shape[1])]
         shapes += [w.shape for w in weights] + [w.shape[:1] for w in weights]
         return [dy.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
 
-    return forward_kernel, forward_fake, backward_kernel, backward_fake
+    def backward_plain(dy: Tensor, *args: Any) -> list[Tensor]:
+        return [_own(g, dy) for g in reference.backward(*split_backward(dy, *args)) if g is not None]
+
+    return (forward_kernel, forward_fake, forward_plain), (backward_kernel, backward_fake, backward_plain)
 
 
 def _own(grad: Tensor, dy: Tensor) -> Tensor:
@@ -144,21 +148,28 @@ def _own(grad: Tensor, dy: Tensor) -> Tensor:
 
 
 def _register(form: Form) -> None:
-    forward_kernel, forward_fake, backward_kernel, backward_fake = _kernels(form)
     tensors, name = _schema(form), form.name
     schemas = {
-        name: (f"(Tensor x, {tensors}, {_CONFIG}) -> (Tensor, Tensor[])", forward_kernel, forward_fake),
-        f"{name}_backward": (
-            f"(Tensor dy, Tensor? x, Tensor? y, {tensors}, Tensor?[] residuals, {_CONFIG}, bool[] needs) -> Tensor[]",
-            backward_kernel,
-            backward_fake,
-        ),
+        name: f"(Tensor x, {tensors}, {_CONFIG}) -> (Tensor, Tensor[])",
+        f"{name}_backward": f"(Tensor dy, Tensor? x, Tensor? y, {tensors}, Tensor?[] residuals, {_CONFIG}, "
+        "bool[] needs) -> Tensor[]",
     }
-    for op, (schema, kernel, fake) in schemas.items():
+    for (op, schema), (kernel, fake, plain) in zip(schemas.items(), _kernels(form), strict=True):
         _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(op, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastbp::{op}", fake, lib=_library)
+        _plain[getattr(torch.ops.fastbp, op).default] = plain
 
 
 for _form in FORMS.values():
     _register(_form)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The ops of fastbp as PyTorch's own operations, for graphs that are to run where fastbp is not.
+
+    ``torch.export.export(model, args).run_decompositions(fastbp.decompositions())`` gives a program without any op of
+    fastbp, to be saved, compiled ahead of time or exported to ONNX. Together with what PyTorch decomposes by default:
+    ``{**torch.export.default_decompositions(), **fastbp.decompositions()}``.
+    """
+    return dict(_plain)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -191,7 +192,7 @@ def _backward_of_rows(
     leading: torch.Size,
 ) -> list[Maybe]:
     """``backward`` with the leading sizes of x made one, so that it sees matrices only."""
-    count = leading.numel()
+    count = prod(leading)  # leading.numel() would make a number of a symbol
 
     def rows(t: Maybe) -> Maybe:
         return None if t is None else t.reshape(count, t.shape[-1])

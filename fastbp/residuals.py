@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ def in_blocks(f: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> list[Tens
     """f(tensors), row after row of the last dimension, in blocks: what f makes on the way is never of whole tensors."""
     shape = tensors[0].shape
     step = max(1, IN_A_BLOCK // max(1, shape[-1]))
-    if shape[:-1].numel() <= step:
+    rows = prod(shape[:-1])  # Size.numel() would make a number of a symbol
+    if type(rows) is not int or rows <= step:  # a graph of symbolic sizes would hold as many blocks as this call has
         return [*f(*tensors)]
     blocks = zip(*(t.reshape(-1, t.shape[-1]).split(step) for t in tensors), strict=True)
     results: list[Tensor] = []
     for begin, found in enumerate(f(*block) for block in blocks):
         if not results:
-            results = [t.new_empty(shape[:-1].numel(), t.shape[-1]) for t in found]
+            results = [t.new_empty(rows, t.shape[-1]) for t in found]
         for result, part in zip(results, found, strict=True):
             result[begin * step : begin * step + len(part)] = part
     return [t.view(*shape[:-1], t.shape[-1]) for t in results]

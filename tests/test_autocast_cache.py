@@ -442,7 +442,6 @@ TRANSFORMS = {
     "vmap": lambda x, w, b: torch.vmap(lambda row: linear(row, w, b))(x),
     "jvp": lambda x, w, b: torch.func.jvp(lambda x: linear(x, w, b), (x,), (like(x, 6),))[1],
     "make_fx": lambda x, w, b: make_fx(linear)(x, w, b)(x, w + 1, b),
-    "jit.trace": lambda x, w, b: torch.jit.trace(linear, (x, w, b), check_trace=False)(x, w + 1, b),
     "compiled": lambda x, w, b: compiled(linear)(x, w, b),
 }
 

@@ -1,10 +1,12 @@
 """The ops under torch.library's checks."""
 
 import pytest
+import support
 import torch
 from graphs import CASES, GELU, IDENTITY, LEAKY, TANH, draw, each_form
-from support import each, flatten, like
+from support import assert_close, compressed_cases, each, flatten, grads, like
 
+from fastbp.activations import bind
 from fastbp.forms import FORMS, MLP
 from fastbp.saving import exact_policies, find_kept
 
@@ -40,6 +42,37 @@ OP_CASES += [(FORMS["linear_act"], IDENTITY, "output"), (MLP, IDENTITY, "output"
 @each("bias", [True, False])
 def test_opcheck(form, activation, save, bias):
     check_ops(form, *op_case(form, activation, save, draw(form, bias=bias, requires_grad=False)))
+
+
+@each(("form", "activation", "save"), compressed_cases([GELU]))
+def test_opcheck_of_compressed_policies(form, activation, save):
+    check_ops(form, *op_case(form, activation, save, draw(form, dtype=torch.float16, requires_grad=False)))
+
+
+@each_form
+@each("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck_of_16_bits(form, dtype):
+    """One activation by PyTorch's kernels, one by the table's formula."""
+    for activation in (TANH, bind("quick_gelu")):
+        check_ops(form, *op_case(form, activation, "preact", draw(form, dtype=dtype, requires_grad=False)))
+
+
+@each_form
+def test_opcheck_of_the_derivative(form):
+    """Of inputs that take gradients, all of them or x alone: the same in a graph as outside, and that of the call."""
+    op = getattr(torch.ops.fastbp, form.name).default
+    for save in exact_policies(TANH, form):
+        for frozen in (False, True):
+            x, weights, biases = draw(form)
+            for t in (*weights, *biases):
+                t.requires_grad_(not frozen)
+            with torch.no_grad():
+                forward, _ = op_case(form, TANH, save, (x, weights, biases))
+            torch.library.opcheck(op, forward)
+            y = support.call(form, x, weights, biases, activation=TANH, save=save)
+            inputs, dy = [t for t in (x, *weights, *biases) if t.requires_grad], like(y, seed=1)
+            for mine, expected in zip(grads(op(*forward)[0], inputs, dy), grads(y, inputs, dy), strict=True):
+                assert_close(mine, expected)
 
 
 @each_form

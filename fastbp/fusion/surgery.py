@@ -11,10 +11,11 @@ import copy
 import functools
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
+from fastbp.capture import refuse_torchscript
 from fastbp.fusion.chain import Plan
 from fastbp.fusion.inside import PLAN, TWINS, InsidePlan, make_twins
 from fastbp.fusion.sequential import SequentialPlan
@@ -84,11 +85,8 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
     def shallow(self: nn.Module) -> nn.Module:
         return _filled(type(self).__new__(type(self)), self.__dict__, base)
 
-    def script(self: nn.Module) -> Any:
-        raise RuntimeError(
-            f"fastbp.fuse: a fused {base.__name__} cannot be scripted: TorchScript does not know fastbp's ops; call "
-            "fastbp.unfuse(model) before torch.jit.script, or use torch.export"
-        )
+    def script(self: nn.Module) -> NoReturn:
+        refuse_torchscript("fuse", "torch.jit.script")
 
     body: dict[str, Any] = {
         _BASE: base,

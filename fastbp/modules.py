@@ -46,8 +46,8 @@ def plain_parts(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]] | None:
     """The weights and the biases of linears that are all plain in the sense of ``is_plain``; None if one is not.
 
-    ``on_mesh`` lets DTensors pass too, which the functions take. Blocks ask on every call, so this looks where parameters
-    are registered first: ``nn.Module.__getattr__`` costs as much as everything else here.
+    ``on_mesh`` lets DTensors pass too, which the functions take. Blocks ask on every call, so this looks where
+    parameters are registered first: ``nn.Module.__getattr__`` costs as much as everything else here.
     """
     weights: tuple[Any, ...] = ()
     biases: tuple[Any, ...] = ()

@@ -24,10 +24,11 @@ $(VENV)/.built: $(VENV)/.stamp setup.py fastbp/version.py $(wildcard csrc/*.* cs
 demo: $(VENV)/.built
 	$(BIN)/python -m fastbp demo $(ARGS)
 
-# Each trains stock and fused and says whether they agree; ARGS=--quick for fewer steps.
+# Each trains stock and fused and says whether they agree; ARGS=--quick for fewer steps. One that lacks a package says so
+# and ends with 2, and the others go on.
 examples: $(VENV)/.built
-	set -e; for example in $(filter-out examples/common.py,$(wildcard examples/*.py)); do \
-	  printf '\n== %s\n' $$example; $(BIN)/python $$example $(ARGS); done
+	for example in $(filter-out examples/common.py,$(wildcard examples/*.py)); do \
+	  printf '\n== %s\n' $$example; $(BIN)/python $$example $(ARGS) || [ $$? = 2 ] || exit 1; done
 
 test: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

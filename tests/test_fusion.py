@@ -133,6 +133,19 @@ def test_sequential_follows_its_children():
     assert len(calls) == 2
 
 
+def test_linears_of_a_sequential_that_are_not_plain_are_named():
+    model = sequential()
+    model[1], model[9] = Subclass(WIDTH, 16), nn.Sequential(model[9])  # the second says nothing of its own
+    model[6].register_forward_hook(lambda m, i, o: o + 1)
+    report = fastbp.fuse(model, sample_inputs=torch.randn(7, WIDTH))
+    assert [(s.kind, s.what) for s in report.fused] == [
+        ("Sequential [3:5]", "mlp, gelu"),
+        ("Sequential [11:13]", "mlp, tanh"),
+    ], str(report)
+    assert [s.reason.split(" is not")[0] for s in report.left] == ["1, 6"]
+    assert len(fastbp.fuse(nn.Sequential(Subclass(4, 4), nn.ReLU())).left) == 1
+
+
 def test_sequential_subclass_with_its_own_forward_is_left():
     class Doubled(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from fastbp import backends, saving
 from fastbp.activations import Bound
 from fastbp.forms import LINEAR_ACT, MLP, Form
 from fastbp.fusion.dryrun import Candidate, find_candidate, look
-from fastbp.fusion.linears import may_idle
+from fastbp.fusion.linears import may_idle, not_plain
 from fastbp.fusion.report import FUSED, LEFT, ROLLED_BACK, WOULD_FUSE, FusionReport, Site
-from fastbp.fusion.sequential import Run, SequentialPlan, find_runs, recognise_children
+from fastbp.fusion.sequential import Run, SequentialPlan, find_runs, find_unplain, recognise_children
 from fastbp.fusion.surgery import AnyPlan, is_fused, swap_in, swap_out
 from fastbp.fusion.templates import OTHERWISE, find_plan
 from fastbp.fusion.verify import agree, compare, observe
@@ -70,7 +70,7 @@ def fuse(
             swap_in(module, plan)
             changed.append((module, sites))
             for site in sites:
-                site.status = FUSED
+                site.status = FUSED if site.status == WOULD_FUSE else site.status
     if before is not None and not dry_run:
         errors, reason = _compare_again(before, model, sample_inputs)
         report.errors |= errors
@@ -213,11 +213,13 @@ def _plan_sequential(
         reason = _illegal(save, run.activation, (MLP, LINEAR_ACT) if run.projected else (LINEAR_ACT,))
         where = f"{kind} [{run.names[0]}:{run.names[-1]}]"
         sites.append(Site(name, where, run.call, LEFT if reason else WOULD_FUSE, reason or ""))
+    unplain = find_unplain(module, plan)
+    named = [Site(name, kind, "", LEFT, not_plain(unplain))] if unplain else []
     if any(site.status == LEFT for site in sites):  # one policy for the whole Sequential, so all or nothing
         for site in sites:
             site.status, site.reason = LEFT, site.reason or "another run of this Sequential cannot take the policy"
-        return None, sites
-    return (plan if runs else None), sites
+        return None, sites + named
+    return (plan if runs else None), sites + named
 
 
 def _illegal(save: str, activation: Bound, forms: Sequence[Form]) -> str | None:
@@ -231,4 +233,5 @@ def _roll_back(changed: list[tuple[nn.Module, list[Site]]], reason: str) -> None
         if is_fused(module):
             swap_out(module)
         for site in sites:
-            site.status, site.reason = ROLLED_BACK, reason
+            if site.status == FUSED:
+                site.status, site.reason = ROLLED_BACK, reason

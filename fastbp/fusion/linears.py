@@ -136,6 +136,16 @@ def parts_of(children: Sequence[nn.Module | None], kinds: Sequence[LinearKind]) 
     return None if plain_parts(()) is None else (weights, biases)
 
 
+def looks_linear(child: nn.Module | None) -> bool:
+    """Whether a child is a linear layer, or what somebody put around one."""
+    return isinstance(child, nn.Linear) or (hasattr(child, "in_features") and hasattr(child, "out_features"))
+
+
+def not_plain(names: Sequence[str]) -> str:
+    """Why a block with these linears is left."""
+    return f"{', '.join(names)} is not a plain nn.Linear (a subclass, hooks, or a wrapped weight)"
+
+
 def may_idle(module: nn.Module | None) -> bool:
     """Whether a child is of a kind that can be idle."""
     return type(module) in (nn.Identity, nn.Dropout)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastbp import recognition
 from fastbp.activations import Bound
-from fastbp.fusion.linears import is_idle
+from fastbp.fusion.linears import is_idle, looks_linear
 from fastbp.modules import is_plain, run_chain
 from fastbp.recognition import has_hooks, of_known_module
 
@@ -78,6 +79,16 @@ def find_runs(
         steps.append(run or children[i][1])
         i += len(run.names) if run else 1
     return steps
+
+
+def find_unplain(module: nn.Sequential, plan: SequentialPlan) -> list[str]:
+    """The linears before an activation that are no plain ones any more, or never were."""
+    children = list(module._modules.items())
+    return [
+        name
+        for (name, child), following in pairwise(children)
+        if child is not None and looks_linear(child) and not is_plain(child) and _activation_of(following, plan)
+    ]
 
 
 def _run_at(

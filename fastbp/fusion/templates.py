@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastbp import recognition
 from fastbp.activations import ROWS, Bound, bind
 from fastbp.fusion.chain import PACKINGS, Plan
-from fastbp.fusion.linears import LinearKind, is_function, kind_of, may_idle, settings_of
+from fastbp.fusion.linears import LinearKind, is_function, kind_of, looks_linear, may_idle, not_plain, settings_of
 from fastbp.fusion.probe import Trace, opaque, quiet, small_linear, trace
 
 # Relative L2, in float64. PyTorch's hardsigmoid takes 1/6 in float32 even there; the closest pair of activations, the
@@ -32,15 +32,14 @@ def find_plan(module: nn.Module, save: str, backend: str | None) -> Plan | str |
     """The plan by which a module can run fused, or why it cannot; None where it does not look like a block at all."""
     children = {name: child for name, child in module._modules.items() if child is not None}
     kinds = {name: kind for name, child in children.items() if (kind := kind_of(child)) is not None}
-    unplain = [name for name, child in children.items() if name not in kinds and _looks_linear(child)]
+    unplain = [name for name, child in children.items() if name not in kinds and looks_linear(child)]
     acts = {name: bound for name, child in children.items() if name not in kinds and (bound := activation_of(child))}
     functions = written_activations(module)
     hinted = bool(acts or functions)
     if not kinds and not unplain:
         return _experts(module)
     if unplain:
-        why = f"{', '.join(unplain)} is not a plain nn.Linear (a subclass, hooks, or a wrapped weight)"
-        return why if hinted else None
+        return not_plain(unplain) if hinted else None
     if len(kinds) > 3:
         return OTHERWISE if hinted else None
     strangers = [c for n, c in children.items() if n not in kinds and n not in acts]
@@ -60,11 +59,6 @@ def find_plan(module: nn.Module, save: str, backend: str | None) -> Plan | str |
         return OTHERWISE
     odd = [type(c).__name__ for c in strangers if not may_idle(c) and _is_elementwise(c)]
     return f"{odd[0]} is no activation that fastbp knows" if len(odd) == 1 == len(strangers) else None
-
-
-def _looks_linear(child: nn.Module) -> bool:
-    """A linear layer, or what somebody put around one."""
-    return isinstance(child, nn.Linear) or (hasattr(child, "in_features") and hasattr(child, "out_features"))
 
 
 def _is_elementwise(child: nn.Module) -> bool:

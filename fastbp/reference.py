@@ -170,7 +170,7 @@ def backward(
             continue
         if needs[1 + i]:
             h: Any = x if i == 0 else residuals[i - 1] if from_output else config.value(residuals[i - 1])
-            grads[1 + i] = d.mT.mm(h) if into is None else add_product(into[i], d, h)
+            grads[1 + i] = weight_grad(d, h, weights[i]) if into is None else add_product(into[i], d, h)
         if needs[1 + count + i]:
             grads[1 + count + i] = d.sum(0)
         if not below[i]:
@@ -203,6 +203,12 @@ def _backward_of_rows(
     return [None if dx is None else dx.view(*leading, dx.shape[-1]), *grads]
 
 
+def weight_grad(d: Tensor, h: Any, weight: Maybe) -> Any:
+    """``dᵀ h``, laid out as the weight is, if that was kept: for one of (in, out) anything else is copied again."""
+    by_columns = weight is not None and weight.stride(0) == 1 != weight.stride(1)
+    return h.mT.mm(d).mT if by_columns else d.mT.mm(h)
+
+
 def _gated_backward(
     config: Config,
     dy: Maybe,
@@ -221,7 +227,7 @@ def _gated_backward(
     if config.form.projected and dy is not None:
         if need_weights[2]:
             h = config.value(g) * u
-            grads[3] = dy.mT.mm(h) if into is None else add_product(into[2], dy, h)
+            grads[3] = weight_grad(dy, h, weights[2]) if into is None else add_product(into[2], dy, h)
         if need_biases[2]:
             grads[6] = dy.sum(0)
         dh = dy.mm(weights[2]) if needed_below(config.form, needs)[1] else None
@@ -234,7 +240,7 @@ def _gated_backward(
         if dz is None:
             continue
         if need_weights[i]:
-            grads[1 + i] = dz.mT.mm(x) if into is None else add_product(into[i], dz, x)  # type: ignore[arg-type]
+            grads[1 + i] = weight_grad(dz, x, weights[i]) if into is None else add_product(into[i], dz, x)  # type: ignore[arg-type]
         if need_biases[i]:
             grads[1 + count + i] = dz.sum(0)
         if need_x:

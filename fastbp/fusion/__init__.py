@@ -13,6 +13,7 @@ from fastbp.activations import Bound
 from fastbp.forms import LINEAR_ACT, MLP, Form
 from fastbp.fusion.dryrun import Candidate, find_candidate, look
 from fastbp.fusion.linears import may_idle, not_plain
+from fastbp.fusion.members import Members, members_of
 from fastbp.fusion.report import FUSED, LEFT, ROLLED_BACK, WOULD_FUSE, FusionReport, Site
 from fastbp.fusion.sequential import Run, SequentialPlan, find_runs, find_unplain, recognise_children
 from fastbp.fusion.surgery import AnyPlan, is_fused, swap_in, swap_out
@@ -116,10 +117,14 @@ def _find(
         if is_fused(module):
             found.append((module, None, [Site(name, type(module).__name__, "", FUSED, "fused before")]))
             continue
-        plan, sites = _plan(module, name, save, backend)
-        candidate = None if plan is not None or isinstance(module, nn.Sequential) else find_candidate(name, module)
-        if candidate is not None:
-            candidates.append((len(found), candidate))
+        if isinstance(module, nn.Sequential):
+            plan, sites = _plan_sequential(module, name, save, backend)
+        else:
+            members = members_of(module)
+            plan, sites = _plan_chain(module, members, name, save, backend)
+            candidate = None if plan is not None else find_candidate(name, module, members)
+            if candidate is not None:
+                candidates.append((len(found), candidate))
         found.append((module, plan, sites))
     look([candidate for _, candidate in candidates], model, sample_inputs)
     for index, candidate in candidates:
@@ -128,7 +133,8 @@ def _find(
         if plan is not None and filter_fn is not None and not filter_fn(module, sites[0].name):
             found[i] = (module, None, sites)
             for site in sites:
-                site.status, site.reason = LEFT, "filter_fn said no"
+                if site.status == WOULD_FUSE:
+                    site.status, site.reason = LEFT, "filter_fn said no"
         report.sites += sites
     return found
 
@@ -144,12 +150,12 @@ def unfuse(model: nn.Module) -> list[str]:
     return names
 
 
-def _plan(module: nn.Module, name: str, save: str, backend: str | None) -> tuple[AnyPlan | None, list[Site]]:
-    """How to fuse a module, and its sites for the report."""
-    if isinstance(module, nn.Sequential):
-        return _plan_sequential(module, name, save, backend)
+def _plan_chain(
+    module: nn.Module, members: Members, name: str, save: str, backend: str | None
+) -> tuple[AnyPlan | None, list[Site]]:
+    """How to fuse a module as a chain of its children, and its sites for the report."""
     kind = type(module).__name__
-    plan = find_plan(module, save, backend)
+    plan = find_plan(module, members, save, backend)
     if plan is None:
         return None, []
     if isinstance(plan, str):
@@ -202,7 +208,7 @@ def _compare_again(before: dict[str, Tensor], module: nn.Module, sample: Any) ->
 
 def _plan_sequential(
     module: nn.Sequential, name: str, save: str, backend: str | None
-) -> tuple[SequentialPlan | None, list[Site]]:
+) -> tuple[AnyPlan | None, list[Site]]:
     kind = type(module).__name__
     plan = SequentialPlan(recognise_children(module), save, backend)
     runs = [run for run in find_runs(module, plan, may_idle) if isinstance(run, Run)]

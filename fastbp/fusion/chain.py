@@ -38,7 +38,7 @@ PACKINGS = tuple(
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChainPlan:
     """How a fused module runs: which children in which order, and which activation."""
 
     before: tuple[str, ...]

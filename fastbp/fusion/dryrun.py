@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastbp.activations import Bound
 from fastbp.fusion.inside import InsidePlan, Pair
-from fastbp.fusion.linears import LinearKind, kind_of, may_idle, settings_of
-from fastbp.fusion.templates import activation_of, written_activations
+from fastbp.fusion.linears import LinearKind, may_idle, settings_of
+from fastbp.fusion.members import Members
 from fastbp.fusion.verify import run_sample, undisturbed
 
 _HARMLESS = (F.dropout, torch.dropout)  # they hand on the very tensor when they drop nothing, which is looked at
@@ -29,22 +29,29 @@ _HARMLESS = (F.dropout, torch.dropout)  # they hand on the very tensor when they
 
 @dataclass(eq=False)
 class Candidate:
-    """A module with linears and activations among its children, and what was seen of it."""
+    """A module with linears and activations among its members, and what was seen of it."""
 
     name: str
     module: nn.Module
-    kinds: Mapping[str, LinearKind]
-    acts: Mapping[str, Bound]  # children and function attributes
+    members: Members
     seen: dict[bool, list[dict[str, Pair]]] = field(default_factory=lambda: {True: [], False: []})
     own_sample: tuple[Tensor, ...] | None = None  # of random numbers, where it was looked at alone
     missing: str = ""  # why nothing was seen
 
     @property
+    def kinds(self) -> Mapping[str, LinearKind]:
+        """Its linears."""
+        return self.members.kinds
+
+    @property
+    def acts(self) -> Mapping[str, Bound]:
+        """Its activations, children and functions."""
+        return {**self.members.acts, **self.members.functions}
+
+    @property
     def is_no_block(self) -> bool:
         """Whether its one linear and its activation have nothing to do with each other, as in other networks."""
-        children = self.module._modules
-        others = [c for n, c in children.items() if c is not None and n not in self.kinds and n not in self.acts]
-        more = any(next(c.parameters(), None) is not None for c in others)
+        more = any(next(c.parameters(), None) is not None for c in self.members.strangers)
         return len(self.kinds) == 1 and (more or bool(self.seen[False]))
 
     def plan(self, save: str, backend: str | None) -> InsidePlan | None:
@@ -63,15 +70,11 @@ class Candidate:
         return InsidePlan(tuple(pairs), settings_of(self.module), save, backend) if pairs else None
 
 
-def find_candidate(name: str, module: nn.Module) -> Candidate | None:
+def find_candidate(name: str, module: nn.Module, members: Members) -> Candidate | None:
     """The module as a candidate; None where it has no linear or no activation of its own."""
-    children = {n: child for n, child in module._modules.items() if child is not None}
-    kinds = {n: kind for n, child in children.items() if (kind := kind_of(child)) is not None}
-    if not kinds or "forward" in module.__dict__:
+    if not members.kinds or not (members.acts or members.functions) or "forward" in module.__dict__:
         return None
-    acts = {n: bound for n, child in children.items() if n not in kinds and (bound := activation_of(child)) is not None}
-    acts |= written_activations(module)
-    return Candidate(name, module, kinds, acts) if acts else None
+    return Candidate(name, module, members)
 
 
 def look(candidates: list[Candidate], model: nn.Module, sample_inputs: Any) -> None:

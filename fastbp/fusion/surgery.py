@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 from torch import nn
 
 from fastbp.capture import refuse_torchscript
-from fastbp.fusion.chain import Plan
+from fastbp.fusion.chain import ChainPlan
 from fastbp.fusion.inside import PLAN, TWINS, InsidePlan, make_twins
 from fastbp.fusion.sequential import SequentialPlan
 
-AnyPlan = Plan | SequentialPlan | InsidePlan
+AnyPlan = ChainPlan | SequentialPlan | InsidePlan
 _BASE = "_fastbp_base"  # of a fused class: the class it was made of
 
 

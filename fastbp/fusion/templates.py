@@ -10,16 +10,16 @@ gradients.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fastbp import recognition
-from fastbp.activations import ROWS, Bound, bind
-from fastbp.fusion.chain import PACKINGS, Plan
-from fastbp.fusion.linears import LinearKind, is_function, kind_of, looks_linear, may_idle, not_plain, settings_of
+from fastbp.activations import ROWS, bind
+from fastbp.fusion.chain import PACKINGS, ChainPlan
+from fastbp.fusion.linears import LinearKind, may_idle, not_plain, settings_of
+from fastbp.fusion.members import Members
 from fastbp.fusion.probe import Trace, opaque, quiet, small_linear, trace
 
 # Relative L2, in float64. PyTorch's hardsigmoid takes 1/6 in float32 even there; the closest pair of activations, the
@@ -28,31 +28,25 @@ TOLERANCE = 1e-7
 OTHERWISE = "its forward computes something else than the fused block"
 
 
-def find_plan(module: nn.Module, save: str, backend: str | None) -> Plan | str | None:
+def find_plan(module: nn.Module, members: Members, save: str, backend: str | None) -> ChainPlan | str | None:
     """The plan by which a module can run fused, or why it cannot; None where it does not look like a block at all."""
-    children = {name: child for name, child in module._modules.items() if child is not None}
-    kinds = {name: kind for name, child in children.items() if (kind := kind_of(child)) is not None}
-    unplain = [name for name, child in children.items() if name not in kinds and looks_linear(child)]
-    acts = {name: bound for name, child in children.items() if name not in kinds and (bound := activation_of(child))}
-    functions = written_activations(module)
-    hinted = bool(acts or functions)
+    kinds, unplain, strangers = members.kinds, members.unplain, members.strangers
+    hinted = bool(members.acts or members.functions)
     if not kinds and not unplain:
         return _experts(module)
     if unplain:
         return not_plain(unplain) if hinted else None
     if len(kinds) > 3:
         return OTHERWISE if hinted else None
-    strangers = [c for n, c in children.items() if n not in kinds and n not in acts]
     if len(kinds) == 1 and not hinted and strangers:
         return None
     if module._buffers:
         return "it has buffers of its own" if hinted else None
     if "forward" in module.__dict__:
         return "its forward was replaced" if hinted else None
-    bounds = list(functions.values()) or [bind(name) for name in ROWS if name != "identity"]
     for packed in (False, True):
-        traced = _trace(module, children, kinds, acts, packed)
-        for plan in [] if traced is None else _candidates(module, traced, kinds, acts, bounds, packed):
+        traced = _trace(module, members, packed)
+        for plan in [] if traced is None else _candidates(module, traced, members, packed):
             if computes(traced, plan):  # type: ignore[arg-type]
                 return replace(plan, save=save, backend=backend)
     if hinted:
@@ -83,34 +77,9 @@ def _experts(module: nn.Module) -> str | None:
     return f"its weights are 3-D ({', '.join(deep)}): experts are not fused"
 
 
-def activation_of(module: nn.Module) -> Bound | None:
-    """The activation that a child is; None for other modules."""
-    try:
-        bound = recognition.resolve(module)
-    except ValueError:
-        return None
-    return None if bound.name == "identity" else bound
-
-
-def written_activations(module: nn.Module) -> dict[str, Bound]:
-    """The activations among a module's attributes that are functions."""
-    found = {}
-    for name, value in vars(module).items():
-        if is_function(value):
-            try:
-                bound = recognition.resolve(value)
-            except (TypeError, ValueError):
-                continue
-            if bound.name != "identity":
-                found[name] = bound
-    return found
-
-
-def _trace(
-    module: nn.Module, children: Mapping[str, nn.Module], kinds: Mapping[str, LinearKind],
-    acts: Mapping[str, Bound], packed: bool,
-) -> Trace | None:  # fmt: skip
+def _trace(module: nn.Module, members: Members, packed: bool) -> Trace | None:
     """The module's forward on small stand-ins; ``packed`` where its first linear holds gate and up."""
+    children, kinds = members.children, members.kinds
     shapes = {name: _shape(children[name], kinds[name]) for name in kinds}
     small = _shrink(list(shapes.values()), packed)
     if small is None:
@@ -126,7 +95,7 @@ def _trace(
                 stand_in = made.get(id(child)) or small_linear(small[size_in], small[size_out], bias, generator)
             standing[name] = made[id(child)] = stand_in
         else:
-            standing[name] = child if name in acts else opaque(number)
+            standing[name] = child if name in members.acts else opaque(number)
     return trace(module, standing, small[shapes[next(iter(kinds))][0]])
 
 
@@ -148,11 +117,10 @@ def _shrink(shapes: list[tuple[int, int]], packed: bool) -> dict[int, int] | Non
     return small
 
 
-def _candidates(
-    module: nn.Module, traced: Trace, kinds: Mapping[str, LinearKind], acts: Mapping[str, Bound],
-    bounds: list[Bound], packed: bool,
-) -> Iterator[Plan]:  # fmt: skip
+def _candidates(module: nn.Module, traced: Trace, members: Members, packed: bool) -> Iterator[ChainPlan]:
     """What the forward can be, by the order in which it called its children."""
+    kinds, acts = members.kinds, members.acts
+    bounds = list(members.functions.values()) or [bind(name) for name in ROWS if name != "identity"]
     order = [call.name for call in traced.calls]
     linears = [call for call in traced.calls if call.name in kinds]
     called_acts = [name for name in order if name in acts]
@@ -170,7 +138,7 @@ def _candidates(
         for heads in [tuple(hidden), tuple(reversed(hidden))][: len(hidden)]:
             for packing in PACKINGS if packed else (None,):
                 between = tuple(name for i, name in others if first < i < final and last)
-                yield Plan(
+                yield ChainPlan(
                     before=tuple(name for i, name in others if i < first),
                     hidden=heads,
                     packing=packing,
@@ -189,7 +157,7 @@ def _candidates(
                 )
 
 
-def computes(traced: Trace, plan: Plan) -> bool:
+def computes(traced: Trace, plan: ChainPlan) -> bool:
     """Whether the plan computes of the stand-ins what the module's forward did: output and gradients."""
     linears = [traced.children[name] for name in plan.linears]
     parts = tuple(c.weight for c in linears), tuple(c.bias for c in linears)

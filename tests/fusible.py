@@ -66,6 +66,95 @@ class Swish(nn.Module):
         return x / (1 + torch.exp(-x))
 
 
+class Dense(nn.Module):
+    """A linear and its activation."""
+
+    def __init__(self, behind=None):
+        super().__init__()
+        self.dense, self.intermediate_act_fn = nn.Linear(WIDTH, 20), nn.GELU()
+        if behind is not None:
+            self.behind = behind
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        h = self.intermediate_act_fn(self.dense(hidden_states))
+        return self.behind(h) if hasattr(self, "behind") else h
+
+
+class Packed(nn.Module):
+    """Gate and up in one linear."""
+
+    def __init__(self, interleaved, gate_first, down=True, bias=True, width=WIDTH, hidden=16):
+        super().__init__()
+        self.interleaved, self.gate_first = interleaved, gate_first
+        self.Wi = nn.Linear(width, 2 * hidden, bias=bias)
+        self.act, self.drop = nn.SiLU(), nn.Dropout(0.3)
+        if down:
+            self.Wo = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.Wi(x)
+        a, b = (h[..., ::2], h[..., 1::2]) if self.interleaved else h.chunk(2, dim=-1)
+        h = self.drop(self.act(a) * b if self.gate_first else a * self.act(b))
+        return self.Wo(h) if hasattr(self, "Wo") else h
+
+
+class Chain(TwoLinears):
+    """Norms and dropouts before, between and after."""
+
+    def __init__(self, before=None, between=None, after=None):
+        super().__init__(nn.GELU())
+        self.before, self.between, self.after = (m or nn.Identity() for m in (before, between, after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.fc2(self.between(self.act(self.fc1(self.before(x))))))
+
+
+class Transposed(nn.Module):
+    """Keeps its weight as (in, out), as the first GPT-2 did."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.size()[:-1], self.nf)
+
+
+class Own(nn.Linear):
+    """The same product, written otherwise; and twice that, if asked."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight.T + self.bias) * self.scale
+
+
+def two(make) -> nn.Module:
+    model = TwoLinears(nn.GELU())
+    model.fc1, model.fc2 = make(WIDTH, 20), make(20, WIDTH)
+    return model
+
+
+def assert_same_training(model: nn.Module, stock: nn.Module, x: Tensor) -> None:
+    """Steps evaluating and training; dropouts draw the same numbers."""
+    for training in (False, True):
+        for m in (model, stock):
+            m.train(training)
+        torch.manual_seed(3)
+        state = torch.get_rng_state()
+        mine = steps(model, x)
+        torch.set_rng_state(state)
+        for a, b in zip(mine, steps(stock, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def steps(model: nn.Module, x: Tensor) -> list[Tensor]:
+    y = model(x)
+    parameters = list({id(p): p for p in model.parameters()}.values())
+    return [y.detach(), *torch.autograd.grad(y.sin().sum(), parameters)]
+
+
 def step(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Output and every gradient; dropouts draw the same numbers each time."""
     x = x.clone().requires_grad_()

@@ -84,7 +84,7 @@ def test_parameters_of_its_own_are_taken_for_more_than_their_values(scale):
     class Owner(TwoLinears):
         def __init__(self, used):
             super().__init__(nn.GELU())
-            self.used, self.scale = used, nn.Parameter(torch.full((WIDTH,), scale))
+            self.used, self.scale = used, nn.Parameter(torch.full((1,), scale))
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.fc2(self.act(self.fc1(x)))

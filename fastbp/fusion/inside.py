@@ -71,7 +71,7 @@ class InsidePlan:
             if pair.act_type is not None and not still_computes(children.get(pair.act), pair.act_type, pair.activation):
                 return base.forward(module, *args, **kwargs)
             parts = parts_of([children.get(name) for name in pair.linears], pair.kinds)
-            if parts is None or parts[0][0].dtype is not parts[0][-1].dtype:
+            if parts is None:
                 whole = False
                 if parts_of([children.get(pair.linear)], pair.kinds[:1]) is None:
                     return base.forward(module, *args, **kwargs)

@@ -23,6 +23,17 @@ from torch import Tensor, nn
 import fastbp
 from fastbp.demo.training import MARGIN, Difference
 
+# A small Llama of bytes, as transformers' LlamaConfig takes it.
+LLAMA = dict(
+    vocab_size=256,
+    hidden_size=96,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+
 Record = Callable[[float], None]  # a training calls it after each step with the loss
 Variant = Callable[[], tuple[nn.Module, fastbp.FusionReport | None]]  # None: a variant that fuses nothing
 

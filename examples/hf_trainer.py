@@ -10,7 +10,7 @@ import tempfile
 from typing import Any
 
 import torch
-from common import Record, compare, english, packages, parse, require, run
+from common import LLAMA, Record, compare, english, packages, parse, require, run
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
@@ -40,15 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parse(argv, __doc__, steps=60, quick=16)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
+    config = LlamaConfig(**LLAMA)
     data = Pieces(english(), 64)
     batch = {name: piece.to(options.device) for name, piece in default_collate([data[i] for i in range(8)]).items()}
 

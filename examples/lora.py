@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import Record, compare, english, packages, parse, require, run
+from common import LLAMA, Record, compare, english, packages, parse, require, run
 from torch import Tensor, nn
 
 import fastbp
@@ -22,15 +22,7 @@ with packages("peft", "transformers"):
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train and compare; ``merged``, the bytes that merged models keep, comes with what ``common.compare`` gives."""
     options = parse(argv, __doc__, steps=60, quick=16)
-    llama = LlamaConfig(
-        vocab_size=256,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
+    llama = LlamaConfig(**LLAMA)
     lora = LoraConfig(
         r=8,
         target_modules=r".*\.(q_proj|v_proj)|.*\.layers\.0\.mlp\.(gate|up|down)_proj",

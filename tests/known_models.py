@@ -19,6 +19,8 @@ TIMM = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "num_c
 MIXER = {"img_size": 16, "patch_size": 8, "num_blocks": 2, "embed_dim": 16, "num_classes": 5}
 CONVNEXT = {"depths": (1, 1, 1, 2), "dims": (8, 12, 16, 20), "num_classes": 5}
 
+LAYER = {"d_model": 16, "nhead": 2, "dim_feedforward": 24, "batch_first": True, "drop": "dropout", "dropping": True}
+
 
 def gmlp(dropout: bool) -> nn.Module:
     mixer = importlib.import_module("timm.models.mlp_mixer")
@@ -75,50 +77,37 @@ OTHERS = {
         "torch.nn.TransformerEncoderLayer",
         floats(src=(2, 7, 16)),
         {"": "mlp, relu"},
-        *(16, 2, 24),
-        batch_first=True,
-        drop="dropout",
-        dropping=True,
+        **LAYER,
     ),
     "nn.TransformerEncoderLayer, gelu, norm first": made(
         "torch.nn.TransformerEncoderLayer",
         floats(src=(2, 7, 16)),
         {"": "mlp, gelu"},
-        *(16, 2, 24),
         activation="gelu",
         norm_first=True,
-        batch_first=True,
-        drop="dropout",
-        dropping=True,
+        **LAYER,
     ),
     "nn.TransformerDecoderLayer": made(
         "torch.nn.TransformerDecoderLayer",
         SEQUENCES,
         {"": "mlp, relu"},
-        *(16, 2, 24),
-        batch_first=True,
-        drop="dropout",
-        dropping=True,
+        **LAYER,
     ),
     "nn.TransformerDecoderLayer, gelu, norm first": made(
         "torch.nn.TransformerDecoderLayer",
         SEQUENCES,
         {"": "mlp, gelu"},
-        *(16, 2, 24),
         activation="gelu",
         norm_first=True,
-        batch_first=True,
-        drop="dropout",
-        dropping=True,
+        **LAYER,
     ),
     "nn.Transformer": made(
         "torch.nn.Transformer",
         floats(src=(2, 7, 16), tgt=(2, 5, 16)),
         {"encoder.layers.*": "mlp, relu", "decoder.layers.*": "mlp, relu"},
-        *(16, 2, 2, 1, 24),
-        batch_first=True,
-        drop="dropout",
-        dropping=True,
+        num_encoder_layers=2,
+        num_decoder_layers=1,
+        **LAYER,
     ),
 }
 
@@ -137,9 +126,5 @@ WRITTEN = "its activation is written in a forward that is more than a chain"
 NOT_FUSED = {
     "RoBERTa, classifier": ({"classifier": None}, f"`RobertaClassificationHead`: {WRITTEN} (it takes the first token)"),
     "ESM": ({"lm_head": None}, f"`EsmLMHead`: {WRITTEN} (it adds a bias of its own)"),
-    "BART, classifier": (
-        {"classification_head": None},
-        f"`BartClassificationHead`: {WRITTEN} (a dropout called twice)",
-    ),
 }
 NOT_FUSED["RoBERTa, classifier, no dropout"] = NOT_FUSED["RoBERTa, classifier"]

@@ -76,7 +76,7 @@ LEFT = {
     "subclass of Linear": (lambda: with_child("fc1", Subclass(WIDTH, 20)), "fc1 is not a plain"),
     "hook": (_hooked, "fc1 is not a plain"),
     "own parameter": (_own_parameter, "computes something else"),
-    "own buffer": (_own_buffer, "buffers of its own"),
+    "own buffer": (_own_buffer, "buffers or tensors of its own"),
     "unknown activation": (lambda: TwoLinears(nn.LogSigmoid()), "LogSigmoid is no activation"),
 }
 

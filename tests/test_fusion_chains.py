@@ -50,7 +50,18 @@ class Quiet(nn.Module):
         return F.mish(self.fc(x))
 
 
+class Again(TwoLinears):
+    """One dropout, called before and between; the activation is written."""
+
+    def __init__(self):
+        super().__init__(None, dropout=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.dropout(torch.tanh(self.fc1(self.dropout(x)))))
+
+
 CASES = {
+    "one dropout twice": (Again, "mlp, tanh"),
     "dense/act": (Dense, "linear_act, gelu"),
     "dense/act/norm": (lambda: Dense(nn.LayerNorm(20)), "linear_act, gelu"),
     "one linear, written": (Quiet, "linear_act, mish"),

@@ -1,5 +1,7 @@
 """fuse: what is left, and what is no block and not mentioned."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,64 @@ def test_a_linear_that_trains_otherwise_is_left():
     for training in (True, False):
         report = fastbp.fuse(two(Noisy).train(training))
         assert not report.fused and "fc1, fc2 is not a plain" in report.left[0].reason
+
+
+class Otherwise(TwoLinears):
+    """Twice as much in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.training else 2 * y
+
+
+class Factor(nn.Module):
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return x * factor
+
+
+class Given(TwoLinears):
+    """A child gets more than the tensor."""
+
+    def __init__(self, keyword):
+        super().__init__(nn.GELU())
+        self.keyword, self.behind = keyword, Factor()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return self.behind(y, factor=3.0) if self.keyword else self.behind(y, 3.0)
+
+
+class Plus(TwoLinears):
+    """The gradients are those of a chain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1.0
+
+
+class Held(TwoLinears):
+    """A tensor among the attributes, which is 1 now."""
+
+    def __init__(self):
+        super().__init__(nn.GELU())
+        self.scale = torch.ones((), dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Otherwise(nn.GELU()), lambda: Given(True), lambda: Given(False), Held, lambda: Plus(nn.GELU())]
+)
+def test_what_is_nearly_a_chain_goes_on_as_it_was(make):
+    """Of these the pair inside may run fused."""
+    model, x = make().double(), torch.randn(4, WIDTH, dtype=torch.float64)
+    stock = copy.deepcopy(model)
+    fastbp.fuse(model)
+    assert_same_training(model, stock, x)
+    for m in (model, stock):
+        if hasattr(m, "scale"):
+            m.scale.fill_(3.0)
+    assert_same_training(model, stock, x)
 
 
 def test_attention_is_no_block_and_not_mentioned():

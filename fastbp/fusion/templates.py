@@ -40,8 +40,8 @@ def find_plan(module: nn.Module, members: Members, save: str, backend: str | Non
         return OTHERWISE if hinted else None
     if len(kinds) == 1 and not hinted and strangers:
         return None
-    if module._buffers:
-        return "it has buffers of its own" if hinted else None
+    if module._buffers or any(isinstance(value, Tensor) for value in vars(module).values()):
+        return "it has buffers or tensors of its own" if hinted else None
     if "forward" in module.__dict__:
         return "its forward was replaced" if hinted else None
     for packed in (False, True):
@@ -124,7 +124,7 @@ def _candidates(module: nn.Module, traced: Trace, members: Members, packed: bool
     order = [call.name for call in traced.calls]
     linears = [call for call in traced.calls if call.name in kinds]
     called_acts = [name for name in order if name in acts]
-    if len(set(order)) != len(order) or not linears or len(called_acts) > 1 or len(linears) != len(kinds):
+    if {call.name for call in linears} != kinds.keys() or len(linears) != len(kinds) or len(called_acts) > 1:
         return
     together = sum(call.input is linears[0].input for call in linears)
     hidden = [call.name for call in linears[:together]]

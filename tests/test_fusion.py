@@ -146,6 +146,8 @@ def test_linears_of_a_sequential_that_are_not_plain_are_named():
     fastbp.unfuse(model)
     reasons = [s.reason.split(" is not")[0] for s in fastbp.fuse(model, filter_fn=lambda module, name: False).left]
     assert reasons == ["filter_fn said no", "filter_fn said no", "1, 6"]
+    with pytest.raises(RuntimeError, match=r"(?s)strict, and not.*1, 6 is not a plain nn.Linear"):
+        fastbp.fuse(model, strict=True)
     assert len(fastbp.fuse(nn.Sequential(Subclass(4, 4), nn.ReLU())).left) == 1
 
 

@@ -55,6 +55,13 @@ class Plus(TwoLinears):
         return super().forward(x) + 1.0
 
 
+class Detached(TwoLinears):
+    """The values are those of a chain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)).detach()) + 0 * (self.fc1.weight.sum() + self.fc1.bias.sum())
+
+
 class Held(TwoLinears):
     """A tensor among the attributes, which is 1 now."""
 
@@ -67,7 +74,15 @@ class Held(TwoLinears):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Otherwise(nn.GELU()), lambda: Given(True), lambda: Given(False), Held, lambda: Plus(nn.GELU())]
+    "make",
+    [
+        lambda: Otherwise(nn.GELU()),
+        lambda: Given(True),
+        lambda: Given(False),
+        Held,
+        lambda: Plus(nn.GELU()),
+        lambda: Detached(nn.GELU()),
+    ],
 )
 def test_what_is_nearly_a_chain_goes_on_as_it_was(make):
     """Of these the pair inside may run fused."""

@@ -1,8 +1,8 @@
-"""Precision as trainers set it: GradScaler, main_grad under autocast, the switch of float32 products, torchao."""
+"""Precision as trainers set it: GradScaler, main_grad under autocast, the switch of float32 products."""
 
 import pytest
 import torch
-from fusible import WIDTH, Gated, TwoLinears
+from precision_cases import Twin, batch, flagged_model, fused_model, stock_model
 from routes import TRITON_DEVICE
 from support import assert_accurate, assert_as_good_as_eager, call, each, eager, flatten, grads, like, tensors
 from torch import nn
@@ -18,53 +18,6 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 GELU = bind("gelu")
 needs_native = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
 needs_triton = pytest.mark.skipif(triton.unavailable is not None, reason=f"triton: {triton.unavailable}")
-
-
-def stock_model():
-    """Of blocks that people have; the same numbers each time."""
-    torch.manual_seed(5)
-    return nn.Sequential(TwoLinears(nn.GELU()), Gated(), TwoLinears(nn.ReLU()))
-
-
-def fused_model():
-    model = stock_model()
-    assert {site.name for site in fastbp.fuse(model).fused} >= {"0", "1", "2"}
-    return model
-
-
-def flagged_model():
-    """Blocks that add to main_grad and, as there are in every model, others that do not."""
-    torch.manual_seed(6)
-    flag = dict(gradient_accumulation_fusion=True)
-    model = nn.Sequential(
-        fastbp.LinearAct(WIDTH, 20, activation="gelu", **flag),
-        fastbp.MLP(20, 24, WIDTH, activation="relu", **flag),
-        TwoLinears(nn.Tanh()),
-        fastbp.GatedMLP(WIDTH, 16, **flag),
-    )
-    assert "2" in {site.name for site in fastbp.fuse(model).fused}
-    return model
-
-
-class Twin(nn.Module):
-    """``flagged_model`` in plain PyTorch, with the same parameters in the same order."""
-
-    def __init__(self):
-        super().__init__()
-        self.model = flagged_model()
-        fastbp.unfuse(self.model)
-        for module in self.model:
-            module.gradient_accumulation_fusion = False
-
-    def forward(self, x):
-        layer, block, tanh, gated = self.model
-        h = nn.functional.gelu(nn.functional.linear(x, layer.weight, layer.bias))
-        h = tanh(block.fc2(block.fc1(h).relu()))
-        return gated.down_proj(nn.functional.silu(gated.gate_proj(h)) * gated.up_proj(h))
-
-
-def batch(step, dtype):
-    return like(torch.empty(24, WIDTH, dtype=F64), 60 + step).to(dtype), like(torch.empty(24, WIDTH), 90 + step)
 
 
 def owners(model):
@@ -250,100 +203,3 @@ def test_every_float32_product_of_triton_is_pytorchs(form):
             grads(y, inputs, like(y, 20))
         counts.append(seen.count)
     assert counts == [3 * len(drawn[1])] * 2  # forward, dgrad, wgrad
-
-
-# torchao: 8-bit training and 8-bit weights.
-
-
-@pytest.fixture(scope="module")
-def torchao():
-    found = pytest.importorskip("torchao", reason="torchao is not installed")
-    pytest.importorskip("torchao.float8", reason="this torchao has no float8 training")
-    return found
-
-
-def to_float8(model, only=""):
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-    config = Float8LinearConfig(emulate=not torch.cuda.is_available())
-    return convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name.startswith(only))
-
-
-def to_int8(model, only=""):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    def wanted(module, name):
-        return isinstance(module, nn.Linear) and name.startswith(only)
-
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=wanted)
-    return model
-
-
-EIGHT_BITS = {"float8": to_float8, "int8": to_int8}
-
-
-def step(model):
-    """Output and the gradients of x and of what is trained."""
-    x = batch(0, F32)[0].requires_grad_()
-    y = model(x)
-    return [y, *torch.autograd.grad(y, [x, *(p for p in model.parameters() if p.requires_grad)], like(y, 23))]
-
-
-def assert_equal_steps(mine, theirs):
-    found, expected = step(mine), step(theirs)
-    assert len(found) > 2
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.usefixtures("torchao")
-@pytest.mark.parametrize("kind", EIGHT_BITS)
-def test_blocks_of_eight_bits_are_left_alone_and_named(kind):
-    """Converted, then fused: the others are fused, and what torchao computes stays as it is."""
-    model, stock = (EIGHT_BITS[kind](stock_model(), only="0") for _ in range(2))
-    report = fastbp.fuse(model)
-    assert {site.name for site in report.fused} >= {"1", "2"}
-    (reason,) = (site.reason for site in report.left if site.name == "0")
-    assert "nn.Linear" in reason
-    assert_equal_steps(model[0], stock[0])
-    for mine, theirs in zip(step(model), step(stock), strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
-@pytest.mark.usefixtures("torchao")
-@pytest.mark.parametrize("kind", EIGHT_BITS)
-@each("inside", [False, True])
-def test_a_fused_block_that_is_converted_computes_what_torchao_does(kind, inside):
-    """Fused, then converted; under autocast too."""
-    model, stock, plain = EIGHT_BITS[kind](fused_model()), EIGHT_BITS[kind](stock_model()), stock_model()
-    with torch.autocast("cpu", enabled=inside):
-        assert_equal_steps(model, stock)
-        assert not torch.equal(step(model)[0], step(plain)[0]), "nothing was converted"
-
-
-@pytest.mark.usefixtures("torchao")
-@pytest.mark.parametrize("kind", EIGHT_BITS)
-def test_fastbps_modules_that_are_converted(kind):
-    """The linears of a block are converted and called as they are; LinearAct is no nn.Linear, and stays."""
-
-    def make():
-        torch.manual_seed(7)
-        return nn.Sequential(
-            fastbp.LinearAct(WIDTH, WIDTH),
-            fastbp.MLP(WIDTH, 16, activation="relu"),
-            fastbp.GatedMLP(WIDTH, 16, bias=True, activation="relu"),
-        )
-
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = make()
-
-        def forward(self, x):
-            layer, block, gated = self.inner
-            h = block.fc2(block.fc1(layer(x)).relu())
-            return gated.down_proj(gated.gate_proj(h).relu() * gated.up_proj(h))
-
-    model, plain = EIGHT_BITS[kind](make()), EIGHT_BITS[kind](Plain())
-    assert type(model[0]) is fastbp.LinearAct and type(model[0].weight) is nn.Parameter
-    assert_equal_steps(model, plain)

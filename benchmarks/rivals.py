@@ -159,7 +159,7 @@ def _refuses(backend: str | None, save: str) -> Callable[[Case, torch.device], s
             if reason := POLICIES[save].illegal(activation, form):
                 return reason
             try:
-                check_dtype(save, case.dtype, "fastbp")
+                check_dtype(save, case.dtype, form)
             except ValueError as error:
                 return str(error)
         entry = BACKENDS.get(backend or AUTO)

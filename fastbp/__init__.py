@@ -2,12 +2,21 @@
 
 from fastbp import autograd
 from fastbp.backends import available_backends
-from fastbp.functional import available_activations, gated_linear_act, gated_mlp, linear_act, mlp, use
+from fastbp.functional import (
+    act_linear,
+    available_activations,
+    gated_act_linear,
+    gated_linear_act,
+    gated_mlp,
+    linear_act,
+    mlp,
+)
 from fastbp.fusion import FusionReport, fuse, unfuse
 from fastbp.memory import SavedBytes
 from fastbp.modules import MLP, GatedLinear, GatedMLP, Linear, LinearAct
 from fastbp.ops import decompositions
 from fastbp.planner import MemoryPlan, plan_memory
+from fastbp.settings import use
 from fastbp.tuning import TuningReport, tune
 from fastbp.version import __version__
 
@@ -22,11 +31,13 @@ __all__ = [
     "SavedBytes",
     "TuningReport",
     "__version__",
+    "act_linear",
     "autograd",
     "available_activations",
     "available_backends",
     "decompositions",
     "fuse",
+    "gated_act_linear",
     "gated_linear_act",
     "gated_mlp",
     "linear_act",

@@ -1,6 +1,6 @@
 """The autograd Functions: one for each form, all of one shape.
 
-``apply(config, x, *weights, *biases)`` returns y and the residuals of the config's save policy. The residuals are
+``apply(config, *inputs, *weights, *biases)`` returns y and the residuals of the config's save policy. The residuals are
 outputs in the eyes of autograd, so what backward reads is connected to the graph, and a second derivative flows through
 it into this node again: derivatives of any order need neither a second formula nor inputs kept for their sake.
 
@@ -28,7 +28,8 @@ from fastbp.backends import BACKENDS, REFERENCE, module_of, with_backend, with_c
 from fastbp.backends.measured import EAGER, Choice
 from fastbp.problem import Config, check, configure
 from fastbp.reference import Saved, unflatten
-from fastbp.saving import POLICIES, kept
+from fastbp.saving import POLICIES, kept, leanest
+from fastbp.tangents import jvp
 
 Outputs = tuple[Tensor, ...]
 _ONLY_NONE, _STRIDED = frozenset((None,)), torch.strided
@@ -52,7 +53,8 @@ class _Eager(torch.autograd.Function):
         needs = ctx.needs = ctx.needs_input_grad[1:]
         ctx.save_for_backward(*pick(config, needs)((*inputs, *output, None)))
         if forward_ad._current_level >= 0 or functorch_active():
-            ctx.save_for_forward(inputs[1], output[0], *inputs[2:], *output[1:])
+            y = 1 + config.form.inputs
+            ctx.save_for_forward(*inputs[1:y], output[0], *inputs[y:], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dresiduals: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -65,29 +67,33 @@ class _Eager(torch.autograd.Function):
         else:
             alone = dy.numel() >= _WORTH_ASKING and owns_residuals(ctx, dy, saved)
             return (None, *BACKENDS[config.backend].backward(config, dy, saved, needs, alone))  # type: ignore[union-attr]
-        parts = unflatten(saved, len(needs) // 2)
+        parts = unflatten(config.form, saved, len(needs))
         return (None, *reference.backward(config, dy, parts, needs, dresiduals, differentiable))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, tx: Tensor | None, *ttensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = unflatten(ctx.saved_tensors, len(ttensors) // 2)
-        tangents = Saved(tx, None, *_halves(ttensors), ())
-        return reference.jvp(ctx.config, saved, tangents)
+    def jvp(ctx: Any, _: None, *ttensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        form = ctx.config.form
+        tinputs, tweights, tbiases = form.split(ttensors)
+        tangents = Saved(tinputs, None, tweights, tbiases, ())
+        return jvp(ctx.config, unflatten(form, ctx.saved_tensors, len(ttensors)), tangents)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], config: Config, x: Tensor, *tensors: Tensor | None
-    ) -> tuple[Outputs, Any]:
-        _, x_dim, *tensor_dims = in_dims
-        if all(dim is None for dim in tensor_dims):  # only x is batched: one more leading size
-            outputs = _Eager.apply(config, x.movedim(x_dim, 0), *tensors)
+    def vmap(info: Any, in_dims: tuple[Any, ...], config: Config, *tensors: Tensor | None) -> tuple[Outputs, Any]:
+        count, dims = config.form.inputs, in_dims[1:]
+        if all(dim is None for dim in dims[count:]):  # only inputs are batched: one more leading size
+            size = info.batch_size
+            inputs = [
+                t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)  # type: ignore[union-attr]
+                for t, dim in zip(tensors[:count], dims, strict=False)
+            ]
+            outputs = _Eager.apply(config, *inputs, *tensors[count:])
             return outputs, (0,) * len(outputs)
 
-        def plain(x: Tensor, *tensors: Tensor | None) -> Outputs:
-            y, residuals = reference.forward(config, x, *_halves(tensors))
+        def plain(*tensors: Any) -> Outputs:
+            y, residuals = reference.forward(config, *config.form.split(tensors))
             return (y, *residuals)
 
-        outputs = torch.vmap(plain, in_dims=(x_dim, *tensor_dims), randomness="error")(x, *tensors)
+        outputs = torch.vmap(plain, in_dims=dims, randomness="error")(*tensors)
         return outputs, (0,) * len(outputs)
 
 
@@ -103,7 +109,8 @@ class _AtOnce(torch.autograd.Function):
         needs = ctx.needs = ctx.needs_input_grad[1:]
         ctx.save_for_backward(*pick(config, needs)((config, x, *tensors, *output, None)))
         if forward_ad._current_level >= 0:
-            ctx.save_for_forward(x, output[0], *tensors, *output[1:])
+            others = config.form.inputs - 1
+            ctx.save_for_forward(x, *tensors[:others], output[0], *tensors[others:], *output[1:])
         return output
 
     backward = _Eager.backward
@@ -116,8 +123,8 @@ def owns_residuals(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> bo
     So it is where the graph is not kept, and autograd has let go what it saved, unless somebody holds the storage: by
     saved-tensor hooks, by ``grad_fn.saved_tensors``, in another graph.
     """
-    if ctx.config.save != "preact" or type(dy) is not Tensor or _count_holders is None:
-        return False
+    if ctx.config.save != "preact" or ctx.config.form.given or type(dy) is not Tensor or _count_holders is None:
+        return False  # z that is given may lie in any strides, one number in many places
     ctx.maybe_clear_saved_tensors()
     residuals = saved[1 + len(ctx.needs) :]
     return all(r is None or _count_holders(r.untyped_storage()._cdata) == _ALONE for r in residuals)
@@ -133,20 +140,14 @@ if not hasattr(torch._C._FunctionBase, "maybe_clear_saved_tensors"):
 
 @lru_cache(maxsize=1024)
 def pick(config: Config, needs: tuple[bool, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """From (config, x, weights, biases, y, residuals, None) to x, y, weights, biases, residuals, in one step.
+    """From (config, inputs, weights, biases, y, residuals, None) to inputs, y, weights, biases, residuals, in one step.
 
     None, the last of them, stands for all that is not kept.
     """
     keep = kept(config.form, config.save, config.row.grad_reads_output, needs)
-    y = 1 + len(needs)
-    places = (1, y, *range(2, y), *range(y + 1, 1 + len(keep)))
+    y, first = 1 + len(needs), 1 + config.form.inputs
+    places = (*range(1, first), y, *range(first, y), *range(y + 1, 1 + len(keep)))
     return itemgetter(*(place if k else -1 for place, k in zip(places, keep, strict=True)))
-
-
-def _halves(tensors: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Weights and biases of a call's flat list."""
-    half = len(tensors) // 2
-    return tuple(tensors[:half]), tuple(tensors[half:])
 
 
 class LinearActFunction(_Eager):
@@ -175,11 +176,28 @@ class GatedMLPFunction(_Eager):
     """``(f(x Wgᵀ + bg) · (x Wuᵀ + bu)) Wdᵀ + bd``: ``apply(config, x, Wg, Wu, Wd, bg, bu, bd)``."""
 
 
+class ActLinearFunction(_Eager):
+    """``y = f(z) Wᵀ + b``: ``apply(config, z, weight, bias)``.
+
+    z (..., N), weight (O, N), bias (O,) or None; y (..., O). Backward: ``dz = dz(dy W, z)``, ``dW = dyᵀ f(z)``,
+    ``f(z)`` rebuilt from z unless the policy kept it, ``db = Σ dy``.
+    """
+
+
+class GatedActLinearFunction(_Eager):
+    """``y = (f(g) · u) Wᵀ + b``: ``apply(config, gate, up, weight, bias)``.
+
+    Backward, with ``dh = dy W``: ``dg = dh · u · f'(g)``, ``du = dh · f(g)``, ``dW = dyᵀ (f(g) · u)``, ``db = Σ dy``.
+    """
+
+
 FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
     "linear_act": LinearActFunction,
     "gated_linear_act": GatedLinearActFunction,
     "mlp": MLPFunction,
     "gated_mlp": GatedMLPFunction,
+    "act_linear": ActLinearFunction,
+    "gated_act_linear": GatedActLinearFunction,
 }
 
 
@@ -206,7 +224,8 @@ def run(
 ) -> Tensor:
     """y of an eager call by the backend that the config names, differentiable where autograd or a transform asks.
 
-    ``choose`` has named the backend. Refuses as ``check`` does. ``tensors`` are the weights and the biases in one row.
+    ``choose`` has named the backend. Refuses as ``check`` does. ``tensors`` are the inputs after x, the weights and the
+    biases in one row.
     Every small call pays for each line that it comes by here, which is why there are few.
     """
     if config.backend == EAGER:
@@ -214,34 +233,34 @@ def run(
         for t in tensors:
             if t is not None and (t.dtype is not dtype or t.layout is not _STRIDED or t.device != device):
                 fine = False
+        others = tensors[: config.form.inputs - 1]
         if not fine:  # the shapes have been checked, with the choice
-            check(config.form, x, weights, biases)
-        return reference.compose(config.form, config.value, x, weights, biases)
+            check(config.form, x, weights, biases, others)  # type: ignore[arg-type]
+        return reference.compose(config.form, config.value, (x, *others), weights, biases)  # type: ignore[arg-type]
     if functorch_active() or forward_ad._current_level >= 0:
         return _run_transformed(config, x, tensors)
     module: Any = BACKENDS[config.backend]
     if not module.CHECKS_TENSORS:
-        check(config.form, x, weights, biases)
+        check(config.form, x, weights, biases, tensors[: config.form.inputs - 1])  # type: ignore[arg-type]
     try:
         if is_grad_enabled():
             return _DIRECT[config.form.name](config, x, *tensors)[0]
-        # Where no backward can follow: of the policies, recompute writes nothing but y.
-        return module.forward(_with_save(config, "recompute"), x, tensors)[0]  # type: ignore[no-any-return]
-    except RuntimeError:
-        check(config.form, x, weights, biases)  # says it in the words of the call, if it is the call that is wrong
+        return module.forward(_writing_nothing(config), x, tensors)[0]  # type: ignore[no-any-return]  # no backward
+    except RuntimeError:  # say it in the words of the call, if it is the call that is wrong
+        check(config.form, x, weights, biases, tensors[: config.form.inputs - 1])  # type: ignore[arg-type]
         raise
 
 
 def _run_transformed(config: Config, x: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
     """``run`` in a transform of torch.func or in forward mode."""
-    weights, biases = _halves(tensors)
-    check(config.form, x, weights, biases)
+    (_, *others), weights, biases = config.form.split((x, *tensors))
+    check(config.form, x, weights, biases, others)  # type: ignore[arg-type]
     if POLICIES[config.save].compressed:
-        config = _with_save(config, "recompute")  # transforms do not look into bits; and it keeps no more
+        config = _writing_nothing(config)  # transforms do not look into bits
     if not functorch_active():
         return _DIRECT[config.form.name](config, x, *tensors)[0]
     if _nested_forward_mode():
-        return reference.compose(config.form, config.value, x, weights, biases)
+        return reference.compose(config.form, config.value, (x, *others), weights, biases)  # type: ignore[arg-type]
     return FUNCTIONS[config.form.name].apply(config, x, *tensors)[0]  # type: ignore[no-any-return]
 
 
@@ -254,7 +273,8 @@ def _nested_forward_mode() -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _with_save(config: Config, save: str) -> Config:
-    """The same call with another policy."""
+def _writing_nothing(config: Config) -> Config:
+    """The same call with the policy of which forward writes nothing but y."""
     form, activation, params, _, backend = config.names
-    return with_choice(configure(form, activation, params, save, backend), Choice(backend, config.route))
+    lean = configure(form, activation, params, leanest(config.form), backend)
+    return with_choice(lean, Choice(backend, config.route))

@@ -22,42 +22,42 @@ from fastbp.activations import ROWS, bind
 from fastbp.forms import FORMS, Form
 from fastbp.problem import Names, configure
 from fastbp.reference import unflatten
-from fastbp.saving import find_kept
+from fastbp.saving import find_kept, leanest
 
 _T = TypeVar("_T", bound=Callable[..., Any])
 
 
 class _Op(torch.autograd.Function):
-    """The op forward and the op backward: ``apply(names, x, *weights, *biases)`` returns y and the residuals."""
+    """The op forward and the op backward: ``apply(names, *inputs, *weights, *biases)`` returns y and the residuals."""
 
     @staticmethod
-    def forward(ctx: Any, names: Names, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        half = len(tensors) // 2
+    def forward(ctx: Any, names: Names, *tensors: Any) -> tuple[Tensor, ...]:
+        form, activation, _, save, _ = names
+        inputs, weights, biases = FORMS[form].split(tensors)
         with BelowAutograd():
-            y, residuals = ops.traced_forward(names, x, tensors[:half], tensors[half:])
+            y, residuals = ops.traced_forward(names, inputs, weights, biases)
         ctx.mark_non_differentiable(*residuals)
         ctx.names, ctx.needs = names, tuple(ctx.needs_input_grad[1:])
-        form, activation, _, save, _ = names
         keep = find_kept(FORMS[form], save, ROWS[activation].grad_reads_output, ctx.needs)
-        ctx.reads_x = keep[0]
-        # x goes along for second derivatives and every weight and bias for the shapes that the op's fake needs; the
-        # compiler drops what is not read.
-        kept = (r if k else None for r, k in zip(residuals, keep[2 + len(tensors) :], strict=True))
-        ctx.save_for_backward(x, y if keep[1] else None, *tensors, *kept)
+        ctx.reads = keep[: len(inputs)]
+        # The inputs go along for second derivatives and every weight and bias for the shapes that the op's fake needs;
+        # the compiler drops what is not read.
+        kept = (r if k else None for r, k in zip(residuals, keep[1 + len(tensors) :], strict=True))
+        ctx.save_for_backward(*inputs, y if keep[len(inputs)] else None, *weights, *biases, *kept)
         return (y, *residuals)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        saved = unflatten(ctx.saved_tensors, len(ctx.needs) // 2)
-        needs = tuple(n and t is not None for n, t in zip(ctx.needs, (dy, *saved.weights, *saved.biases), strict=True))
+        form, activation, params, _, backend = ctx.names
+        saved = unflatten(FORMS[form], ctx.saved_tensors, len(ctx.needs))
+        there = (*saved.inputs, *saved.weights, *saved.biases)
+        needs = tuple(n and t is not None for n, t in zip(ctx.needs, there, strict=True))
         if is_grad_enabled() or functorch_active() or is_legacy_batchedtensor(dy):
-            # The gradient is going to be differentiated or is batched: in plain torch and from x, for to autograd the
-            # residuals are constants.
-            form, activation, params, _, backend = ctx.names
-            config = configure(form, activation, params, "recompute", backend)
+            # The gradient is going to be differentiated or is batched: in plain torch and from the inputs, for to
+            # autograd the residuals are constants.
+            config = configure(form, activation, params, leanest(FORMS[form]), backend)
             return (None, *reference.backward(config, dy, saved, needs, differentiable=True))
-        if not ctx.reads_x:
-            saved = saved._replace(x=None)
+        saved = saved._replace(inputs=[t if r else None for t, r in zip(saved.inputs, ctx.reads, strict=True)])
         return (None, *ops.traced_backward(ctx.names, dy, saved, needs))
 
 
@@ -66,15 +66,17 @@ def _differentiable(form: Form) -> Callable[..., tuple[Tensor, list[Tensor]]]:
     op = getattr(torch.ops.fastbp, form.name).default
     plain = ops.decompositions()[op]
 
-    def kernel(x: Tensor, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    def kernel(*args: Any) -> tuple[Tensor, list[Tensor]]:
         if functorch_active() or forward_ad._current_level >= 0:
-            return plain(x, *args)  # type: ignore[no-any-return]  # transforms look into PyTorch's own operations
-        if is_grad_enabled() and torch._C._any_requires_grad(x, *args):
-            weights, biases, (activation, params, save, backend) = ops.unpacked(form, args)
-            y, *residuals = _Op.apply((form.name, activation, tuple(params), save, backend), x, *weights, *biases)
+            return plain(*args)  # type: ignore[no-any-return]  # transforms look into PyTorch's own operations
+        if is_grad_enabled() and torch._C._any_requires_grad(*args):
+            inputs, rest = args[: form.inputs], args[form.inputs :]
+            weights, biases, (activation, params, save, backend) = ops.unpacked(form, rest)
+            names = form.name, activation, tuple(params), save, backend
+            y, *residuals = _Op.apply(names, *inputs, *weights, *biases)
             return y, residuals
         with BelowAutograd():
-            return op(x, *args)  # type: ignore[no-any-return]
+            return op(*args)  # type: ignore[no-any-return]
 
     return kernel
 
@@ -84,14 +86,16 @@ for _form in FORMS.values():
     _library.impl(_form.name, _differentiable(_form), "Autograd")
 
 
-def run_captured(names: Names, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+def run_captured(
+    names: Names, inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Tensor:
     """y of a checked call in a graph being captured, of ``Config.names``."""
     form, activation, params, _, backend = names
     if functorch_active() or is_in_onnx_export():  # an op would be a constant to the one, and unknown to the other
-        return reference.compose(FORMS[form], bind(activation, params), x, weights, biases)
-    if not (is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases))):
-        names = (form, activation, params, "recompute", backend)  # no backward can follow
-    return ops.traced_forward(names, x, weights, biases)[0]
+        return reference.compose(FORMS[form], bind(activation, params), inputs, weights, biases)
+    if not (is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *weights, *biases))):
+        names = (form, activation, params, leanest(FORMS[form]), backend)  # no backward can follow
+    return ops.traced_forward(names, inputs, weights, biases)[0]
 
 
 def refuse_torchscript(where: str, what: str) -> NoReturn:

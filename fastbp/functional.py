@@ -1,8 +1,7 @@
-"""The functions users call, and ``use``, which sets their defaults for a while."""
+"""The functions users call, and what each call goes through."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,14 +13,15 @@ from torch._C import _is_tracing as is_tracing
 from torch.compiler import is_compiling, is_exporting
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastbp import activations, backends, main_grad, recognition, saving, sharding
+from fastbp import activations, main_grad, recognition, saving, sharding
 from fastbp.activations import Bound
 from fastbp.autograd import run
 from fastbp.backends import choose_settled
 from fastbp.capture import refuse_torchscript, run_captured, unscriptable
 from fastbp.casts import cast_all
-from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
-from fastbp.problem import Config, Names, check, configure
+from fastbp.forms import ACT_LINEAR, GATED_ACT_LINEAR, GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
+from fastbp.problem import check
+from fastbp.settings import configure_settled, defaults, settle
 
 
 def available_activations() -> dict[str, tuple[str, ...]]:
@@ -30,38 +30,6 @@ def available_activations() -> dict[str, tuple[str, ...]]:
 
 
 _PLAIN = (Tensor, nn.Parameter)
-
-
-class _Defaults(threading.local):
-    def __init__(self) -> None:  # of instances, not of the class: Dynamo guards only these
-        self.both: tuple[str | None, str | None] = (None, None)  # save and backend: looking one thing up is cheaper
-
-
-_defaults = _Defaults()
-
-
-class use:
-    """Set the backend or the save policy for the calls of this thread that do not name their own.
-
-    ``with fastbp.use(backend="reference", save="recompute"): ...``. A call or module that names a backend or a policy
-    keeps it; a compiled call is compiled anew for another setting. Raises as the functions do for an unknown name; a
-    policy that is illegal for an activation is refused by the call it reaches.
-    """
-
-    def __init__(self, backend: str | None = None, save: str | None = None) -> None:
-        if backend is None and save is None:
-            raise ValueError("fastbp.use: neither backend nor save was given, so it would change nothing")
-        self.backend = None if backend is None else backends.check_name(backend, "fastbp.use")
-        self.save = None if save is None else saving.check_name(save, "fastbp.use")
-        self._before: list[tuple[str | None, str | None]] = []
-
-    def __enter__(self) -> None:
-        save, backend = _defaults.both
-        self._before.append((save, backend))
-        _defaults.both = (save if self.save is None else self.save, backend if self.backend is None else self.backend)
-
-    def __exit__(self, *exception: object) -> None:
-        _defaults.both = self._before.pop()
 
 
 @unscriptable
@@ -186,6 +154,53 @@ def gated_mlp(
     return call(GATED_MLP, x, weights, biases, activation, save, backend, gradient_accumulation_fusion)
 
 
+@unscriptable
+def act_linear(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Any = "gelu",
+    save: str = "auto",
+    backend: str | None = None,
+    gradient_accumulation_fusion: bool = False,
+) -> Tensor:
+    """``y = f(z) Wᵀ + b``, an activation and the linear layer after it as one step: the second half of ``fastbp.mlp``.
+
+    z (..., N), weight (O, N), bias (O,) or None; y (..., O). Arguments and errors as in ``fastbp.linear_act``. z or the
+    output f(z) is kept, by the policy, and the other rebuilt in backward, where eager PyTorch keeps both. ``recompute``
+    is none of the policies, as z is not made here. Under a compressed one z is not kept, and a gradient that is to be
+    differentiated again is refused.
+
+    Gradients: ``dz = dz(dy W, z)``, ``dW = dyᵀ f(z)``, ``db = Σ dy``; of any order.
+    """
+    return call(ACT_LINEAR, z, (weight,), (bias,), activation, save, backend, gradient_accumulation_fusion)
+
+
+@unscriptable
+def gated_act_linear(
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Any = "silu",
+    save: str = "auto",
+    backend: str | None = None,
+    gradient_accumulation_fusion: bool = False,
+) -> Tensor:
+    """``y = (f(g) · u) Wᵀ + b``, a gate and the linear layer after it: the second half of ``fastbp.gated_mlp``.
+
+    gate and up (..., N), of one shape, weight (O, N), bias (O,) or None; y (..., O). Arguments and errors as in
+    ``fastbp.linear_act``. The policies are ``preact`` (g and u are kept, f(g) and f(g) · u rebuilt in backward) and
+    ``fp8``, under which a gradient that is to be differentiated again is refused.
+
+    Gradients, with ``dh = dy W``: ``dg = dh · u · f'(g)``, ``du = dh · f(g)``, ``dW = dyᵀ (f(g) · u)``, ``db = Σ dy``.
+    """
+    accumulates = gradient_accumulation_fusion
+    return call(GATED_ACT_LINEAR, gate, (weight,), (bias,), activation, save, backend, accumulates, others=(up,))
+
+
 def call(
     form: Form,
     x: Tensor,
@@ -196,26 +211,26 @@ def call(
     backend: str | None,
     accumulates: bool = False,
     owners: tuple[Tensor, ...] | None = None,
+    others: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """A call of this form, as the functions above and the modules make it; the arguments are those of ``mlp``.
 
     Hands over to ``__torch_function__``, casts as autocast asks, checks the tensors, settles the settings, and runs.
-    ``owners`` are the weights before they were cast.
+    ``owners`` are the weights before they were cast, ``others`` the inputs after x.
     """
-    tensors = (*weights, *biases)
+    tensors = (*others, *weights, *biases)
     if has_torch_function((x, *tensors)):
         options = dict(activation=activation, save=save, backend=backend, gradient_accumulation_fusion=accumulates)
-        return _overridden(form, x, weights, biases, **options)
+        return _overridden(form, x, weights, biases, others, **options)
     if accumulates is not False and torch.is_grad_enabled() and is_compiling() and not is_exporting():
-        return _outside_graphs(form, x, weights, biases, activation, save, backend, accumulates)
+        return _outside_graphs(form, x, weights, biases, activation, save, backend, accumulates, owners, others)
     if any_autocast():
         device = x.device.type if isinstance(x, Tensor) else "cpu"
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x, *cast = cast_all((x, *tensors), dtype, device)
-            owners, biases = weights, tuple(cast[len(weights) :])
-            weights = tuple(cast[: len(owners)])
-            inner = (form, x, weights, biases, activation, save, backend, accumulates, owners)
+            cast = cast_all((x, *tensors), dtype, device)
+            owners, (inputs, weights, biases) = weights, form.split(cast)
+            inner = (form, inputs[0], weights, biases, activation, save, backend, accumulates, owners, inputs[1:])
             if is_compiling():
                 with torch.autocast(device, enabled=False):
                     return call(*inner)
@@ -225,25 +240,27 @@ def call(
             finally:
                 torch.set_autocast_enabled(device, True)
     if accumulates is not False and torch.is_grad_enabled():
-        return _accumulated(form, x, weights, biases, activation, save, backend, accumulates, owners or weights)
+        return _accumulated(form, x, weights, biases, activation, save, backend, accumulates, owners or weights, others)
     if type(activation) is not str and type(activation) is not Bound:  # a module's parameters may change between calls
-        check(form, x, weights, biases)  # before the activation is probed, so that the tensors' faults come first
+        check(
+            form, x, weights, biases, others
+        )  # before the activation is probed, so that the tensors' faults come first
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
-    settings = (form, activation, save, backend, _defaults.both)
+    settings = (form, activation, save, backend, defaults.both)
     if type(x) not in _PLAIN and sharding.applies(x, tensors):
-        check(form, x, weights, biases)
-        linear = _settle(*settings)[1] == "identity"
+        check(form, x, weights, biases, others)
+        linear = settle(*settings)[1] == "identity"
         settled = partial(call, form, activation=activation, save=save, backend=backend)
-        return sharding.call(form, linear, x, weights, biases, settled)
+        return sharding.call(form, linear, (x, *others), weights, biases, settled)
     if is_compiling():
-        check(form, x, weights, biases)
-        return run_captured(_settle(*settings), x, weights, biases)
+        check(form, x, weights, biases, others)
+        return run_captured(settle(*settings), (x, *others), weights, biases)
     if is_tracing():
         refuse_torchscript(form.name, "torch.jit.trace")
     try:
-        config = choose_settled(settings, _configure, x, tensors, weights)
+        config = choose_settled(settings, configure_settled, x, tensors, weights)
     except (TypeError, ValueError, RuntimeError):
-        check(form, x, weights, biases)  # so that the tensors' faults come first
+        check(form, x, weights, biases, others)  # so that the tensors' faults come first
         raise
     return run(config, x, weights, biases, tensors)
 
@@ -258,16 +275,17 @@ def _accumulated(
     backend: str | None,
     accumulates: bool,
     owners: tuple[Tensor, ...],
+    others: tuple[Tensor, ...],
 ) -> Tensor:
     """``call`` with gradient_accumulation_fusion, where gradients are wanted at all."""
     main_grad.check_flag(accumulates, f"fastbp.{form.name}")
     main_grad.check_surroundings(form, owners)
-    check(form, x, weights, biases)
-    tensors = (*weights, *biases)
+    check(form, x, weights, biases, others)
+    tensors = (*others, *weights, *biases)
     trained = main_grad.find_owners(form, x, owners, tensors)
     if trained is None:
-        return call(form, x, weights, biases, activation, save, backend)
-    config = _configure((form, activation, save, backend, _defaults.both))
+        return call(form, x, weights, biases, activation, save, backend, others=others)
+    config = configure_settled((form, activation, save, backend, defaults.both))
     return main_grad.run(config, trained, x, tensors)
 
 
@@ -277,9 +295,11 @@ def _outside_graphs(*arguments: Any) -> Tensor:
     return torch.compiler.disable(call, reason=reason)(*arguments)  # type: ignore[no-any-return]
 
 
-def _overridden(form: Form, x: Any, weights: tuple[Any, ...], biases: tuple[Any, ...], **options: Any) -> Tensor:
+def _overridden(
+    form: Form, x: Any, weights: tuple[Any, ...], biases: tuple[Any, ...], others: tuple[Any, ...], **options: Any
+) -> Tensor:
     """The call as the user's function of this form, for tensor-likes that say themselves what to do with one."""
-    tensors = (x, *weights, *biases)
+    tensors = (x, *others, *weights, *biases)
     arguments = tensors if form.parts else (x, weights, biases)
     return handle_torch_function(_PUBLIC[form], tensors, *arguments, **options)  # type: ignore[no-any-return]
 
@@ -289,26 +309,6 @@ _PUBLIC: dict[Form, Callable[..., Any]] = {
     GATED_LINEAR_ACT: gated_linear_act,
     MLP: mlp,
     GATED_MLP: gated_mlp,
+    ACT_LINEAR: act_linear,
+    GATED_ACT_LINEAR: gated_act_linear,
 }
-
-
-def _settle(
-    form: Form,
-    activation: Any,
-    save: str,
-    backend: str | None,
-    defaults: tuple[str | None, str | None],
-) -> Names:
-    """The settings of a call, checked, as ``Config.names``. ``defaults`` are the policy and the backend of ``use``."""
-    default_save, default_backend = defaults
-    where = f"fastbp.{form.name}"
-    bound = recognition.resolve(activation, where)
-    if save == "auto" and default_save is not None:
-        save = default_save
-    policy = saving.resolve(save, bound, form, where)
-    backend = backends.check_name(default_backend if backend is None else backend, where)
-    return form.name, bound.name, bound.params, policy, backend
-
-
-def _configure(settings: tuple[Any, ...]) -> Config:
-    return configure(*_settle(*settings))

@@ -38,7 +38,7 @@ def check_flag(given: object, where: str) -> bool:
 def find_owners(form: Form, x: Tensor, weights: Sequence[Tensor], tensors: Sequence[Maybe]) -> tuple[Maybe, ...] | None:
     """The weights that take a gradient, None for the others; None if none does, and the flag has no effect.
 
-    ``weights`` are the caller's, ``tensors`` they and the biases as cast. ValueError for what the flag cannot serve.
+    ``weights`` are the caller's, ``tensors`` all but x, as cast. ValueError for what the flag cannot serve.
     """
     owners = tuple(w if w.requires_grad else None for w in weights)
     if not any(w is not None for w in owners):
@@ -154,19 +154,19 @@ class _AccumulatingFunction(torch.autograd.Function):
             if accumulates:
                 into[i] = destination(where, config.form.argument("weight", i), owner, make=True)
             else:
-                needs[1 + i] = False  # autograd.grad and backward(inputs=...) leave out the others
+                needs[config.form.inputs + i] = False  # autograd.grad and backward(inputs=...) leave out the others
         alone = owns_residuals(ctx, dy, saved)
         grads = module_of(config).backward(config, dy, saved, tuple(needs), alone, into)
         for i, owner in enumerate(owners):
             if into[i] is not None and _signals(owner):
                 make = torch.zeros if getattr(owner, "zero_out_wgrad", False) else torch.empty
-                grads[1 + i] = make(owner.shape, dtype=dy.dtype, device=dy.device)
+                grads[config.form.inputs + i] = make(owner.shape, dtype=dy.dtype, device=dy.device)
                 owner.grad_added_to_main_grad = True
         return (None, None, None, *grads)
 
 
 def run(config: Config, owners: tuple[Maybe, ...], x: Tensor, tensors: tuple[Maybe, ...]) -> Tensor:
-    """y of a checked call whose ``owners`` get their gradients added; ``tensors`` are the weights and the biases."""
+    """y of a checked call whose ``owners`` get their gradients added; ``tensors`` the other tensors of it."""
     config = choose_accumulating(config, x.device, x.dtype)
     nodes = tuple(None if w is None else get_gradient_edge(w).node for w in owners)
     return _AccumulatingFunction.apply(config, owners, nodes, x, *tensors)  # type: ignore[no-any-return]

@@ -6,6 +6,8 @@ One forward and one backward op for each form, named after it, with the tensors 
     linear_act_backward(Tensor dy, Tensor? x, Tensor? y, Tensor weight, Tensor? bias, Tensor?[] residuals, <config>,
                         bool[] needs) -> Tensor[]          one gradient for each true entry of needs
 
+where x is z, or gate and up, in the forms that are given these.
+
 Graphs (torch.compile, torch.export) hold the ops, whose derivative is in ``capture``. Eager calls go straight to the
 backend: the detour through the dispatcher into Python and back costs about 40 µs a step.
 """
@@ -35,16 +37,17 @@ Biases = Sequence[Tensor | None]
 Grads = list[Tensor | None]
 
 
-def forward(config: Config, x: Tensor, weights: Sequence[Tensor], biases: Biases) -> list[Tensor]:
+def forward(config: Config, inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Biases) -> list[Tensor]:
     """y and the residuals, from the backend that serves."""
-    tensors = (*weights, *biases)
+    x, *others = inputs
+    tensors = (*others, *weights, *biases)
     config = _with_kernels(choose(config, x, tensors, weights))
     return module_of(config).forward(config, x, tensors)  # type: ignore[no-any-return]
 
 
 def backward(config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> Grads:
     """The gradients that are needed, from the backend that serves."""
-    flat = (saved.x, saved.y, *saved.weights, *saved.biases, *saved.residuals)
+    flat = (*saved.inputs, saved.y, *saved.weights, *saved.biases, *saved.residuals)
     config = _with_kernels(choose(config, dy, flat, saved.weights))
     return module_of(config).backward(config, dy, flat, needs)  # type: ignore[no-any-return]
 
@@ -54,11 +57,13 @@ def _with_kernels(config: Config) -> Config:
     return with_backend(config, REFERENCE) if config.backend == EAGER else config
 
 
-def traced_forward(names: Names, x: Tensor, weights: Sequence[Any], biases: Biases) -> tuple[Tensor, list[Tensor]]:
+def traced_forward(
+    names: Names, inputs: Sequence[Tensor], weights: Sequence[Any], biases: Biases
+) -> tuple[Tensor, list[Tensor]]:
     """``forward`` as one op in a graph, given ``Config.names``."""
     form, *settings = names
     op = getattr(torch.ops.fastbp, form).default
-    return op(x, *_packed(FORMS[form], weights, biases), *_listed(settings))  # type: ignore[no-any-return]
+    return op(*inputs, *_packed(FORMS[form], weights, biases), *_listed(settings))  # type: ignore[no-any-return]
 
 
 def traced_backward(names: Names, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> Grads:
@@ -66,7 +71,7 @@ def traced_backward(names: Names, dy: Tensor, saved: Saved, needs: tuple[bool, .
     form, *settings = names
     op = getattr(torch.ops.fastbp, f"{form}_backward").default
     packed = _packed(FORMS[form], saved.weights, saved.biases)
-    grads = iter(op(dy, saved.x, saved.y, *packed, list(saved.residuals), *_listed(settings), list(needs)))
+    grads = iter(op(dy, *saved.inputs, saved.y, *packed, list(saved.residuals), *_listed(settings), list(needs)))
     return [next(grads) if need else None for need in needs]
 
 
@@ -99,20 +104,22 @@ def _schema(form: Form) -> str:
 
 def _kernels(form: Form) -> tuple[Kernels, Kernels]:
     """Of a form's op forward and of its op backward."""
+    count = form.inputs
 
-    def split_forward(x: Tensor, *args: Any) -> tuple[Config, Tensor, Sequence[Tensor], Biases]:
-        weights, biases, (activation, params, save, backend) = unpacked(form, args)
-        return configure(form.name, activation, tuple(params), save, backend), x, weights, biases
+    def split_forward(*args: Any) -> tuple[Config, Sequence[Tensor], Sequence[Tensor], Biases]:
+        weights, biases, (activation, params, save, backend) = unpacked(form, args[count:])
+        return configure(form.name, activation, tuple(params), save, backend), args[:count], weights, biases
 
     def forward_kernel(*args: Any) -> tuple[Tensor, list[Tensor]]:
         y, *residuals = forward(*split_forward(*args))
         return y.contiguous(), [r.contiguous() for r in residuals]
 
     def forward_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
-        config, x, weights, _ = split_forward(*args)
+        config, (x, *_), weights, _ = split_forward(*args)
         leading = x.shape[:-1]
+        features = [x.shape[-1]] * count if form.given else [w.shape[0] for w in weights]
         residuals = [
-            x.new_empty(*leading, r.features(weights[r.linear].shape[0]), dtype=r.dtype(x.dtype))
+            x.new_empty(*leading, r.features(features[r.linear]), dtype=r.dtype(x.dtype))
             for r in find_residuals(form, config.save, len(weights))
         ]
         return x.new_empty(*leading, weights[-1].shape[0]), residuals
@@ -120,19 +127,18 @@ def _kernels(form: Form) -> tuple[Kernels, Kernels]:
     def forward_plain(*args: Any) -> tuple[Tensor, list[Tensor]]:
         return reference.forward(*split_forward(*args))
 
-    def split_backward(
-        dy: Tensor, x: Tensor | None, y: Tensor | None, *args: Any
-    ) -> tuple[Config, Tensor, Saved, tuple[bool, ...]]:
-        weights, biases, (residuals, activation, params, save, backend, needs) = unpacked(form, args)
+    def split_backward(dy: Tensor, *args: Any) -> tuple[Config, Tensor, Saved, tuple[bool, ...]]:
+        inputs, y, rest = args[:count], args[count], args[count + 1 :]
+        weights, biases, (residuals, activation, params, save, backend, needs) = unpacked(form, rest)
         config = configure(form.name, activation, tuple(params), save, backend)
-        return config, dy, Saved(x, y, weights, biases, residuals), tuple(needs)
+        return config, dy, Saved(inputs, y, weights, biases, residuals), tuple(needs)
 
     def backward_kernel(dy: Tensor, *args: Any) -> list[Tensor]:
         return [_own(g, dy) for g in backward(*split_backward(dy, *args)) if g is not None]
 
-    def backward_fake(dy: Tensor, x: Tensor | None, y: Tensor | None, *args: Any) -> list[Tensor]:
-        weights, _, (*_, needs) = unpacked(form, args)
-        shapes: list[Sequence[int]] = [(*dy.shape[:-1], weights[0].shape[1])]
+    def backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
+        weights, _, (*_, needs) = unpacked(form, args[count + 1 :])
+        shapes: list[Sequence[int]] = [(*dy.shape[:-1], weights[0].shape[1])] * count
         shapes += [w.shape for w in weights] + [w.shape[:1] for w in weights]
         return [dy.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
 
@@ -149,9 +155,10 @@ def _own(grad: Tensor, dy: Tensor) -> Tensor:
 
 def _register(form: Form) -> None:
     tensors, name = _schema(form), form.name
+    inputs, kept = (", ".join(f"{kind} {i}" for i in form.names_of_inputs) for kind in ("Tensor", "Tensor?"))
     schemas = {
-        name: f"(Tensor x, {tensors}, {_CONFIG}) -> (Tensor, Tensor[])",
-        f"{name}_backward": f"(Tensor dy, Tensor? x, Tensor? y, {tensors}, Tensor?[] residuals, {_CONFIG}, "
+        name: f"({inputs}, {tensors}, {_CONFIG}) -> (Tensor, Tensor[])",
+        f"{name}_backward": f"(Tensor dy, {kept}, Tensor? y, {tensors}, Tensor?[] residuals, {_CONFIG}, "
         "bool[] needs) -> Tensor[]",
     }
     for (op, schema), (kernel, fake, plain) in zip(schemas.items(), _kernels(form), strict=True):

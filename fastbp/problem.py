@@ -62,8 +62,15 @@ class Problem(NamedTuple):
     accumulates: bool = False  # weight gradients are added to tensors of the caller's
 
 
-def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-    """Raise ValueError or TypeError unless these tensors make a call of this form.
+def check(
+    form: Form,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    others: Sequence[Tensor] = (),
+) -> None:
+    """Raise ValueError or TypeError unless these tensors make a call of this form; ``others`` are inputs after the
+    first.
 
     The common case costs a handful of comparisons; the words are found only when one fails.
     """
@@ -85,17 +92,23 @@ def check(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
             if not gated or i == 1:  # up takes the input of gate
                 fine = fine and (not gated or out == weights[0].size(0))
                 features = out
+        for t in others:
+            same = t.shape == x.shape and t.dtype is dtype and t.device == device
+            fine = fine and same and t.layout is _STRIDED and not t.is_nested
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # nested tensors raise RuntimeError
         fine = False
     if not fine:
-        _explain(form, x, weights, biases)
+        _explain(form, (x, *others), weights, biases)
         raise AssertionError(f"fastbp.{form.name}: refused without a reason; please report this")
 
 
-def _explain(form: Form, x: Any, weights: Any, biases: Any) -> None:
+def _explain(form: Form, inputs: tuple[Any, ...], weights: Any, biases: Any) -> None:
     """Raise what is wrong with a call that ``check`` found wanting."""
-    where = f"fastbp.{form.name}"
-    _expect_tensor(where, "x", x)
+    where, (first, *_) = f"fastbp.{form.name}", form.names_of_inputs
+    named = dict(zip(form.names_of_inputs, inputs, strict=True))
+    x = inputs[0]
+    for name, t in named.items():
+        _expect_tensor(where, name, t)
     if form is MLP:
         _explain_lists(where, weights, biases)
     for i, w in enumerate(weights):
@@ -103,18 +116,27 @@ def _explain(form: Form, x: Any, weights: Any, biases: Any) -> None:
         if biases[i] is not None:
             _expect_tensor(where, form.argument("bias", i), biases[i], or_none=True)
     if x.dim() == 0:
-        raise ValueError(f"{where}: x must have at least one dimension, (..., in_features), got a 0-d tensor")
-    _explain_dtype(where, "x", x, None)
-    features, source = x.shape[-1], f"x {tuple(x.shape)}"
+        raise ValueError(f"{where}: {first} must have at least one dimension, (..., in_features), got a 0-d tensor")
+    _explain_dtype(where, first, x, None)
+    for name, t in named.items():
+        like = (first, x)
+        _explain_dtype(where, name, t, like)
+        _explain_device(where, name, t, like)
+        if t.shape != x.shape:
+            raise ValueError(
+                f"{where}: {' and '.join(named)} must have the same shape, got "
+                f"{' and '.join(str(tuple(t.shape)) for t in inputs)}"
+            )
+    features, source = x.shape[-1], f"{first} {tuple(x.shape)}"
     for i, w in enumerate(weights):
         name = form.argument("weight", i)
-        _explain_dtype(where, name, w, x)
-        _explain_device(where, name, w, x)
+        _explain_dtype(where, name, w, (first, x))
+        _explain_device(where, name, w, (first, x))
         _explain_weight(where, name, w, features, source)
         if biases[i] is not None:
             bias_name = form.argument("bias", i)
-            _explain_dtype(where, bias_name, biases[i], x)
-            _explain_device(where, bias_name, biases[i], x)
+            _explain_dtype(where, bias_name, biases[i], (first, x))
+            _explain_device(where, bias_name, biases[i], (first, x))
             _explain_bias(where, bias_name, biases[i], name, w)
         if form.gated and i == 1 and w.shape[0] != weights[0].shape[0]:
             raise ValueError(
@@ -144,22 +166,23 @@ def _expect_tensor(where: str, name: str, value: Any, or_none: bool = False) -> 
         raise TypeError(f"{where}: {name} must be a dense tensor, got {kind}; try {name}.to_dense() or a padded tensor")
 
 
-def _explain_dtype(where: str, name: str, tensor: Tensor, x: Tensor | None) -> None:
+def _explain_dtype(where: str, name: str, tensor: Tensor, like: tuple[str, Tensor] | None) -> None:
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         hint = "; complex layers are not supported" if tensor.dtype.is_complex else f"; try {name}.float()"
         raise TypeError(f"{where}: {name} must be one of {known}, got {tensor.dtype}{hint}")
-    if x is not None and tensor.dtype != x.dtype:
+    if like is not None and tensor.dtype != like[1].dtype:
         raise TypeError(
-            f"{where}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}; cast one of them, or run under "
-            f"torch.autocast({x.device.type!r})"
+            f"{where}: {name} must have the dtype of {like[0]}, {like[1].dtype}, got {tensor.dtype}; cast one of them, "
+            f"or run under torch.autocast({tensor.device.type!r})"
         )
 
 
-def _explain_device(where: str, name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
+def _explain_device(where: str, name: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
+    if tensor.device != like[1].device:
         raise ValueError(
-            f"{where}: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them with .to()"
+            f"{where}: {name} must be on the device of {like[0]}, {like[1].device}, got {tensor.device}; move one of "
+            "them with .to()"
         )
 
 

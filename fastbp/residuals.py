@@ -38,6 +38,8 @@ def in_blocks(f: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> list[Tens
 
 def output_and_kept(config: Config, z: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
     """f(z), as the policy has it, and what is kept of the layer (``saving.find_residuals``)."""
+    if config.save == "preact":
+        return config.value(z), () if config.form.given else (z,)
     if config.save == "fp8":
         return config.value(z), in_blocks(encode_fp8, z)
     kept: Sequence[Tensor] = ()
@@ -47,7 +49,7 @@ def output_and_kept(config: Config, z: Tensor) -> tuple[Tensor, Sequence[Tensor]
         h = config.value(z)
     if config.form.projected and POLICIES[config.save].from_output:
         kept = (h, *kept)
-    return h, (z,) if config.save == "preact" else kept
+    return h, kept
 
 
 def _output_and_codes(config: Config, z: Tensor) -> Sequence[Tensor]:
@@ -64,8 +66,26 @@ def _output_and_codes(config: Config, z: Tensor) -> Sequence[Tensor]:
 def gated_kept(config: Config, gate: Tensor, up: Tensor) -> Sequence[Tensor]:
     """What is kept of a gated layer."""
     if config.save == "preact":
-        return gate, up
+        return () if config.form.given else (gate, up)
     return (*in_blocks(encode_fp8, gate), *in_blocks(encode_fp8, up)) if config.save == "fp8" else ()
+
+
+def kept_of_given(config: Config, inputs: Sequence[Tensor], h: Maybe = None) -> tuple[Tensor, ...]:
+    """What forward of a given form keeps, for a caller who computes y itself.
+
+    ``inputs`` are z, or gate and up. ``h`` is the hidden layer's output, if the caller has made it already: then it is
+    not made again, where the policy keeps it as it is. Under ``output_lsb``, which changes the output, y has to be
+    computed from the tensor that is returned.
+    """
+    if config.form.gated:
+        return tuple(gated_kept(config, *inputs))
+    if config.save == "preact":
+        return ()
+    if config.save == "fp8":
+        return tuple(in_blocks(encode_fp8, *inputs))
+    if config.save == "output" and h is not None:
+        return (h,)
+    return tuple(output_and_kept(config, *inputs)[1])
 
 
 def read_kept(config: Config, y: Maybe, kept: Sequence[Any], dtype: torch.dtype) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -45,6 +45,10 @@ def _output_illegal(activation: Bound, form: Form) -> str | None:
     return activation.row.output_lost(*activation.params)
 
 
+def _recompute_illegal(activation: Bound, form: Form) -> str | None:
+    return "z is made again by the layer before it, and a call that is given z has none" if form.given else None
+
+
 def _side_illegal(activation: Bound, form: Form) -> str | None:
     if form.gated:
         return "the output of a gated layer, f(gate) * up, does not give back its two factors"
@@ -61,7 +65,7 @@ def _fp8_illegal(activation: Bound, form: Form) -> str | None:
 TABLE_OF_POLICIES: tuple[Policy, ...] = (
     Policy("preact", "z", "z", "always", lambda activation, form: None, ("z",)),
     Policy("output", "nothing (y itself serves)", "y", "the slope is a function of y", _output_illegal, ("h",)),
-    Policy("recompute", "nothing", "x and W: one more GEMM", "always", lambda activation, form: None),
+    Policy("recompute", "nothing", "x and W: one more GEMM", "x, and not z, is given", _recompute_illegal),
     Policy(
         "output_bits", "4 bits a number: the side of the minimum and the next bits of y", "y and the bits",
         "y and the side of the minimum determine the slope", _side_illegal, ("h", "bits"), compressed=True,
@@ -76,6 +80,11 @@ TABLE_OF_POLICIES: tuple[Policy, ...] = (
     ),
 )  # fmt: skip
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in TABLE_OF_POLICIES}
+
+
+def leanest(form: Form) -> str:
+    """The policy of which forward writes nothing but y."""
+    return "preact" if form.given else "recompute"
 
 
 def legal_policies(activation: Bound, form: Form = LINEAR_ACT) -> tuple[str, ...]:
@@ -98,11 +107,16 @@ def check_name(save: object, where: str) -> str:
     raise ValueError(f"{where}: unknown save policy {save!r};{nearest(save, known)} there are {', '.join(known)}")
 
 
-def check_dtype(save: str, dtype: torch.dtype, where: str) -> None:
-    """ValueError, beginning with ``where``, for a dtype that a policy does not serve."""
+def safe_policies(form: Form) -> str:
+    """Those that serve every activation and dtype, in words."""
+    return "'preact'" if form.given else "'preact' or 'recompute'"
+
+
+def check_dtype(save: str, dtype: torch.dtype, form: Form) -> None:
+    """ValueError, in the name of the form, for a dtype that a policy does not serve."""
     if POLICIES[save].compressed and dtype not in DTYPES:
         served = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise ValueError(f"{where}: save={save!r} is for {served}, got {dtype}; use 'preact' or 'recompute'")
+        raise ValueError(f"fastbp.{form.name}: save={save!r} is for {served}, got {dtype}; use {safe_policies(form)}")
 
 
 def resolve(save: str, activation: Bound, form: Form, where: str) -> str:
@@ -123,7 +137,7 @@ class Residual(NamedTuple):
     """One tensor that forward returns for backward: a row of it for each row of x.
 
     ``kind`` is ``z``, ``h`` (the output of a hidden layer), or what ``compression`` writes: ``bits``, ``fp8``,
-    ``scales``. ``linear`` is the linear whose rows it has.
+    ``scales``. ``linear`` is the linear whose rows it has, or the input, where that is a pre-activation.
     """
 
     kind: str
@@ -139,58 +153,64 @@ class Residual(NamedTuple):
 
 
 def find_residuals(form: Form, save: str, linears: int) -> tuple[Residual, ...]:
-    """What forward returns besides y, in order, of a call with so many linears. The output of a layer alone is y."""
-    kinds = [kind for kind in POLICIES[save].tensors if form.projected or kind != "h"]
+    """What forward returns besides y, in order, of a call with so many linears.
+
+    The output of a layer alone is y, and z that is given is an input.
+    """
+    kept = {"h": form.projected, "z": not form.given}
+    kinds = [kind for kind in POLICIES[save].tensors if kept.get(kind, True)]
     return tuple(Residual(kind, i) for i in range(form.hidden(linears) * form.width) for kind in kinds)
 
 
 def find_needed_below(form: Form, needs: tuple[bool, ...]) -> tuple[bool, ...]:
     """For each layer, and last for the whole call: whether anything beneath it takes a gradient.
 
-    ``needs`` says which gradients are wanted: of x, then of each weight, then of each bias.
+    ``needs`` says which gradients are wanted: of the inputs, then of each weight, then of each bias.
     """
-    count = len(needs) // 2
-    hidden = form.hidden(count)
-    below = [needs[0]]
-    for layer in range(hidden + form.projected):
-        first = layer * form.width
-        own = range(first, first + form.width) if layer < hidden else range(first, count)
-        below.append(below[-1] or any(needs[1 + i] or needs[1 + count + i] for i in own))
+    inputs, weights, biases = form.split(needs)
+    count = len(weights)
+    below = [any(inputs)]
+    for layer in range(form.hidden(count) + form.projected):
+        below.append(below[-1] or any(weights[i] or biases[i] for i in form.linears_of(layer, count)))
     return tuple(below)
 
 
 def find_kept(form: Form, save: str, reads_output: bool, needs: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Which of x, y, the weights, the biases and the residuals backward reads for the gradients ``needs``.
+    """Which of the inputs, y, the weights, the biases and the residuals backward reads for the gradients ``needs``.
 
     The residuals come as forward returns them.
 
     A frozen weight needs no input of its layer; a layer with nothing to train in it or beneath it needs no slope.
     """
-    count = len(needs) // 2
-    need_weights, need_biases = needs[1 : 1 + count], needs[1 + count :]
+    need_inputs, need_weights, need_biases = form.split(needs)
+    count = len(need_weights)
     hidden = form.hidden(count)
-    layer_of = [min(i // form.width, hidden) for i in range(count)]  # the last plain linear is a layer of its own
+    layers = [form.linears_of(layer, count) for layer in range(hidden + form.projected)]
     below = find_needed_below(form, needs)
-    inputs = [any(need_weights[i] for i in range(count) if layer_of[i] == layer) for layer in range(hidden + 1)]
-    weights = [below[layer_of[i]] for i in range(count)]
+    reads = [any(need_weights[i] for i in layer) for layer in layers] + [False]  # the input of each layer; and y
+    weights = [below[layer] for layer, linears in enumerate(layers) for _ in linears]
     biases = [False] * count
     slopes = below[1 : hidden + 1]
-    used = [slopes[layer] or inputs[layer + 1] for layer in range(hidden)]
+    used = [slopes[layer] or reads[layer + 1] for layer in range(hidden)]
 
-    x = inputs[0]
-    # Which pre-activations are looked at; the gradient of up alone reads f(gate) only.
-    pre = [used[0], needs[0] or need_weights[0] or need_biases[0] or inputs[1]] if form.gated else used
+    x = reads[0]
+    pre = used  # which pre-activations are looked at
+    if form.gated:  # the gradient of up alone reads f(gate) only
+        of_gate = need_inputs[0] or (not form.given and (need_weights[0] or need_biases[0]))
+        pre = [used[0], of_gate or reads[1]]
     if save == "recompute":
         for i in range(len(pre)):
             if pre[i] if form.gated else any(pre[i:]):  # a chain is replayed up to the deepest one
                 weights[i] = biases[i] = x = True
-    elif POLICIES[save].compressed and any(pre):  # what a second derivative takes, as far as it exists anyway
+    elif POLICIES[save].compressed and any(pre) and not form.given:
+        # What a second derivative takes, as far as it exists anyway.
         weights, biases = [True] * count, [*[True] * len(pre), *biases[len(pre) :]]
-    of_output = [inputs[layer + 1] or (slopes[layer] and reads_output) for layer in range(hidden)]
+    of_output = [reads[layer + 1] or (slopes[layer] and reads_output) for layer in range(hidden)]
     needed = {"z": pre, "fp8": pre, "scales": pre, "h": of_output, "bits": slopes}
     residuals = [needed[kind][i] for kind, i in find_residuals(form, save, count)]
     y = POLICIES[save].from_output and not form.projected and slopes[0] and reads_output
-    return (x, y, *weights, *biases, *residuals)
+    inputs = [kept and save == "preact" for kept in pre] if form.given else [x]
+    return (*inputs, y, *weights, *biases, *residuals)
 
 
 # Both are asked on every call. Graph capture takes the plain functions: it would trace through a cache and warn.

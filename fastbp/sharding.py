@@ -29,7 +29,7 @@ Place = int | None  # the dimension that is cut, None where every rank has all
 class Layout(NamedTuple):
     """How a call is divided along one dimension of the mesh; ``y`` may also be a sum."""
 
-    x: Place
+    x: Place  # and other inputs, if there are some
     weights: tuple[Place, ...]
     biases: tuple[Place, ...]
     y: Place
@@ -58,14 +58,15 @@ def applies(x: object, tensors: Sequence[Tensor | None]) -> bool:
 def layouts(form: Form, linear: bool, count: int, dims: int) -> list[Layout]:
     """The ways to divide a call of ``count`` linears and an x of ``dims`` dimensions; ``linear``: f(z) = z.
 
-    An activation between a product that is divided along its sum and the sum itself has none.
+    An activation between a product that is divided along its sum and the sum itself has none. One before a product, of
+    z that is given, has all.
     """
     whole = (None,) * count
     found = [Layout(None, whole, whole, None)]
     found += [Layout(d, whole, whole, d) for d in range(dims - 1)]
     if not form.projected or count == 1:  # the columns of y
         found.append(Layout(None, (0,) * count, (0,) * count, dims - 1))
-    if form.projected and form.hidden(count) == 1:  # those of the hidden layer
+    if form.projected and form.hidden(count) == 1 and not form.given:  # those of the hidden layer
         hidden = (0,) * (count - 1)
         found.append(Layout(None, (*hidden, 1), (*hidden, None), _SUM))
     if count == 1 and (form.projected or linear):
@@ -76,26 +77,27 @@ def layouts(form: Form, linear: bool, count: int, dims: int) -> list[Layout]:
 def call(
     form: Form,
     linear: bool,
-    x: Any,
+    inputs: Sequence[Any],
     weights: Sequence[Any],
     biases: Sequence[Any],
-    on_part: Callable[[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]], Tensor],
+    on_part: Callable[..., Tensor],
 ) -> Tensor:
-    """y of a checked call that ``applies``, by ``on_part(x, weights, biases)`` of what this rank has to do.
+    """y of a checked call that ``applies``, by ``on_part(x, weights, biases, others=)`` of what this rank has to do.
 
     Of the layouts the one that moves least is taken, along each dimension of the mesh.
     """
-    mesh, count = x.device_mesh, len(weights)
+    x, count = inputs[0], len(weights)
+    mesh = x.device_mesh
     known = layouts(form, linear, count, x.dim())
-    chosen = [_cheapest(known, x, weights, biases, i) for i in range(mesh.ndim)]
+    chosen = [_cheapest(known, inputs, weights, biases, i) for i in range(mesh.ndim)]
     summands = math.prod([mesh.size(i) for i, layout in enumerate(chosen) if layout.y == _SUM])
 
-    my_x = _part(x, [layout.x for layout in chosen], chosen)
+    my_x, *others = [_part(t, [layout.x for layout in chosen], chosen) for t in inputs]
     my_weights = tuple(_part(w, [layout.weights[i] for layout in chosen], chosen) for i, w in enumerate(weights))
     my_biases = [_part(b, [layout.biases[i] for layout in chosen], chosen) for i, b in enumerate(biases)]
     if summands > 1 and my_biases[-1] is not None:
         my_biases[-1] = my_biases[-1] / summands  # the bias of what is summed must come out once
-    y = on_part(my_x, my_weights, tuple(my_biases))
+    y = on_part(my_x, my_weights, tuple(my_biases), others=tuple(others))
     shape = (*x.shape[:-1], weights[-1].shape[0])
     placements = _placements([layout.y for layout in chosen])
     if is_compiling():
@@ -104,17 +106,28 @@ def call(
 
 
 def _cheapest(
-    known: Sequence[Layout], x: DTensor, weights: Sequence[DTensor], biases: Sequence[DTensor | None], dim: int
+    known: Sequence[Layout],
+    inputs: Sequence[DTensor],
+    weights: Sequence[DTensor],
+    biases: Sequence[DTensor | None],
+    dim: int,
 ) -> Layout:
     """The first of those that move least; Dynamo's ``min`` takes no key."""
-    costs = [_moved(layout, x, weights, biases, dim) for layout in known]
+    costs = [_moved(layout, inputs, weights, biases, dim) for layout in known]
     return known[costs.index(min(costs))]
 
 
-def _moved(layout: Layout, x: DTensor, weights: Sequence[DTensor], biases: Sequence[DTensor | None], dim: int) -> float:
+def _moved(
+    layout: Layout,
+    inputs: Sequence[DTensor],
+    weights: Sequence[DTensor],
+    biases: Sequence[DTensor | None],
+    dim: int,
+) -> float:
     """About how many numbers go over the wires along one dimension of the mesh before the call."""
     moved = 0.0
-    for t, place in zip((x, *weights, *biases), (layout.x, *layout.weights, *layout.biases), strict=True):
+    places = (*[layout.x] * len(inputs), *layout.weights, *layout.biases)
+    for t, place in zip((*inputs, *weights, *biases), places, strict=True):
         if t is None or t.placements[dim].is_replicate():
             continue
         here = t.placements[dim]

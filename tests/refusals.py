@@ -21,20 +21,19 @@ MODULES = {
     "MLP": lambda **settings: fastbp.MLP(K, N, OUT, **settings),
     "GatedMLP": lambda **settings: fastbp.GatedMLP(K, N, OUT, **settings),
 }
-MODULE_OF = dict(zip(FORMS, MODULES, strict=True))
+MODULE_OF = dict(zip(FORMS, MODULES, strict=False))  # of those that have one
 
 
 def good(form):
     """The tensors of a call that is served, by the caller's names."""
     x, weights, biases = support.tensors(form, torch.float32, seed=0, rows=3, features=SIZES, requires_grad=False)
-    named = {"x": x} | {form.argument("weight", i): weight for i, weight in enumerate(weights)}
+    names = [*form.names_of_inputs, *(form.argument("weight", i) for i in range(len(biases)))]
+    named = dict(zip(names, (x, *weights), strict=True))
     return named | {form.argument("bias", i): bias for i, bias in enumerate(biases)}
 
 
 def call(form, named, **settings):
-    x, *tensors = named.values()
-    half = len(tensors) // 2
-    return support.call(form, x, tensors[:half], tensors[half:], **{"activation": "gelu"} | settings)
+    return support.call(form, *support.unflatten(form, [*named.values()]), **{"activation": "gelu"} | settings)
 
 
 METADATA = {torch.ops.aten.dim.default, torch.ops.aten.sym_size.default, torch.ops.aten.sym_size.int}

@@ -19,7 +19,7 @@ from fastbp.saving import POLICIES, exact_policies, legal_policies
 
 Maybe = Tensor | None
 Case = tuple[Form, Bound, str]
-Tensors = tuple[Tensor, list[Tensor], list[Maybe]]  # x, weights, biases
+Tensors = tuple[Tensor, list[Tensor], list[Maybe]]  # x, weights and before them the inputs after x, biases
 
 FEATURES = (19, 23, 17, 11)  # in, hidden, hidden (mlp only), out: odd, so that no kernel fits evenly
 SMALL = (2, 3, 2, 2)
@@ -92,19 +92,25 @@ def tensors(
     device: str = "cpu",
     requires_grad: bool = True,
 ) -> Tensors:
-    """Random x (rows, K), weights and biases; a seed draws the same numbers for every dtype, which rounds them."""
+    """Random x (rows, K), weights and biases; a seed draws the same numbers for every dtype, which rounds them.
+
+    Of a given form x is as wide as a hidden layer.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         numbers = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
         return numbers.to(device, dtype).requires_grad_(requires_grad)
 
+    features = features[1:] if form.given else features
     shapes = list(zip(features[1:], features, strict=False))  # (out, in) of a chain
-    if form.parts:
+    if form.given:
+        shapes = [(features[-1], features[0])]
+    elif form.parts:
         shapes = [shapes[0]] * form.width + [(features[-1], features[1])] * form.projected
-    x = draw(*((rows,) if isinstance(rows, int) else rows), features[0])
+    x, *others = (draw(*((rows,) if isinstance(rows, int) else rows), features[0]) for _ in range(form.inputs))
     weights = [draw(*shape, scale=max(shape[1], 1) ** -0.5) for shape in shapes]
-    return x, weights, [draw(shape[0]) if bias else None for shape in shapes]
+    return x, [*others, *weights], [draw(shape[0]) if bias else None for shape in shapes]
 
 
 def call(
@@ -153,10 +159,13 @@ def eager(
 ) -> Tensor:
     """What a PyTorch user writes today."""
     f = stock(activation) if isinstance(activation, Bound) else activation
+    others, weights = weights[: form.inputs - 1], weights[form.inputs - 1 :]
     layers = list(zip(weights, biases, strict=True))
     last = layers.pop() if form.projected else None
     h = x
-    if form.gated:
+    if form.given:
+        h = f(x) * others[0] if form.gated else f(x)
+    elif form.gated:
         gate, up = layers
         h = f(F.linear(x, *gate)) * F.linear(x, *up)
     else:
@@ -172,29 +181,37 @@ def exact(
 
     A yardstick that rounds as eager does would find no error in float64 eager at all, and so measure nothing.
     """
+    others, weights = weights[: form.inputs - 1], weights[form.inputs - 1 :]
     count = len(weights)
     layers = [min(i // form.width, form.hidden(count)) for i in range(count)]
     top = layers[-1]
     weights = [w.flip(1) if layer == top else w.flip(0, 1) for w, layer in zip(weights, layers, strict=True)]
     biases = [b if b is None or layer == top else b.flip(0) for b, layer in zip(biases, layers, strict=True)]
     rows = (0,) if x.dim() > 1 else ()
-    y = eager(form, x.flip(*rows, -1), weights, biases, f)
+    x, *others = (t.flip(*rows, -1) for t in (x, *others))
+    y = eager(form, x, [*others, *weights], biases, f)
     return y.flip(*rows) if rows else y
 
 
 def on_flat(function: Callable[..., Tensor], form: Form, **options: Any) -> Callable[..., Tensor]:
-    """``call`` or ``eager`` as a function of ``x, *weights, *biases``."""
+    """``call`` or ``eager`` as a function of ``x, *weights, *biases``, which says how many of them have x's shape."""
 
-    def flat(x: Tensor, *rest: Tensor) -> Tensor:
-        half = len(rest) // 2
-        return function(form, x, rest[:half], rest[half:], **options)
+    def flat(*tensors: Tensor) -> Tensor:
+        return function(form, *unflatten(form, tensors), **options)
 
+    flat.inputs = form.inputs  # type: ignore[attr-defined]
     return flat
 
 
 def flatten(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Maybe]) -> list[Maybe]:
     """``x, *weights, *biases``."""
     return [x, *weights, *biases]
+
+
+def unflatten(form: Form, flat: Sequence[Any]) -> tuple[Any, Sequence[Any], Sequence[Any]]:
+    """The other way round."""
+    half = form.inputs + form.linears(len(flat))
+    return flat[0], flat[1:half], flat[half:]
 
 
 def like(tensor: Tensor, seed: int) -> Tensor:
@@ -273,10 +290,9 @@ def assert_accurate(
     """Output and gradients of one call, with ``view`` of a random dy, held to the rule above."""
     inputs = flatten(*tensors)
     wide = widened(inputs)
-    half = 1 + len(inputs) // 2
     ours = call(form, *tensors, activation=activation, save=save, backend=backend)
     theirs = eager(form, *tensors, activation)
-    truth = exact(form, wide[0], wide[1:half], wide[half:], formula(activation))
+    truth = exact(form, *unflatten(form, wide), formula(activation))
     dy = view(like(ours, seed=2))
     assert_as_good_as_eager(
         [ours, *grads(ours, inputs, dy, **options)],

@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 from fastbp import reference
 from fastbp.forms import MLP
 from fastbp.problem import configure
-from fastbp.reference import Saved
 from fastbp.saving import kept
 
 # One graph, several backwards.
@@ -63,10 +62,10 @@ def test_changing_a_kept_tensor_raises_and_another_is_free(form, activation, sav
     inputs, y = fresh()
     expected = grads(y, inputs, like(y, 45))
     keep = kept(form, save, activation.row.grad_reads_output, (True,) * len(inputs))
-    for index in range(len(inputs) + 1):  # x, y, weights, biases
+    for index in range(len(inputs) + 1):  # inputs, y, weights, biases
         inputs, y = fresh()
         with torch.no_grad():
-            (inputs[0], y, *inputs[1:])[index].mul_(2)
+            (*inputs[: form.inputs], y, *inputs[form.inputs :])[index].mul_(2)
         if keep[index]:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 torch.autograd.grad(y, inputs, like(y, 45))
@@ -78,7 +77,7 @@ def test_changing_a_kept_tensor_raises_and_another_is_free(form, activation, sav
 @each(("form", "activation", "save"), CASES)
 def test_changing_y_in_place(form, activation, save, rows):
     inputs = flatten(*tensors(form, seed=46, rows=rows))
-    may = not kept(form, save, activation.row.grad_reads_output, (True,) * len(inputs))[1]
+    may = not kept(form, save, activation.row.grad_reads_output, (True,) * len(inputs))[form.inputs]
     for change in (lambda y: y.mul_(2), torch.nn.functional.relu_, lambda y: y.add_(y.detach().clone())):
         ours = change(ours_of(form, activation, save)(*inputs))
         if not may:
@@ -122,9 +121,8 @@ def test_frozen_inputs(form, activation, save):
     """For every choice of what is trained: right gradients, and nothing kept or computed that they do not need."""
     leaves = flatten(*tensors(form, seed=49, rows=5, requires_grad=False))
     config = configure(form.name, activation.name, activation.params, save, "reference")
-    count = len(leaves) // 2
-    weights, biases = leaves[1 : 1 + count], leaves[1 + count :]
-    y, residuals = reference.forward(config, leaves[0], weights, biases)
+    given, weights, biases = form.split(leaves)
+    y, residuals = reference.forward(config, given, weights, biases)
     dy = like(y, 50)
     choices = list(itertools.product((False, True), repeat=len(leaves)))
     for needs in choices if len(choices) <= 32 else random.Random(52).sample(choices, 24):
@@ -140,12 +138,11 @@ def test_frozen_inputs(form, activation, save):
 
         keep = kept(form, save, activation.row.grad_reads_output, needs)
         assert len(packed) == sum(keep)
-        everything = [leaves[0], y, *weights, *biases, *residuals]
+        everything = [*given, y, *weights, *biases, *residuals]
         enough = [t if k else None for t, k in zip(everything, keep, strict=True)]
 
         def check_backward(tensors, needs=needs, expected=expected):
-            x, y, *rest = tensors
-            saved = Saved(x, y, rest[:count], rest[count : 2 * count], rest[2 * count :])
+            saved = reference.unflatten(form, tensors, len(needs))
             assert_all_close(reference.backward(config, dy, saved, needs), expected)
 
         check_backward(enough)
@@ -231,10 +228,11 @@ def test_inputs_that_share_a_tensor(form, activation, save):
     matrix, vector = (
         t.requires_grad_() for t in (like(torch.empty(4, 4).double(), 57), like(torch.empty(4).double(), 58))
     )
-    count = len(tensors(form, seed=0)[1])
+    _, weights, biases = tensors(form, seed=0)
+    others = *[matrix] * len(weights), *[vector] * len(biases)
 
     def gradients(function):
-        return torch.autograd.grad(function(matrix, *[matrix] * count, *[vector] * count).sum(), (matrix, vector))
+        return torch.autograd.grad(function(matrix, *others).sum(), (matrix, vector))
 
     assert_all_close(gradients(ours_of(form, activation, save)), gradients(on_flat(eager, form, activation=activation)))
 

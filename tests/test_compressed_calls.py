@@ -17,6 +17,7 @@ from support import (
     special,
     stock,
     tensors,
+    unflatten,
     widened,
 )
 from torch import nn
@@ -28,6 +29,7 @@ from fastbp.activations import TABLE, bind
 from fastbp.forms import FORMS, GATED_LINEAR_ACT, LINEAR_ACT, MLP
 from fastbp.problem import configure
 from fastbp.residuals import output_and_kept
+from fastbp.saving import leanest
 
 SIDED = [row for row in TABLE if row.grad_from_side is not None]
 NARROW = [dtype for dtype in DTYPES if dtype != torch.float64]
@@ -38,8 +40,7 @@ GELU = bind("gelu")
 
 def as_kept(form, activation, save, inputs):
     """Eager's output and gradients, but with what the policy makes of z: an independent way to the same numbers."""
-    x, *rest = inputs
-    weights, biases = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    x, weights, biases = unflatten(form, inputs)
     row = activation.row
 
     class Kept(torch.autograd.Function):
@@ -59,12 +60,11 @@ def as_kept(form, activation, save, inputs):
 
 @each("dtype", NARROW)
 @each("rows", [37, (2, 3, 5), 0, ()])
-@each(("form", "activation", "save"), [c for c in CASES if c[0] in (LINEAR_ACT, MLP) and c[2] != "fp8"])
+@each(("form", "activation", "save"), [c for c in CASES if not c[0].gated and c[2] != "fp8"])
 def test_values_and_gradients(form, activation, save, rows, dtype):
     """As by the slope that the policy gives, to rounding."""
     inputs = flatten(*tensors(form, dtype, seed=1, rows=rows))
-    half = 1 + len(inputs) // 2
-    ours = call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save)
+    ours = call(form, *unflatten(form, inputs), activation=activation, save=save)
     theirs = as_kept(form, activation, save, inputs)
     dy = like(ours, 2)
     for mine, other in zip([ours, *grads(ours, inputs, dy)], [theirs, *grads(theirs, inputs, dy)], strict=True):
@@ -78,6 +78,7 @@ def test_values_and_gradients(form, activation, save, rows, dtype):
 
 # How far a gradient of a whole call may be from float64's, over eager's own error; z ~ N(0, 1), 16 bits.
 FACTORS = {"output_bits": 1.1, "output_lsb": 4.0, "fp8": 12.0}
+OF_GIVEN = {"fp8": 17.0}  # eager's error is less where it rounds no z
 
 
 @each(("form", "activation", "save"), CASES)
@@ -85,16 +86,16 @@ def test_gradients_beside_eagers(form, activation, save):
     """The published factors hold for every gradient of every form in bfloat16."""
     dtype = torch.bfloat16
     inputs = flatten(*tensors(form, dtype, seed=5, rows=512, features=(96, 128, 96, 64)))
-    half = 1 + len(inputs) // 2
-    ours = call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save)
-    theirs = eager(form, inputs[0], inputs[1:half], inputs[half:], activation)
+    ours = call(form, *unflatten(form, inputs), activation=activation, save=save)
+    theirs = eager(form, *unflatten(form, inputs), activation)
     wide = widened(inputs)
-    truth = exact(form, wide[0], wide[1:half], wide[half:], formula(activation))
+    truth = exact(form, *unflatten(form, wide), formula(activation))
     dy = like(ours, 6)
     found = zip(grads(ours, inputs, dy), grads(theirs, inputs, dy), grads(truth, wide, dy.double()), strict=True)
     for index, (mine, eagers, true) in enumerate(found):
         rms, _ = error(mine, true)
-        limit = FACTORS[save] * error(eagers, true)[0] + 0.05 * torch.finfo(dtype).eps * true.square().mean().sqrt()
+        factor = OF_GIVEN.get(save, FACTORS[save]) if form.given else FACTORS[save]
+        limit = factor * error(eagers, true)[0] + 0.05 * torch.finfo(dtype).eps * true.square().mean().sqrt()
         assert rms <= limit, f"{index}: {rms / error(eagers, true)[0]:.2f} times eager's error"
 
 
@@ -117,8 +118,7 @@ def test_at_special_points(form, activation, save, dtype):
 def test_derivatives_of_any_order_are_those_of_z(form, save):
     def second(save):
         inputs = flatten(*tensors(form, torch.float32, seed=8, rows=5))
-        half = 1 + len(inputs) // 2
-        y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, save=save)
+        y = call(form, *unflatten(form, inputs), activation=GELU, save=save)
         first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
         return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)]
 
@@ -140,14 +140,14 @@ def test_a_gradient_to_be_differentiated_says_that_x_was_not_kept(save):
 
 
 @each(("form", "activation", "save"), [c for c in CASES if c[1].name in ("gelu", "relu")])
-def test_transforms_compute_as_recompute_does(form, activation, save):
+def test_transforms_compute_as_if_nothing_were_written(form, activation, save):
     x, weights, biases = tensors(form, torch.float32, seed=10, rows=4)
 
     def loss(x, save):
         return call(form, x, weights, biases, activation=activation, save=save).square().sum()
 
     for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
-        mine, other = (transform(lambda x, save=save: loss(x, save))(x) for save in (save, "recompute"))
+        mine, other = (transform(lambda x, save=save: loss(x, save))(x) for save in (save, leanest(form)))
         assert torch.equal(mine, other)
 
 
@@ -164,8 +164,7 @@ def test_changing_y_in_place_before_backward_raises(save, change):
 @each(("form", "activation", "save"), [c for c in CASES if c[1].name == "gelu"])
 def test_two_backward_calls_give_equal_bits(form, activation, save):
     inputs = flatten(*tensors(form, torch.bfloat16, seed=12))
-    half = 1 + len(inputs) // 2
-    y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save)
+    y = call(form, *unflatten(form, inputs), activation=activation, save=save)
     first, second = (torch.autograd.grad(y, inputs, like(y, 13), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -190,6 +189,8 @@ BYTES = [
     ("mlp", "gelu", "output_bits", 2.5), ("mlp", "gelu", "output_lsb", 2.0), ("mlp", "gelu", "fp8", 1.03125),
     ("gated_mlp", "silu", "fp8", 2.0625), ("gated_mlp", "relu", "fp8", 2.0625),
     ("gated_linear_act", "silu", "fp8", 2.0625),
+    ("act_linear", "gelu", "output_bits", 2.5), ("act_linear", "gelu", "output_lsb", 2.0),
+    ("act_linear", "gelu", "fp8", 1.03125), ("gated_act_linear", "silu", "fp8", 2.0625),
     ("linear_act", "gelu", "fp8", 1.03125), ("linear_act", "gelu", "output_bits", 2.5),
 ]  # fmt: skip
 
@@ -217,12 +218,9 @@ def test_bytes_of_a_layer_with_a_linear_after_it(save, expected):
 @each(("form", "activation", "save"), [c for c in CASES if c[1].name in ("gelu", "relu")])
 def test_compiled_calls_keep_and_compute_the_same(form, activation, save):
     inputs = flatten(*tensors(form, torch.bfloat16, seed=16))
-    half = 1 + len(inputs) // 2
 
     def step(*inputs):
-        return call(
-            form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save, backend="reference"
-        )
+        return call(form, *unflatten(form, inputs), activation=activation, save=save, backend="reference")
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -237,10 +235,9 @@ def test_compiled_calls_keep_and_compute_the_same(form, activation, save):
 def test_blocks_of_rows_give_what_the_whole_gives(form, activation, save, dtype, monkeypatch):
     """In plain torch rows are taken in blocks; here of two rows and one, and the last one is cut short."""
     inputs = flatten(*tensors(form, dtype, seed=8, rows=(3, 7), features=(5, 33, 34, 6)))
-    half = 1 + len(inputs) // 2
 
     def step():
-        y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save, backend="reference")
+        y = call(form, *unflatten(form, inputs), activation=activation, save=save, backend="reference")
         return [y, *grads(y, inputs, like(y, 9))]
 
     whole = step()

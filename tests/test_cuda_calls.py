@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from standin import VIEWS
-from support import FEW, assert_accurate, call, cases, each, eager, flatten, grads, like, stock, tensors
+from support import FEW, assert_accurate, call, cases, each, eager, flatten, grads, like, stock, tensors, unflatten
 
 from fastbp.activations import bind
 from fastbp.autograd import run
@@ -85,11 +85,10 @@ def test_every_choice_of_what_is_needed(on_gpu, form, save, dtype, route):
     if (form, activation, save) not in cases([activation]):
         pytest.skip(f"{save} does not serve {form.name}")
     inputs = flatten(*tensors(form, dtype, seed=94))
-    half = 1 + len(inputs) // 2
 
     def step(needs):
         given = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
-        y = call(form, given[0], given[1:half], given[half:], activation=activation, save=save, backend="native")
+        y = call(form, *unflatten(form, given), activation=activation, save=save, backend="native")
         return grads(y, [t for t, need in zip(given, needs, strict=True) if need], like(y, 95))
 
     complete = step([True] * len(inputs))
@@ -130,8 +129,7 @@ def test_two_backward_calls_and_the_last_one(on_gpu, form, dtype, route):
     """With the graph kept nothing saved is written over; the last call may, and finds the same."""
     on_gpu(route)
     inputs = flatten(*tensors(form, dtype, seed=97, rows=(64, 16)))
-    half = 1 + len(inputs) // 2
-    y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, save="preact", backend="native")
+    y = call(form, *unflatten(form, inputs), activation=GELU, save="preact", backend="native")
     dy = like(y, 98)
     first, second, last = (torch.autograd.grad(y, inputs, dy, retain_graph=keep) for keep in (True, True, False))
     for a, b, c in zip(first, second, last, strict=True):
@@ -146,8 +144,7 @@ def test_sizes_of_zero(on_gpu, form, empty, dtype, route):
     features = [0 if empty == name else 5 for name in ("in", "hidden", "hidden", "out")]
     given = tensors(form, dtype, seed=99, rows=0 if empty == "rows" else 3, features=tuple(features))
     inputs = flatten(*given)
-    half = 1 + len(inputs) // 2
-    y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, backend="native")
+    y = call(form, *unflatten(form, inputs), activation=GELU, backend="native")
     expected = eager(form, *given, stock(GELU))
     torch.testing.assert_close(y, expected)
     for got, want in zip(

@@ -41,7 +41,8 @@ def test_transposed_weight_is_recognised(form, name):
 def test_transposing_is_not_proposed_where_it_does_not_help(form):
     named = good(form)
     name = form.argument("weight", 0)
-    named[name] = torch.randn(N + 1, N)
+    rows, columns = named[name].shape
+    named[name] = torch.randn(rows + columns, columns + 1)
     with pytest.raises(ValueError, match="out_features") as caught:
         call(form, named)
     assert "did you mean" not in str(caught.value)
@@ -68,22 +69,34 @@ def test_bias_of_another_shape_does_not_broadcast(form, name, shape):
 
 
 @each_form
-def test_x_with_other_features(form):
-    named = good(form) | {"x": torch.randn(2, 3, K + 1)}
-    first = form.argument("weight", 0)
-    words = f"{first} must be (out_features, {K + 1}) to match x (2, 3, {K + 1})", f"got ({N}, {K})"
+def test_inputs_with_other_features(form):
+    named, name = good(form), form.argument("weight", 0)
+    out, features = named[name].shape
+    named |= {i: torch.randn(2, 3, features + 1) for i in form.names_of_inputs}
+    shape = f"{form.names_of_inputs[0]} (2, 3, {features + 1})"
+    words = f"{name} must be (out_features, {features + 1}) to match {shape}", f"got ({out}, {features})"
     with refused(ValueError, form.name, *words):
         call(form, named)
 
 
 @each_form
-def test_x_without_dimensions(form):
-    named = good(form) | {"x": torch.tensor(1.0)}
-    with refused(ValueError, form.name, "x must have at least one dimension, (..., in_features)", "0-d"):
+def test_inputs_without_dimensions(form):
+    named, first = good(form), form.names_of_inputs[0]
+    named |= {name: torch.tensor(1.0) for name in form.names_of_inputs}
+    with refused(ValueError, form.name, f"{first} must have at least one dimension, (..., in_features)", "0-d"):
         call(form, named)
 
 
-@each("form", [form for form in FORMS.values() if form.gated])
+@each("shape", [(3, N + 1), (1, N), (N,), (3, 1, N)])
+def test_given_gate_and_up_of_different_shapes(shape):
+    """They would broadcast, and the gradient of one would have another's shape."""
+    named, other = good(FORMS["gated_act_linear"]), torch.randn(shape)
+    for name, shapes in (("up", f"(3, {N}) and {shape}"), ("gate", f"{shape} and (3, {N})")):
+        with refused(ValueError, "gated_act_linear", "gate and up must have the same shape", shapes):
+            call(FORMS["gated_act_linear"], named | {name: other})
+
+
+@each("form", [form for form in FORMS.values() if form.gated and not form.given])
 def test_gate_and_up_of_different_sizes(form):
     named = good(form) | {"up_weight": torch.randn(N + 1, K), "up_bias": torch.randn(N + 1)}
     words = "gate_weight and up_weight must have the same shape", f"({N}, {K}) and ({N + 1}, {K})"
@@ -129,8 +142,10 @@ def test_dtype_that_no_layer_has(form, name, dtype):
 @each("dtype", [torch.int32, torch.complex128, torch.float8_e4m3fn])
 def test_dtype_that_no_layer_has_throughout(form, dtype):
     named = {name: tensor.to(dtype) for name, tensor in good(form).items()}
-    hint = "complex layers are not supported" if dtype.is_complex else "try x.float()"
-    with refused(TypeError, form.name, f"x must be one of float64, float32, bfloat16, float16, got {dtype}; {hint}"):
+    first = form.names_of_inputs[0]
+    hint = "complex layers are not supported" if dtype.is_complex else f"try {first}.float()"
+    known = "float64, float32, bfloat16, float16"
+    with refused(TypeError, form.name, f"{first} must be one of {known}, got {dtype}; {hint}"):
         call(form, named)
 
 
@@ -139,8 +154,9 @@ def test_dtype_that_no_layer_has_throughout(form, dtype):
 def test_mixed_dtypes(form, name, dtype):
     named = good(form)
     named[name] = named[name].to(dtype)
-    blamed = form.argument("weight", 0) if name == "x" else name
-    words = f"{blamed} must have the dtype of x", str(dtype), "torch.float32", "torch.autocast('cpu')"
+    first, second, *_ = named
+    blamed = second if name == first else name
+    words = f"{blamed} must have the dtype of {first}", str(dtype), "torch.float32", "torch.autocast('cpu')"
     with refused(TypeError, form.name, *words):
         call(form, named)
 
@@ -148,12 +164,13 @@ def test_mixed_dtypes(form, name, dtype):
 @each_form
 def test_autocast_does_not_mend_float64(form):
     """It leaves float64 alone, so x stays at odds with the weights, and F.linear refuses too."""
-    named = good(form)
-    named["x"] = named["x"].double()
+    named, first = good(form), form.names_of_inputs[0]
+    named[first] = named[first].double()
+    words = f"must have the dtype of {first}, torch.float64", "bfloat16"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with pytest.raises(RuntimeError, match="dtype"):
-            F.linear(named["x"], named[form.argument("weight", 0)])
-        with refused(TypeError, form.name, "must have the dtype of x, torch.float64", "bfloat16", computing=True):
+            F.linear(named[first], named[form.argument("weight", 0)])
+        with refused(TypeError, form.name, *words, computing=True):
             call(form, named)
 
 
@@ -161,7 +178,7 @@ def test_autocast_does_not_mend_float64(form):
 @each("moved", ["it", "the others"])
 def test_cpu_and_meta(form, name, moved):
     named = {n: t.to("meta") if (n == name) == (moved == "it") else t for n, t in good(form).items()}
-    with refused(ValueError, form.name, "must be on the device of x", "meta", "cpu", ".to()"):
+    with refused(ValueError, form.name, f"must be on the device of {next(iter(named))}", "meta", "cpu", ".to()"):
         call(form, named)
 
 

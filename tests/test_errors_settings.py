@@ -123,20 +123,28 @@ def test_save_none_is_no_policy():
 @each("activation", ROWS)
 @each("save", POLICIES)
 def test_a_policy_is_served_or_refused(form, activation, save):
-    """As ``available_activations`` says, and where a gate is, never by the output; then fp8 serves all."""
+    """As ``available_activations`` says, and where a gate is, never by the output; then fp8 serves all.
+
+    A form that is given z has nothing to make it again from.
+    """
     named, settings = good(form), dict(activation=activation, save=save)
     by_output = save in ("output", "output_bits", "output_lsb")
     served = save in fastbp.available_activations()[activation]
-    if (served and not by_output) or (form.gated and save == "fp8") or (served and not form.gated):
+    module = MODULE_OF.get(form.name)
+    serves = (served and not by_output) or (form.gated and save == "fp8") or (served and not form.gated)
+    if serves and not (save == "recompute" and form.given):
         call(form, named, **settings)
-        MODULES[MODULE_OF[form.name]](**settings)
+        if module:
+            MODULES[module](**settings)
         return
     output = "'output' or " if "output" in fastbp.available_activations()[activation] and not form.gated else ""
-    words = f"save={save!r} cannot serve {activation}: ", f"; use 'preact' or {output}'recompute' or 'auto'"
+    recompute = "" if form.given else "'recompute' or "
+    words = f"save={save!r} cannot serve {activation}: ", f"; use 'preact' or {output}{recompute}'auto'"
     with refused(ValueError, form.name, *words):
         call(form, named, **settings)
-    with refused(ValueError, MODULE_OF[form.name], *words):
-        MODULES[MODULE_OF[form.name]](**settings)
+    if module:
+        with refused(ValueError, module, *words):
+            MODULES[module](**settings)
 
 
 @each_form
@@ -145,8 +153,8 @@ def test_compressed_policies_are_not_for_float64(form, save):
     named = {name: tensor.double() for name, tensor in good(form).items()}
     if form.gated and save != "fp8":
         return  # refused for the form, above
-    words = f"save={save!r} is for float32, bfloat16, float16, got torch.float64; use 'preact' or 'recompute'"
-    with refused(ValueError, form.name, words):
+    words = f"save={save!r} is for float32, bfloat16, float16, got torch.float64; use 'preact'"
+    with refused(ValueError, form.name, words, *([] if form.given else ["or 'recompute'"])):
         call(form, named, save=save)
 
 

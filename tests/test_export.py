@@ -104,8 +104,7 @@ def test_shapes_and_dtypes_without_data(form, dtype, where):
     tensors = draw(form, (2, 3), dtype=dtype)
     with FakeTensorMode() if where == "fake" else contextlib.nullcontext():
         inputs = [torch.empty(t.shape, dtype=dtype, device=device, requires_grad=True) for t in flatten(*tensors)]
-        half = len(inputs) // 2
-        y = support.call(form, inputs[0], inputs[1 : 1 + half], inputs[1 + half :], activation=GELU)
+        y = support.call(form, *support.unflatten(form, inputs), activation=GELU)
         gradients = torch.autograd.grad(y.sum(), inputs)
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, tensors[1][-1].shape[0]), dtype, device)
     assert [(g.shape, g.dtype, g.device) for g in gradients] == [(t.shape, t.dtype, t.device) for t in inputs]
@@ -114,10 +113,9 @@ def test_shapes_and_dtypes_without_data(form, dtype, where):
 @each_form
 @each("tracing_mode", ["real", "fake", "symbolic"])
 def test_make_fx(form, tracing_mode):
-    def step(x, *rest):
-        half = len(rest) // 2
-        y = support.call(form, x, rest[:half], rest[half:], activation=GELU)
-        return y, *torch.autograd.grad(y.square().sum(), (x, *rest))
+    def step(*inputs):
+        y = support.call(form, *support.unflatten(form, inputs), activation=GELU)
+        return y, *torch.autograd.grad(y.square().sum(), inputs)
 
     inputs = flatten(*draw(form))
     graph = make_fx(step, tracing_mode=tracing_mode)(*inputs)

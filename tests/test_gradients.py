@@ -109,10 +109,13 @@ def _grad_of_jvp(f, inputs):
     return func.grad(lambda *inputs: func.jvp(f, inputs, inner)[1].square().sum(), _all(inputs))(*inputs)
 
 
+def _along(f, inputs, dim):
+    """What vmap is told where the inputs of a call are batched, and its parameters are not."""
+    return (*[dim] * f.inputs, *[None] * (len(inputs) - f.inputs))
+
+
 def _per_sample(f, inputs):
-    x, *parameters = inputs
-    one = func.grad(lambda x, *parameters: _scalar(f)(x, *parameters), _all(inputs))
-    return torch.vmap(one, (0, *[None] * len(parameters)))(x, *parameters)
+    return torch.vmap(func.grad(_scalar(f), _all(inputs)), _along(f, inputs, 0))(*inputs)
 
 
 def _jvp_along(f, inputs):
@@ -135,14 +138,14 @@ TRANSFORMS = {
     "jacfwd of jacfwd": lambda f, inputs: func.jacfwd(func.jacfwd(f))(*inputs),
     "jacrev of jacfwd": lambda f, inputs: func.jacrev(func.jacfwd(f))(*inputs),
     "vmap over x": lambda f, inputs: torch.vmap(f, (0, *[None] * (len(inputs) - 1)))(_stacked(inputs)[0], *inputs[1:]),
-    "vmap over x, not first": lambda f, inputs: torch.vmap(f, (1, *[None] * (len(inputs) - 1)), 1)(*inputs),
+    "vmap over x, not first": lambda f, inputs: torch.vmap(f, _along(f, inputs, 1), 1)(
+        *[torch.stack([t, t.cos()], 1) for t in inputs[: f.inputs]], *inputs[f.inputs :]
+    ),
     "vmap over all": lambda f, inputs: torch.vmap(f)(*_stacked(inputs)),
     "vmap over a weight": lambda f, inputs: torch.vmap(f, (None, 0, *[None] * (len(inputs) - 2)))(
         inputs[0], _stacked(inputs)[1], *inputs[2:]
     ),
-    "vmap of vmap": lambda f, inputs: torch.vmap(lambda *i: torch.vmap(f, (0, *[None] * (len(i) - 1)))(*i))(
-        *_stacked(inputs)
-    ),
+    "vmap of vmap": lambda f, inputs: torch.vmap(lambda *i: torch.vmap(f, _along(f, i, 0))(*i))(*_stacked(inputs)),
     "per-sample gradients": _per_sample,
     "vmap of grad over all": lambda f, inputs: torch.vmap(func.grad(_scalar(f), _all(inputs)))(*_stacked(inputs)),
     "vmap of jvp over all": lambda f, inputs: torch.vmap(lambda *i: _jvp_along(f, i))(*_stacked(inputs)),
@@ -224,7 +227,12 @@ def test_third_derivatives(form, activation, save):
 def _applied(form, activation, save):
     """The public Function itself, without the function of fastbp in front."""
     config = configure(form.name, activation.name, activation.params, save, "reference")
-    return lambda *inputs: FUNCTIONS[form.name].apply(config, *inputs)[0]
+
+    def apply(*inputs):
+        return FUNCTIONS[form.name].apply(config, *inputs)[0]
+
+    apply.inputs = form.inputs
+    return apply
 
 
 @each("transform", ["grad", "jvp", "hessian", "vmap over x", "vmap over all", "per-sample gradients"])

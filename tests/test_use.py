@@ -18,7 +18,7 @@ from support import (
 )
 
 import fastbp
-from fastbp import backends, functional
+from fastbp import backends, settings
 from fastbp.activations import bind
 from fastbp.forms import LINEAR_ACT
 
@@ -63,7 +63,7 @@ def test_use_ends_with_an_exception():
 
 
 def test_use_may_be_entered_again(monkeypatch):
-    monkeypatch.setattr(functional._defaults, "both", (None, None))  # and is so again for the tests that follow
+    monkeypatch.setattr(settings.defaults, "both", (None, None))  # and is so again for the tests that follow
     recompute = fastbp.use(save="recompute")
     with recompute, recompute:
         assert _bytes() == 0

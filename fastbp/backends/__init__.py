@@ -24,9 +24,11 @@ REFERENCE = "reference"
 
 # Fastest first. A backend is a module with
 #   supports(problem)                    the reason why not, or None
-#   forward(config, x, tensors)          y and the residuals; tensors are the weights, then the biases or None
+#   forward(config, x, tensors)          y and the residuals; tensors are the inputs after x, the weights, then the
+#                                        biases or None
 #   backward(config, dy, saved, needs, overwrite)
-#                                        the gradients; saved is x, y, weights, biases, residuals, None where not kept;
+#                                        the gradients; saved is the inputs, y, weights, biases, residuals, None where
+#                                        not kept;
 #                                        overwrite says that z is nobody else's and dz may be written over it
 #   identity(device)                     in words, what a measurement of it depends on besides the device
 #   routes(problem, rows)                the ways to compute that a call may ask for by its config, beside its own rule
@@ -104,7 +106,7 @@ def choose_settled(
 def _chosen_for(config: Config, device: torch.device, dtype: torch.dtype) -> Config | BySizes:
     choice = _chosen.get((config, device, dtype))
     if choice is None:
-        check_dtype(config.save, dtype, f"fastbp.{config.form.name}")
+        check_dtype(config.save, dtype, config.form)
         choice = _chosen[config, device, dtype] = _find(Problem(config, device, dtype))
     return choice
 
@@ -145,7 +147,7 @@ def _watched(
     watcher: Callable[[Config, Tensor, Sequence[Tensor | None]], None], config: Config, unmeasured: Config
 ) -> BySizes:
     def choice(data: Tensor, tensors: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Config:
-        if tensors and tensors[0] is weights[0]:  # the forward call: a backward one begins with x
+        if tensors and tensors[config.form.inputs - 1] is weights[0]:  # the forward call: a backward one has all inputs
             watcher(config, data, tensors)
         return unmeasured
 
@@ -154,7 +156,7 @@ def _watched(
 
 @contextmanager
 def watching(watcher: Callable[[Config, Tensor, Sequence[Tensor | None]], None]) -> Iterator[None]:
-    """Tell ``watcher`` of every call meanwhile: its config, x, and the weights and biases. What was measured is not
+    """Tell ``watcher`` of every call meanwhile: its config, x, and its other tensors. What was measured is not
     used, so that a call takes what it would without."""
     global _watcher
     _watcher = watcher
@@ -209,7 +211,7 @@ def choose_accumulating(config: Config, device: torch.device, dtype: torch.dtype
 
 def _choose_for_subclass(config: Config, data: Tensor, tensor: Tensor | None) -> Config:
     if isinstance(data, Tensor):  # what is none is refused with its name, by whoever looks at all arguments
-        check_dtype(config.save, data.dtype, f"fastbp.{config.form.name}")
+        check_dtype(config.save, data.dtype, config.form)
     if config.backend not in (AUTO, REFERENCE):
         raise ValueError(
             f"fastbp.{config.form.name}: backend {config.backend!r} takes plain tensors only, got a "

@@ -113,9 +113,10 @@ def by_sizes(unmeasured: Config, found: Mapping[Sizes, Config]) -> Callable[...,
         except KeyError:
             chosen = found.get(_sizes_if_any(unmeasured.form, data, weights), unmeasured)  # type: ignore[arg-type]
             if chosen.backend == EAGER:
-                if tensors[0] is not weights[0]:  # a backward call, which begins with x: its shapes are not checked
+                others = chosen.form.inputs - 1
+                if tensors[others] is not weights[0]:  # a backward call, which has all inputs: no shapes are checked
                     return chosen
-                check(chosen.form, data, weights, tensors[len(weights) :])
+                check(chosen.form, data, weights, tensors[others + len(weights) :], tensors[:others])  # type: ignore[arg-type]
             by_shapes[shapes] = chosen
             return chosen
 

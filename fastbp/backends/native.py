@@ -70,6 +70,8 @@ def _ops() -> Any:
 def supports(problem: Problem) -> str | None:
     """Why this backend cannot serve the problem, or None."""
     device = problem.device
+    if problem.config.form.given:
+        return "pending"
     if device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.hip:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +32,13 @@ def routes(problem: Problem, rows: int | None) -> tuple[str, ...]:
     return ()
 
 
-def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+def forward(config: Config, x: Tensor, tensors: Sequence[Any]) -> list[Tensor]:
     """y and the residuals of the policy, none of them a view in the eyes of autograd.
 
     F.linear ends in a view of a 2-D product; from inside a Function such a y would forbid ``y += residual``.
     """
-    half = len(tensors) // 2
     with _AutoDispatchBelowADInplaceOrView():
-        y, residuals = reference.forward(config, x, tensors[:half], tensors[half:])  # type: ignore[arg-type]
+        y, residuals = reference.forward(config, *config.form.split((x, *tensors)))
     return [y, *residuals]
 
 
@@ -50,11 +50,11 @@ def backward(
     overwrite: bool = False,
     into: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask.
+    """The gradients of the inputs, of every weight and of every bias; None where ``needs`` does not ask.
 
     ``overwrite`` allows what PyTorch's operations do not do: writing over the residuals. ``into`` as in
     ``reference.backward``.
     """
     # Nothing here is to be differentiated, and 15 operations without a stop at autograd's kernels count.
     with _AutoDispatchBelowADInplaceOrView():
-        return reference.backward(config, dy, reference.unflatten(saved, len(needs) // 2), needs, into=into)
+        return reference.backward(config, dy, reference.unflatten(config.form, saved, len(needs)), needs, into=into)

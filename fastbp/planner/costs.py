@@ -57,9 +57,11 @@ def forward_operations(x: Tensor, weights: Sequence[Tensor]) -> int:
 
 
 def repeated_operations(form: Form, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:
-    """Of the products that backward does again under ``recompute``."""
+    """Of the products that backward does again under ``recompute``, if that is a policy of the form."""
+    if form.given:
+        return 0
     needs = tuple(t is not None and t.requires_grad for t in (x, *weights, *biases))
-    wanted = find_kept(form, "preact", True, needs)[2 + 2 * len(weights) :]
+    wanted = find_kept(form, "preact", True, needs)[1 + len(needs) :]
     if not form.gated:  # a chain is replayed up to the deepest one
         wanted = tuple(any(wanted[i:]) for i in range(len(wanted)))
     return sum(2 * rows_of(x) * weight.numel() for weight, again in zip(weights, wanted, strict=False) if again)

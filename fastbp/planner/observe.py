@@ -162,8 +162,8 @@ class Prober(TorchFunctionMode):
 
     def _probe(self, func: Any, args: Any, kwargs: dict[str, Any], save: Marked, seen: bool) -> Any:
         form = FUNCTIONS[func]
-        x, *rest = args
-        weights, biases = (rest[: len(form.parts)], rest[len(form.parts) :]) if form.parts else rest
+        inputs, weights, biases = form.split(args) if form.parts else ((args[0],), *args[1:])
+        x = inputs[0]
         activation = recognition.resolve(kwargs["activation"])
 
         def run(policy: str) -> tuple[Any, Recorder]:
@@ -173,7 +173,7 @@ class Prober(TorchFunctionMode):
 
         y, _ = run(str(save))  # which the model goes on with
         before: dict[Any, int] = {}
-        for tensor in (x, *weights, *biases):
+        for tensor in (*inputs, *weights, *biases):
             before |= self._outside.keys(tensor) if tensor is not None else {}
         output = self._outside.keys(y)
         own: dict[str, int] = {}
@@ -190,10 +190,11 @@ class Prober(TorchFunctionMode):
             shared[policy] = frozenset(key for key in kept if key in before or key in output)
             own[policy] = sum(size for key, size in kept.items() if key not in shared[policy])
         self.forward_operations += forward_operations(x, weights)
-        hidden = weights[: form.hidden(len(weights)) * form.width]
+        layers = 0 if form.given else form.hidden(len(weights)) * form.width
+        features = [t.shape[-1] for t in inputs] if form.given else [w.shape[0] for w in weights[:layers]]
         save.layer.calls.append(
             Call(
-                form, activation, y.dtype, rows_of(x) * sum(w.shape[0] for w in hidden),
+                form, activation, y.dtype, rows_of(x) * sum(features),
                 repeated_operations(form, x, weights, biases), seen, own, shared, before | output,
             )
         )  # fmt: skip

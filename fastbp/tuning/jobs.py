@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fastbp import backends
 from fastbp.activations import ROWS, bind
 from fastbp.backends.measured import Sizes, key_of, parse_key, sizes_of, subject_of
-from fastbp.forms import FORMS
+from fastbp.forms import FORMS, Form
 from fastbp.fusion.verify import as_call, undisturbed
 from fastbp.problem import DTYPES, Config, configure
 from fastbp.saving import check_dtype, resolve
@@ -26,7 +26,7 @@ class Job(NamedTuple):
     dtype: torch.dtype
     sizes: Sizes
     biases: tuple[bool, ...]
-    needs: tuple[bool, ...]  # x, the weights, the biases
+    needs: tuple[bool, ...]  # the inputs, the weights, the biases
 
     @property
     def key(self) -> str:
@@ -55,11 +55,10 @@ def watch(where: str, model: nn.Module, sample_inputs: Any) -> Seen:
         if config.backend != backends.AUTO:
             named += 1
             return
-        half = len(tensors) // 2
-        weights: Any = tensors[:half]
+        _, weights, given_biases = config.form.split((x, *tensors))
         needs = tuple(t is not None and t.requires_grad for t in (x, *tensors))
-        biases = tuple(t is not None for t in tensors[half:])
-        job = Job(config, x.device, x.dtype, sizes_of(config.form, x, weights), biases, needs)
+        biases = tuple(t is not None for t in given_biases)
+        job = Job(config, x.device, x.dtype, sizes_of(config.form, x, weights), biases, needs)  # type: ignore[arg-type]
         known = found.get(job.key, job)
         both = tuple(a or b for a, b in zip(known.needs, needs, strict=True))
         found[job.key] = job._replace(needs=both, biases=tuple(map(max, known.biases, biases)))
@@ -78,7 +77,11 @@ def watch(where: str, model: nn.Module, sample_inputs: Any) -> Seen:
 
 
 def _trained(job: Job) -> Job:
-    return job if any(job.needs) else job._replace(needs=(True, *[True] * len(job.biases), *job.biases))
+    return job if any(job.needs) else job._replace(needs=_all_needs(job.config.form, job.biases))
+
+
+def _all_needs(form: Form, biases: tuple[bool, ...]) -> tuple[bool, ...]:
+    return (*[True] * (form.inputs + len(biases)), *biases)
 
 
 def parse(where: str, text: str, device: torch.device) -> Job:
@@ -93,12 +96,13 @@ def parse(where: str, text: str, device: torch.device) -> Job:
             f"{where}: {text!r} must have an activation of {', '.join(ROWS)} and a dtype of {', '.join(dtypes)}"
         )
     layers = len(sizes.features) - 1
-    if form.parts and layers != len(form.parts) - form.gated:
-        count = len(form.parts) - form.gated + 1
+    expected = len(form.parts) - (form.gated and not form.given)  # gate and up are one layer
+    if form.parts and layers != expected:
+        count = expected + 1
         raise ValueError(f"{where}: {text!r} must have {count} features after the rows, got {len(sizes.features)}")
     activation, dtype = bind(subject.activation), dtypes[subject.dtype]
     save = resolve(subject.save, activation, form, where)
-    check_dtype(save, dtype, where)
-    linears = len(form.parts) or layers
+    check_dtype(save, dtype, form)
+    biases = (True,) * (len(form.parts) or layers)
     config = configure(form.name, activation.name, activation.params, save, backends.AUTO)
-    return Job(config, device, dtype, sizes, (True,) * linears, (True,) * (1 + 2 * linears))
+    return Job(config, device, dtype, sizes, biases, _all_needs(form, biases))

@@ -19,9 +19,9 @@ def products_of(form: Form, sizes: Sizes) -> list[Product]:
     gradient with respect to each that has a linear above it."""
     rows, features = sizes
     prefix = "gated_" if form.gated else ""
-    hidden = len(features) - 1 - form.projected
-    found: list[Product] = [(f"{prefix}forward", (rows, features[i + 1], features[i])) for i in range(hidden)]
-    above = range(1, len(features) - 1)
+    made = 0 if form.given else len(features) - 1 - form.projected
+    found: list[Product] = [(f"{prefix}forward", (rows, features[i + 1], features[i])) for i in range(made)]
+    above = range(0 if form.given else 1, len(features) - 1)
     return found + [(f"{prefix}dgrad", (rows, features[i], features[i + 1])) for i in above]
 
 

@@ -114,14 +114,15 @@ def _wasteful(call: _Call, config: Config, rule: Config) -> str | None:
 class _Call(NamedTuple):
     """The tensors of a call, and the ones that take gradients."""
 
-    x: Tensor
+    inputs: tuple[Tensor, ...]
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     dy: Tensor
     wanted: list[Tensor]
 
     def forward(self, config: Config) -> Tensor:
-        return run(config, self.x, self.weights, self.biases, (*self.weights, *self.biases))
+        x, *others = self.inputs
+        return run(config, x, self.weights, self.biases, (*others, *self.weights, *self.biases))
 
     def step(self, config: Config) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.forward(config), self.wanted, self.dy)
@@ -137,27 +138,29 @@ def _draw(job: Job) -> _Call:
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, device=job.device) * scale).to(job.dtype)
 
-    rows, features = job.sizes
+    (rows, features), form = job.sizes, job.config.form
     shapes = list(zip(features[1:], features, strict=False))
-    if job.config.form.gated:
+    if form.gated and not form.given:
         shapes.insert(0, shapes[0])
-    x = draw(rows, features[0])
+    inputs = tuple(draw(rows, features[0]) for _ in range(form.inputs))
     weights = tuple(draw(n, k, scale=k**-0.5) for n, k in shapes)
     biases = tuple(draw(n) if any_bias else None for (n, _), any_bias in zip(shapes, job.biases, strict=True))
     wanted = [
-        t.requires_grad_() for t, need in zip((x, *weights, *biases), job.needs, strict=True) if need and t is not None
+        t.requires_grad_()
+        for t, need in zip((*inputs, *weights, *biases), job.needs, strict=True)
+        if need and t is not None
     ]
-    return _Call(x, weights, biases, draw(rows, features[-1]), wanted)
+    return _Call(inputs, weights, biases, draw(rows, features[-1]), wanted)
 
 
 def _exact(job: Job, call: _Call) -> list[Tensor]:
     """Output and gradients in float64."""
-    wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in (call.x, *call.weights, *call.biases)
-            if t is not None}  # fmt: skip
+    tensors = [t for t in (*call.inputs, *call.weights, *call.biases) if t is not None]
+    wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in tensors}
     weights = [wide[id(w)] for w in call.weights]
     biases = [None if b is None else wide[id(b)] for b in call.biases]
     activation = bind(job.config.row.name, job.config.params)
-    y = compose(job.config.form, activation, wide[id(call.x)], weights, biases)
+    y = compose(job.config.form, activation, [wide[id(t)] for t in call.inputs], weights, biases)
     return [y.detach(), *torch.autograd.grad(y, [wide[id(t)] for t in call.wanted], call.dy.double())]
 
 
@@ -187,8 +190,8 @@ def _has_kink(config: Config) -> bool:
 
 
 def _kept(call: _Call, config: Config) -> int:
-    """The bytes kept for backward beside x, parameters and y, which are there anyway."""
-    tensors = [t for t in (call.x, *call.weights, *call.biases) if t is not None]
+    """The bytes kept for backward beside the inputs, parameters and y, which are there anyway."""
+    tensors = [t for t in (*call.inputs, *call.weights, *call.biases) if t is not None]
     with SavedBytes(exclude=tensors) as saved:
         y = call.forward(config)
     saved._kept.pop(StorageWeakRef(y.untyped_storage()), None)

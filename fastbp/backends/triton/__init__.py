@@ -60,6 +60,8 @@ def interpreting() -> bool:
 def supports(problem: Problem) -> str | None:
     """Why this backend cannot serve the problem, or None."""
     device = problem.device
+    if problem.config.form.given:
+        return "pending"
     if interpreting():
         if device.type != "cpu":
             return f"TRITON_INTERPRET interprets the kernels on the CPU, and x is on {device}; unset it"

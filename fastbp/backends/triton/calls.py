@@ -39,7 +39,7 @@ def forward(config: Config, x: Tensor, tensors: Sequence[Maybe]) -> list[Tensor]
     weights, biases = tensors[:half], tensors[half:]
     with _AutoDispatchBelowADInplaceOrView(), layers.on(x.device):
         if _left_to_pytorch(config, x, weights):
-            y, residuals = reference.forward(config, x, weights, biases)  # type: ignore[arg-type]
+            y, residuals = reference.forward(config, (x,), weights, biases)  # type: ignore[arg-type]
         elif config.form.gated:
             y, residuals = _gated_forward(config, x, weights, biases)  # type: ignore[arg-type]
         else:
@@ -77,19 +77,19 @@ def backward(
 
     Where ``into`` has a tensor for a weight, its gradient is added there instead.
     """
-    parts = unflatten(saved, len(needs) // 2)
+    parts = unflatten(config.form, saved, len(needs))
     # Nothing here is to be differentiated, and 15 operations without a stop at autograd's kernels count.
     with _AutoDispatchBelowADInplaceOrView(), layers.on(dy.device):
         if _left_to_pytorch(config, dy, parts.weights):
             return reference.backward(config, dy, parts, needs, into=into)
-        x, y, weights, biases, residuals = parts
+        (x,), y, weights, biases, residuals = parts
         if config.save == "recompute":
             replay = reference.replay if config.form.gated else _replay
             residuals, overwrite = replay(config, parts, needs), True
         elif POLICIES[config.save].from_output and not config.form.projected:
             residuals = (y, *residuals)
         flat = [None if r is None else layers.rows_of(r).contiguous() for r in residuals]
-        given = Saved(None if x is None else layers.rows_of(x), None, weights, biases, _by_linear(config, flat))
+        given = Saved([None if x is None else layers.rows_of(x)], None, weights, biases, _by_linear(config, flat))
         run = _gated_backward if config.form.gated else _backward
         dx, *grads = run(config, layers.rows_of(dy), given, needs, overwrite, into)
         return [None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), *grads]
@@ -106,7 +106,7 @@ def _backward(
     config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...], overwrite: bool, into: Sequence[Maybe] | None
 ) -> list[Maybe]:
     """linear_act and mlp: dz_{l-1} = (dz_l W_l) · f'(z_{l-1}), from the last linear to the first."""
-    x, _, weights, _, residuals = saved
+    (x,), _, weights, _, residuals = saved
     count, from_output = len(weights), POLICIES[config.save].from_output
     overwrite = overwrite and not from_output
     below = needed_below(config.form, needs)
@@ -140,7 +140,7 @@ def _gated_backward(
     config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...], overwrite: bool, into: Sequence[Maybe] | None
 ) -> list[Maybe]:
     """gated_linear_act and gated_mlp: dg = dh · u · f'(g), du = dh · f(g)."""
-    x, _, weights, _, (gate, up) = saved
+    (x,), _, weights, _, (gate, up) = saved
     count = len(weights)
     grads: list[Maybe] = [None] * len(needs)
     biases = needs[1 + count : 3 + count]
@@ -165,7 +165,7 @@ def _gated_backward(
         if dz is None:
             continue
         if needs[1 + i]:
-            grads[1 + i] = dz.mT.mm(x) if into is None else add_product(into[i], dz, x)  # type: ignore[arg-type]
+            grads[1 + i] = dz.mT.mm(x) if into is None else add_product(into[i], dz, x)
         grads[1 + count + i] = db
         if needs[0]:  # the second product adds to the first in float32, and rounds once
             dx = grads[0]
@@ -175,15 +175,15 @@ def _gated_backward(
 
 def _replay(config: Config, saved: Saved, needs: tuple[bool, ...]) -> list[Maybe]:
     """``reference.replay`` of a chain, with the layers' outputs on the way by the kernels that made them before."""
-    x, _, weights, biases, _ = saved
-    wanted = kept(config.form, "preact", True, needs)[2 + 2 * len(weights) :]
+    (x,), _, weights, biases, _ = saved
+    wanted = kept(config.form, "preact", True, needs)[1 + len(needs) :]
     zs: list[Maybe] = []
     h = x
     for i in range(len(wanted)):
         z: Maybe = None
         if any(wanted[i + 1 :]):
-            h, z = layers.forward(config, h, weights[i], biases[i], keep=True)  # type: ignore[arg-type]
+            h, z = layers.forward(config, h, weights[i], biases[i], keep=True)
         elif wanted[i]:
-            z = F.linear(h, weights[i], biases[i])  # type: ignore[arg-type]
+            z = F.linear(h, weights[i], biases[i])
         zs.append(z)
     return zs

@@ -12,8 +12,9 @@ from fastbp.functional import (
     mlp,
 )
 from fastbp.fusion import FusionReport, fuse, unfuse
+from fastbp.linear import Linear
 from fastbp.memory import SavedBytes
-from fastbp.modules import MLP, GatedLinear, GatedMLP, Linear, LinearAct
+from fastbp.modules import MLP, GatedLinear, GatedMLP, LinearAct
 from fastbp.ops import decompositions
 from fastbp.planner import MemoryPlan, plan_memory
 from fastbp.settings import use

@@ -43,6 +43,10 @@ class Activation:
     module: type[nn.Module] | None = None
     module_attributes: tuple[tuple[str, Any], ...] = ()  # tells apart activations that share a module class
     functions: tuple[Callable[..., Tensor], ...] = ()
+    # What autograd calls the node of this activation, where that keeps z (``_saved_self``) and not y; and from a node
+    # the parameters, or None where it is another activation's.
+    node: str = ""
+    node_params: Callable[[Any], tuple[float, ...] | None] = lambda node: ()
     # PyTorch's kernels for the same formulas: one pass over memory, and the numbers users have today.
     aten_value: Callable[..., Tensor] | None = None
     aten_grad: Callable[..., Tensor] | None = None
@@ -132,6 +136,13 @@ _elu_backward = _elu_coefficients(lambda a: a, 1.0, lambda a: 1.0)
 _celu_backward = _elu_coefficients(lambda a: a, 1.0, lambda a: 1.0 / a)
 _selu_backward = _elu_coefficients(lambda: f.SELU_ALPHA, f.SELU_SCALE, lambda: 1.0)
 
+_SELU = (f.SELU_ALPHA, f.SELU_SCALE, 1)
+
+
+def _scales_of(node: Any) -> tuple[float, float]:
+    return node._saved_scale, node._saved_input_scale
+
+
 # On a CPU, ATen hands contiguous tensors to oneDNN for the erf GELU, which costs 8 µs forward and 16 backward before
 # the first element. A transposed view takes ATen's own vectorised kernel, faster up to about this many elements.
 _SMALL = 8192
@@ -176,6 +187,7 @@ TABLE: tuple[Activation, ...] = (
         aten_value=_aten.leaky_relu.default,
         aten_grad=lambda dy, z, slope: _aten.leaky_relu_backward.default(dy, z, slope, False),
         aten_grad_from_output=lambda dy, y, slope: _aten.leaky_relu_backward.default(dy, y, slope, True),
+        node="LeakyReluBackward0", node_params=lambda node: (node._saved_negative_slope,),
     ),
     Activation(
         "relu6", "min(max(z, 0), 6)", **_HARDTANH, params=(("min_val", 0.0), ("max_val", 6.0)),
@@ -184,6 +196,7 @@ TABLE: tuple[Activation, ...] = (
     Activation(
         "hardtanh", "min(max(z, min_val), max_val)", **_HARDTANH, params=(("min_val", -1.0), ("max_val", 1.0)),
         module=nn.Hardtanh, functions=(F.hardtanh, F.hardtanh_),
+        node="HardtanhBackward0", node_params=lambda node: (node._saved_min_val, node._saved_max_val),
     ),
     # From y, the slope of a saturated unit is y + alpha, where all digits cancel: `auto` keeps z for elu, celu, selu.
     Activation(
@@ -191,6 +204,7 @@ TABLE: tuple[Activation, ...] = (
         params=(("alpha", 1.0),), output_lost=_nonnegative("alpha"), output_exact=False,
         module=nn.ELU, functions=(F.elu, F.elu_),
         aten_value=_aten.elu.default, aten_grad=_elu_backward(False), aten_grad_from_output=_elu_backward(True),
+        node="EluBackward0", node_params=lambda node: (node._saved_alpha,) if _scales_of(node) == (1, 1) else None,
     ),
     Activation(
         "celu", "z if z > 0 else alpha · (e^(z / alpha) − 1)", f.celu, f.celu_grad, f.celu_grad_from_output,
@@ -202,6 +216,7 @@ TABLE: tuple[Activation, ...] = (
         "selu", "1.0507 · (z if z > 0 else 1.6733 · (eᶻ − 1))", f.selu, f.selu_grad, f.selu_grad_from_output,
         output_exact=False, module=nn.SELU, functions=(F.selu, F.selu_, torch.selu, torch.selu_),
         aten_value=torch.selu, aten_grad=_selu_backward(False), aten_grad_from_output=_selu_backward(True),
+        node="EluBackward0", node_params=lambda node: () if (node._saved_alpha, *_scales_of(node)) == _SELU else None,
     ),
     Activation(
         "sigmoid", "1 / (1 + e⁻ᶻ)", f.sigmoid_, f.sigmoid_grad, f.sigmoid_grad_from_output,
@@ -218,6 +233,7 @@ TABLE: tuple[Activation, ...] = (
         params=(("beta", 1.0), ("threshold", 20.0)), invalid=_nonzero("beta"), output_lost=_softplus_lost,
         module=nn.Softplus, functions=(F.softplus,),
         aten_value=_aten.softplus.default, aten_grad=_aten.softplus_backward.default,
+        node="SoftplusBackward0", node_params=lambda node: (node._saved_beta, node._saved_threshold),
     ),
     Activation(
         "softsign", "z / (1 + |z|)", f.softsign, f.softsign_grad, f.softsign_grad_from_output,
@@ -226,12 +242,14 @@ TABLE: tuple[Activation, ...] = (
     Activation(
         "silu", "z · sigmoid(z)", f.silu, f.silu_grad,
         module=nn.SiLU, functions=(F.silu,), aten_value=F.silu, aten_grad=_aten.silu_backward.default,
+        node="SiluBackward0",
         **_sides("silu"),
     ),
     Activation(
         "gelu", "z · Φ(z), Φ the normal distribution function", f.gelu, f.gelu_grad,
         module=nn.GELU, module_attributes=(("approximate", "none"),), functions=(F.gelu,),
         aten_value=_gelu, aten_grad=_gelu_backward,
+        node="GeluBackward0", node_params=lambda node: () if node._saved_approximate == "none" else None,
         **_sides("gelu"),
     ),
     Activation(
@@ -239,29 +257,36 @@ TABLE: tuple[Activation, ...] = (
         module=nn.GELU, module_attributes=(("approximate", "tanh"),),
         aten_value=lambda z: F.gelu(z, approximate="tanh"),
         aten_grad=lambda dy, z: _aten.gelu_backward.default(dy, z, approximate="tanh"),
+        node="GeluBackward0", node_params=lambda node: () if node._saved_approximate == "tanh" else None,
         **_sides("gelu_tanh"),
     ),
     Activation("quick_gelu", "z · sigmoid(1.702 z)", f.quick_gelu, f.quick_gelu_grad, **_sides("quick_gelu")),
     Activation(
         "mish", "z · tanh(log(1 + eᶻ))", f.mish, f.mish_grad,
         module=nn.Mish, functions=(F.mish,), aten_value=F.mish, aten_grad=_aten.mish_backward.default,
+        node="MishBackward0",
         **_sides("mish"),
     ),
     Activation(
         "hardswish", "z · min(max(z + 3, 0), 6) / 6", f.hardswish, f.hardswish_grad,
         module=nn.Hardswish, functions=(F.hardswish,),
         aten_value=F.hardswish, aten_grad=_aten.hardswish_backward.default,
+        node="HardswishBackward0",
     ),
     Activation(
         "hardsigmoid", "min(max(z + 3, 0), 6) / 6", f.hardsigmoid, f.hardsigmoid_grad, f.hardsigmoid_grad_from_output,
         module=nn.Hardsigmoid, functions=(F.hardsigmoid,),
         aten_value=F.hardsigmoid, aten_grad=_aten.hardsigmoid_backward.default,
+        node="HardsigmoidBackward0",
     ),
     # From y = z², sqrt(y) is lost where the square leaves the range of the dtype, so `auto` keeps z.
     Activation("relu2", "max(z, 0)²", f.relu2, f.relu2_grad, f.relu2_grad_from_output, output_exact=False),
 )  # fmt: skip
 
 ROWS: dict[str, Activation] = {row.name: row for row in TABLE}
+NODES: dict[str, tuple[Activation, ...]] = {  # by the name of autograd's node
+    name: tuple(row for row in TABLE if row.node == name) for name in dict.fromkeys(row.node for row in TABLE) if name
+}
 
 
 def row_named(name: str) -> Activation:

@@ -30,6 +30,7 @@ class SavedBytes:
     def __init__(self, exclude: Iterable[Tensor | nn.Module] = ()) -> None:
         self._excluded: dict[Any, int] = {}
         self._kept: dict[Any, int] = {}
+        self._doubtful: list[StorageWeakRef] = []
         if isinstance(exclude, (Tensor, nn.Module)) or not hasattr(exclude, "__iter__"):
             kind = type(exclude).__name__
             raise TypeError(f"fastbp.SavedBytes: exclude must be a list of tensors and modules, got {kind}")
@@ -46,12 +47,12 @@ class SavedBytes:
     @property
     def total(self) -> int:
         """The bytes of all storages kept."""
-        return sum(self._kept.values())
+        return sum(self._counted().values())
 
     @property
     def by_storage(self) -> tuple[int, ...]:
         """The bytes of each storage kept, in the order they came."""
-        return tuple(self._kept.values())
+        return tuple(self._counted().values())
 
     def _add(self, tensor: Tensor, into: dict[Any, int]) -> None:
         if is_traceable_wrapper_subclass(tensor):
@@ -68,6 +69,16 @@ class SavedBytes:
         if key not in self._excluded:
             into.setdefault(key, storage.nbytes())
 
+    def _let_go(self, tensor: Tensor) -> None:
+        """Count a storage only if it still is there when somebody asks, for a node that kept it goes now."""
+        self._doubtful.append(StorageWeakRef(tensor.untyped_storage()))
+
+    def _counted(self) -> dict[Any, int]:
+        for key in self._doubtful:
+            if key.expired():
+                self._kept.pop(key, None)
+        return self._kept
+
     def _pack(self, tensor: Tensor) -> Any:
         self._add(tensor, self._kept)
         return tensor
@@ -81,6 +92,8 @@ class SavedBytes:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._counted()
+        self._doubtful.clear()
         self._hooks.__exit__(*exception)
 
 

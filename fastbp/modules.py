@@ -17,19 +17,10 @@ from fastbp.activations import Bound
 from fastbp.capture import refuse_script
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, Form
 from fastbp.forms import MLP as MLP_FORM
+from fastbp.linear import Linear
 from fastbp.recognition import has_hooks
 
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, fx.Proxy, fx.proxy.ParameterProxy)
-
-
-class Linear(nn.Linear):
-    """An ``nn.Linear``, ``y = x Wᵀ + b``, whose step runs in fastbp; parameters and state_dict are nn.Linear's."""
-
-    __prepare_scriptable__ = refuse_script
-
-    def forward(self, input: Tensor) -> Tensor:
-        """x (..., in_features) to y (..., out_features); errors as ``fastbp.linear_act``."""
-        return functional.linear_act(input, self.weight, self.bias, activation="identity")
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -75,6 +75,11 @@ def module_error_inputs(module_info, device, dtype, requires_grad, training, **_
         on = ModuleErrorEnum.FORWARD_ERROR
         return ErrorModuleInput(module_input, error_on=on, error_type=error_type, error_regex=error_regex)
 
+    if module_info.module_cls is fastbp.Linear:  # it is F.linear that refuses
+        return [
+            error((4, K + 1), RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),
+            error((), RuntimeError, "1D"),
+        ]
     return [
         error((4, K + 1), ValueError, r"to match x \(4, 6\)"),
         error((), ValueError, "x must have at least one dimension"),

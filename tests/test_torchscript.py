@@ -17,7 +17,7 @@ def scripted(x: Tensor, weight: Tensor) -> Tensor:
 
 
 FUNCTIONS = [scripted, fastbp.linear_act, fastbp.gated_linear_act, fastbp.mlp, fastbp.gated_mlp]
-MODULES = list(all_modules())
+MODULES = [module for module in all_modules() if not isinstance(module, fastbp.Linear)]
 
 
 INSIDE = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), fastbp.MLP(6, 8))
@@ -50,3 +50,13 @@ def test_tracing_a_module_is_refused(index):
     features = next(module.parameters()).shape[1]
     with pytest.raises(RuntimeError, match=r"fastbp\.\w+: torch\.jit\.trace cannot capture .*torch\.onnx\.export"):
         torch.jit.trace(module, (draw(MLP, (4,))[0][:, :1].expand(4, features),))
+
+
+@each("capture", [torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(3, 4))])
+def test_a_linear_is_captured_as_the_stock_one(capture):
+    torch.manual_seed(0)
+    module, x = fastbp.Linear(4, 6), torch.randn(3, 4)
+    captured = capture(module)
+    assert torch.equal(captured(x), module(x))
+    captured(x).sum().backward()
+    assert torch.equal(module.weight.grad, x.sum(0).expand(6, 4))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbp.fusion.probe import quiet, shadow
-from fastbp.modules import PLAIN_TENSORS, Linear, is_plain, plain_parts
+from fastbp.linear import Linear
+from fastbp.modules import PLAIN_TENSORS, is_plain, plain_parts
 from fastbp.recognition import has_hooks
 
 Parts = tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]

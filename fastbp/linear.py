@@ -1,0 +1,261 @@
+"""``fastbp.Linear``: an nn.Linear that reads in each call what its input was made of, and keeps less for it.
+
+What is not understood is computed by ``F.linear``, and the module's ``OUTCOME`` says why.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _are_functorch_transforms_active as functorch_active
+from torch._C import _is_any_autocast_enabled as any_autocast
+from torch._C import _is_torch_function_mode_enabled as function_mode
+from torch._C import _is_tracing as is_tracing
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from fastbp import producers, rebuilt
+from fastbp.activations import NODES
+from fastbp.backends import choose_settled
+from fastbp.casts import cast_all
+from fastbp.memory import SavedBytes
+from fastbp.problem import DTYPES
+from fastbp.producers import Node, Producer
+from fastbp.rebuilt import Product
+from fastbp.settings import configure_settled, defaults
+
+READABLE_TENSORS = frozenset((Tensor, FakeTensor))
+_WEIGHTS = frozenset((Tensor, nn.Parameter, FakeTensor))
+_DTYPES = frozenset(DTYPES)
+_SMALLEST = 1 << 14  # elements of h: below, a Python Function costs more time than the bytes are worth
+
+
+class _Size(threading.local):
+    smallest = _SMALLEST
+
+
+_size = _Size()
+
+
+@contextmanager
+def of_any_size() -> Iterator[None]:
+    """In this thread small calls too: for tests, and to see what a model would do with larger inputs."""
+    _size.smallest = 0
+    try:
+        yield
+    finally:
+        _size.smallest = _SMALLEST
+
+
+class Outcome(NamedTuple):
+    """What became of one call of a linear whose input an activation made."""
+
+    fused: bool
+    what: str  # the call in words where it is fused, else why it is not
+    unkept: int = 0  # bytes that PyTorch would have kept of its input
+
+
+OUTCOME, SETTINGS = "_fastbp_outcome", "_fastbp_settings"  # of a module's __dict__
+_OWN = (OUTCOME, SETTINGS)
+Settings = tuple[str, str | None]  # save policy and backend
+_UNSET: Settings = ("auto", None)
+_Found = tuple[Tensor | None, Outcome | None]  # y, or None where PyTorch is to compute it; and what to say of it
+
+
+def run(module: nn.Module, product: Product, x: Tensor, node: Node, weight: Any, bias: Any) -> Tensor:
+    """y = x Wᵀ + b of an x that ``node`` made, and in the module's ``OUTCOME`` what was done.
+
+    The arguments are those of F.linear, and not checked: ``product``, which computes y, refuses what it would.
+    """
+    own = module.__dict__
+    if x.numel() < _size.smallest:
+        own[OUTCOME] = _SMALL
+        return product(x, weight, bias)
+    y, own[OUTCOME] = _linear(product, x, node, weight, bias, own.get(SETTINGS, _UNSET))
+    return product(x, weight, bias) if y is None else y
+
+
+def _linear(product: Product, x: Tensor, node: Node, weight: Any, bias: Any, settings: Settings) -> _Found:
+    if not is_grad_enabled():
+        return None, None
+    device = x.device.type
+    if any_autocast() and torch.is_autocast_enabled(device):
+        x, weight, bias = cast_all((x, weight, bias), torch.get_autocast_dtype(device), device)
+        torch.set_autocast_enabled(device, False)
+        try:
+            y, outcome = _linear(product, x, x.grad_fn, weight, bias, settings)
+            return product(x, weight, bias) if y is None else y, outcome
+        finally:
+            torch.set_autocast_enabled(device, True)
+    name = type(node).__name__
+    if name not in producers.READABLE and producers.own(node) is None:
+        return None, _unread(node, name)
+    reason = _obstacle(x, weight, bias)
+    if reason is not None:
+        return None, Outcome(False, reason)
+    free = _hooks_allow()
+    if free is None:
+        return None, Outcome(False, "saved-tensor hooks are active, of which nobody knows what unpacking twice does")
+    found = producers.read_whole(x, node) if free and not dispatch_modes() else None
+    if found is not None:
+        return _of_producer(product, x, node, weight, bias, settings, found)
+    if not producers.can_rebuild(node):
+        return None, _unread(node, name)
+    return _of_node(product, x, node, weight, bias)
+
+
+def _of_producer(
+    product: Product, x: Tensor, node: Node, weight: Any, bias: Any, settings: Settings, producer: Producer
+) -> _Found:
+    """``_linear`` of f(z), or of f(g) · u."""
+    bound, form, inputs, activated = producer
+    save, backend = settings
+    if save == "auto":
+        save = defaults.both[0] or save
+    save = save if save == "fp8" else "preact"
+    try:
+        asked = (form, bound, save, backend, defaults.both)
+        config = choose_settled(asked, configure_settled, inputs[0], (*inputs[1:], weight, bias), (weight,))
+    except ValueError as error:
+        return None, Outcome(False, str(error))
+    unkept = _bytes_of(x)
+    trains = weight.requires_grad
+    if activated is not None or (save == "fp8" and producers.own(node) is None):
+        if x._backward_hooks is not None or x.retains_grad or x._is_view():
+            return _of_node(product, x, node, weight, bias)
+        hooks = top_hooks(True)
+        if hooks is not None:
+            hooks[1].__self__._let_go(inputs[0] if activated is None else activated)  # type: ignore[attr-defined]
+        rebuilt.make_anew(config, x, producer)
+        if not trains:
+            return None, Outcome(True, f"{form.name}, {bound!r}; the weight is frozen", unkept)
+        unkept *= 2
+    if not trains:
+        return None, None
+    y = rebuilt.act_linear(product, config, x, weight, bias, producer)
+    return y, Outcome(True, f"{form.name}, {bound!r}", unkept)
+
+
+def _of_node(product: Product, x: Tensor, node: Node, weight: Any, bias: Any) -> _Found:
+    """``_linear`` of what is made again by its node."""
+    if not weight.requires_grad:
+        return None, None
+    y = rebuilt.rebuilt_linear(product, node, x, weight, bias)
+    return y, Outcome(True, f"linear of {type(node).__name__}", _bytes_of(x))
+
+
+def _bytes_of(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+_SMALL = Outcome(
+    False, f"its input has fewer than {_SMALLEST:,} elements, where a Python Function takes longer than it saves"
+)
+
+
+def _obstacle(x: Tensor, weight: Any, bias: Any) -> str | None:
+    """Why PyTorch is to compute a linear whose input could be made again, or None."""
+    if type(weight) not in _WEIGHTS or (bias is not None and type(bias) not in _WEIGHTS):
+        return f"its weight is a {type(weight).__name__}"
+    if x._version:
+        return "its input was written to in place"
+    if x.dtype not in _DTYPES or weight.dtype is not x.dtype or weight.layout is not torch.strided:
+        return f"its input is {x.dtype}, its weight {weight.dtype} and {weight.layout}"
+    if weight.device != x.device:
+        return f"its input is on {x.device}, its weight on {weight.device}"
+    if functorch_active() or forward_ad._current_level >= 0 or is_tracing():
+        return "a transform, forward-mode differentiation or a tracer is at work"
+    if function_mode() and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
+        return "a TorchFunctionMode is active"
+    return None
+
+
+def _hooks_allow() -> bool | None:
+    """Whether tensors that nodes keep may be read now (True), or in backward only (False), or not (None).
+
+    Saved-tensor hooks are asked for what they packed. Those of SavedBytes give the tensor itself. In backward it may be
+    asked for twice where unpacking is known to change nothing: that is save_on_cpu's, and what returns its argument.
+    """
+    hooks = top_hooks(True)
+    if hooks is None:
+        return True
+    unpack = hooks[1]
+    if getattr(unpack, "__func__", None) is SavedBytes._unpack:
+        return True
+    code = getattr(getattr(unpack, "__func__", unpack), "__code__", None)
+    if code is None:
+        return None
+    takes = code.co_argcount
+    return False if code is _FROM_CPU or (takes in _RETURNS and code.co_code == _RETURNS[takes]) else None
+
+
+def _unpack_of_save_on_cpu() -> Any:
+    with torch.autograd.graph.save_on_cpu():
+        return top_hooks(True)[1].__code__
+
+
+_FROM_CPU = _unpack_of_save_on_cpu()
+_RETURNS = {1: (lambda packed: packed).__code__.co_code, 2: (lambda self, packed: packed).__code__.co_code}
+
+
+_BETWEEN = 4  # nodes that are looked at for an activation, to say why it is of no use
+
+
+def _unread(node: Node, name: str) -> Outcome | None:
+    """Why the input of a linear cannot be made again, where an activation is near."""
+    if name in producers.KEEPS_OUTPUT:
+        return Outcome(False, f"{name} keeps its output, which is this linear's input, and it is kept once")
+    passed, below = [name], node
+    for _ in range(_BETWEEN):
+        below = next((n for n, _ in below.next_functions if n is not None), None)
+        if below is None:
+            return None
+        found = type(below).__name__
+        if found in producers.KEEPS_OUTPUT or found in NODES:
+            return Outcome(False, f"between {found} and this linear there is {', '.join(reversed(passed))}")
+        passed.append(found)
+    return None
+
+
+class Linear(nn.Linear):
+    """An ``nn.Linear``, ``y = x Wᵀ + b``, that does not keep its input where an activation made it.
+
+    x (..., in_features), weight (out_features, in_features), bias (out_features,) or None; y (..., out_features), by
+    ``F.linear`` and equal to it to the bit. Where autograd's graph says that x is f(z) or f(g) · u, perhaps after a
+    dropout, a constant factor or a cast, what that graph keeps anyway (z; g and u) serves backward, and x is made
+    again for dW: half of the bytes of an MLP are kept, and half of a gated block's. All else is as nn.Linear has it.
+    Parameters, state_dict and initialisation are nn.Linear's. ``fastbp.report`` says what each linear of a model did
+    last.
+    """
+
+    def __prepare_scriptable__(self) -> nn.Linear:
+        """What ``torch.jit.script`` compiles in its place: an nn.Linear with the same parameters."""
+        stock = nn.Linear.__new__(nn.Linear)
+        stock.__dict__.update({name: value for name, value in self.__dict__.items() if name not in _OWN})
+        return stock
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., in_features) to y (..., out_features); errors as ``F.linear``."""
+        if is_compiling() or nn.Linear.forward is not _STOCK_FORWARD or F.linear is not _STOCK_LINEAR:
+            return nn.Linear.forward(self, input)
+        own = self._parameters  # looking there first spares nn.Module's __getattr__
+        weight, bias = (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (self.weight, self.bias)
+        node = input.grad_fn if type(input) in READABLE_TENSORS else None
+        if node is not None and producers.is_near(node):
+            return run(self, _STOCK_LINEAR, input, node, weight, bias)
+        self.__dict__[OUTCOME] = None
+        return _STOCK_LINEAR(input, weight, bias)  # type: ignore[arg-type]
+
+
+_STOCK_FORWARD, _STOCK_LINEAR = nn.Linear.forward, F.linear

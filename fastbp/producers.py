@@ -1,0 +1,231 @@
+"""What the input of a linear was made of, as autograd's graph of this very call says.
+
+A linear keeps its input h for dW. Where h came from an activation or a product, the node that made it keeps z (or g and
+u, or a mask) anyway, and h can be made again of that. This module reads the nodes and trusts nothing else: the names of
+PyTorch's own nodes cannot be faked, for the node of a Python Function is called ``<Name>Backward`` without a number.
+
+``rebuild(node)`` makes a node's output again by the operation that made it. ``read_whole`` knows more of a node: that
+its output is f(z), or f(g) · u, with the activation from the table, and which tensors z, g and u are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbp.activations import NODES, Bound, bind
+from fastbp.forms import ACT_LINEAR, GATED_ACT_LINEAR, Form
+
+Node = Any
+Edge = tuple[Any, int]  # a node, and which of its outputs
+_aten = torch.ops.aten
+PRODUCT, _DIV, _CAST, _POW = "MulBackward0", "DivBackward0", "ToCopyBackward0", "PowBackward0"
+_DEPTH = 8  # nodes between a linear and what its input is made again of
+
+
+class Producer(NamedTuple):
+    """``f(z)``, or ``f(g) · u``: the activation, the form of a linear behind it, and z, or g and u.
+
+    ``activated`` is f(g), where a product still keeps it.
+    """
+
+    bound: Bound
+    form: Form
+    inputs: tuple[Tensor, ...]
+    activated: Tensor | None = None
+
+
+def _activation(node: Node) -> Bound | None:
+    """The activation that a node is of, where it keeps z."""
+    for row in NODES.get(type(node).__name__, ()):
+        params = row.node_params(node)
+        if params is not None:
+            return Bound(row, tuple(float(p) for p in params))
+    return None
+
+
+class Own(NamedTuple):
+    """A node of a Function of ours: its class, and what it says of its output."""
+
+    kind: type
+    value: Callable[[Node], Tensor]
+    read: Callable[[Node], Producer | None]
+
+
+def own(node: Node) -> Own | None:
+    """What is known of a node of ours; None for those of others."""
+    found = OWN.get(type(node).__name__)
+    return found if found is not None and type(node) is found.kind else None
+
+
+def can_rebuild(node: Node, depth: int = _DEPTH) -> bool:
+    """Whether ``rebuild`` makes the output of this node, of what the graph keeps anyway. Unpacks nothing."""
+    name = type(node).__name__
+    if name in _OF_INPUT:
+        return True
+    if depth == 0:
+        return False
+    if name in (PRODUCT, _DIV):
+        inner = _not_kept(node, name)
+        return is_near(node) if inner is None else can_rebuild(inner, depth - 1)
+    if name in _OF_ONE:
+        inner = node.next_functions[0][0]
+        return inner is not None and can_rebuild(inner, depth - 1)
+    return own(node) is not None
+
+
+def rebuild(node: Node) -> Tensor:
+    """The output of a node for which ``can_rebuild`` is true, by the same operation on the same tensors."""
+    name = type(node).__name__
+    of_input = _OF_INPUT.get(name)
+    if of_input is not None:
+        return of_input(node)
+    if name in (PRODUCT, _DIV):
+        (first, _), (second, _) = node.next_functions
+        one = rebuild(first) if second is None else node._saved_self
+        other = rebuild(second) if first is None and name == PRODUCT else node._saved_other
+        return one * other if name == PRODUCT else one / other
+    of_one = _OF_ONE.get(name)
+    if of_one is not None:
+        return of_one(node, rebuild(node.next_functions[0][0]))
+    return OWN[name].value(node)
+
+
+def is_near(node: Node) -> bool:
+    """Whether an activation made the output of this node, or an operand of it: what linears behind others are spared.
+
+    The scaled output of a norm is a product too, and nothing is gained by making it again for each of its readers.
+    """
+    name = type(node).__name__
+    if name in _ELEMENTWISE:
+        return any(_is_activation(below) or _is_passed(below) for below, _ in node.next_functions)
+    return name in READABLE or name in KEEPS_OUTPUT or name in OWN
+
+
+def _is_activation(node: Node | None) -> bool:
+    name = type(node).__name__
+    return name in _OF_INPUT or name in KEEPS_OUTPUT or name in OWN
+
+
+def _is_passed(node: Node | None) -> bool:
+    """Whether an activation is one node below what does little to it."""
+    if type(node).__name__ not in _ELEMENTWISE:
+        return False
+    return any(_is_activation(below) for below, _ in node.next_functions)  # type: ignore[union-attr]
+
+
+def _not_kept(node: Node, name: str) -> Node | None:
+    """The node of the operand that a product with a constant, or a quotient by one, does not keep."""
+    (first, _), (second, _) = node.next_functions
+    if second is None:
+        return first
+    return second if first is None and name == PRODUCT else None
+
+
+def _cast(node: Node, inner: Tensor) -> Tensor:
+    to = node._input_metadata[0]
+    return inner.to(device=to.device, dtype=to.dtype)
+
+
+def _dropped(node: Node, inner: Tensor) -> Tensor:
+    scale = 0.0 if node._saved_p == 1 else 1.0 / (1.0 - node._saved_p)
+    return _aten.native_dropout_backward.default(inner, node._saved_result1, scale)  # type: ignore[no-any-return]
+
+
+def _signed(number: int) -> int:
+    """A node gives -1 as 2⁶⁴ - 1."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _of_activation(node: Node) -> Tensor:
+    bound = _activation(node)
+    assert bound is not None, type(node).__name__
+    return bound(node._saved_self)
+
+
+# Nodes that keep their input and not their output; and nodes that keep neither, or a mask.
+_OF_INPUT: dict[str, Callable[[Node], Tensor]] = {
+    **dict.fromkeys(NODES, _of_activation),
+    "EluBackward0": lambda n: _aten.elu.default(n._saved_self, n._saved_alpha, n._saved_scale, n._saved_input_scale),
+    # Not in the table: the gradient that PyTorch computes has 1 / alpha in float32, and ours would be another.
+    "CeluBackward0": lambda n: torch.celu(n._saved_self, n._saved_alpha),
+    _POW: lambda n: torch.pow(n._saved_self, n._saved_exponent),
+    "GluBackward0": lambda n: torch.nn.functional.glu(n._saved_self, _signed(n._saved_dim)),
+}
+_OF_ONE: dict[str, Callable[[Node, Tensor], Tensor]] = {_CAST: _cast, "NativeDropoutBackward0": _dropped}
+# Nodes of Functions of ours: by name, the class and what makes the output again.
+OWN: dict[str, Own] = {}
+# What may stand between an activation and a linear: a mask, a cast, a limit, a view, a sum.
+_ELEMENTWISE = frozenset(
+    (
+        *(PRODUCT, _DIV, *_OF_ONE, "AddBackward0", "SubBackward0", "ClampBackward0", "ClampBackward1"),
+        *("ViewBackward0", "UnsafeViewBackward0", "TransposeBackward0", "PermuteBackward0", "SliceBackward0"),
+        *("MaskedFillBackward0", "WhereBackward0", "CloneBackward0", "IndexBackward0", "SelectBackward0"),
+    )
+)
+READABLE = frozenset((PRODUCT, _DIV, *_OF_INPUT, *_OF_ONE))
+# What keeps the output itself, which the linear then keeps a second time for nothing.
+KEEPS_OUTPUT = frozenset(("ReluBackward0", "SigmoidBackward0", "TanhBackward0", "SoftmaxBackward0", "ExpBackward0"))
+
+
+def read_whole(x: Tensor, node: Node) -> Producer | None:
+    """The activation and the tensors that x, the output of this node, was made of; None where it is something else.
+
+    Unpacks what the nodes keep. Only what is certain: z is where the gradient of the activation goes, no shape was
+    broadcast, all of it has the dtype of x.
+    """
+    ours = own(node)
+    if ours is not None:
+        return ours.read(node)
+    found = None
+    if type(node).__name__ == PRODUCT:
+        found = _read_product(node)
+    elif type(node).__name__ == _POW:
+        found = _read_square(node)
+    else:
+        bound = _activation(node)
+        if bound is not None:
+            found = _connected(bound, ACT_LINEAR, (node._saved_self, node.next_functions[0]))
+    if found is None or any(t.shape != x.shape or t.dtype is not x.dtype for t in found.inputs):
+        return None
+    return found
+
+
+def _connected(bound: Bound, form: Form, *pairs: tuple[Tensor | None, Edge]) -> Producer | None:
+    """The producer, if each tensor is what autograd says a gradient goes to."""
+    if all(tensor is not None and _is_edge_of(edge, tensor) for tensor, edge in pairs):
+        return Producer(bound, form, tuple(tensor for tensor, _ in pairs))  # type: ignore[misc]
+    return None
+
+
+def _is_edge_of(edge: Edge, tensor: Tensor) -> bool:
+    node, number = edge
+    if tensor.grad_fn is None:
+        return tensor.requires_grad and getattr(node, "variable", None) is tensor
+    return tensor.grad_fn is node and tensor.output_nr == number
+
+
+def _read_product(node: Node) -> Producer | None:
+    """``f(g) · u`` in either order."""
+    one, other = node._saved_self, node._saved_other
+    first, second = node.next_functions
+    if one is None or other is None:
+        return None
+    for a, (gate, _), up, up_edge in ((one, first, other, second), (other, second, one, first)):
+        bound = _activation(gate)
+        if bound is not None:
+            g = gate._saved_self
+            found = _connected(bound, GATED_ACT_LINEAR, (g, gate.next_functions[0]), (up, up_edge))
+            return None if found is None else found._replace(activated=a)
+    return None
+
+
+def _read_square(node: Node) -> Producer | None:
+    """``relu(z)²``; the tensor is relu(z), of which it is the square as well."""
+    edge = node.next_functions[0]
+    if node._saved_exponent != 2 or type(edge[0]).__name__ != "ReluBackward0":
+        return None
+    return _connected(bind("relu2"), ACT_LINEAR, (node._saved_self, edge))

@@ -1,0 +1,245 @@
+"""The Functions of ``fastbp.Linear``: a linear that makes its input again in backward.
+
+``MadeBackward`` takes the place of the nodes that made h = f(g) · u, which keep f(g) beside g and u; or, where z is to
+be kept in fewer bits, of the activation's. h itself becomes its output, so hooks, ``retain_grad``, other readers of h
+and gradients that are asked of h find it where they look.
+
+``ActLinearBackward`` is y = h Wᵀ + b. It has an edge to h, and where they were read, to z, or to g and u. In backward
+it makes h again for dW, and sends the gradient along one of the two: dz = (dy W) · f'(z) in one pass where nobody looks
+at h, else dh = dy W to h, as PyTorch's own node would.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, is_grad_enabled
+from torch._C import _are_functorch_transforms_active as functorch_active
+from torch._C import _AutoDispatchBelowADInplaceOrView
+from torch._C import _is_any_autocast_enabled as any_autocast
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import _unsafe_preserve_version_counter  # type: ignore[attr-defined]
+
+from fastbp import producers, reference
+from fastbp.activations import Bound
+from fastbp.backends import BACKENDS
+from fastbp.problem import Config
+from fastbp.producers import Node, Producer
+from fastbp.residuals import kept_of_given, read_kept
+from fastbp.saving import POLICIES
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Seen = Callable[[], bool]
+
+
+class _Anchor(torch.autograd.Function):
+    """A tensor of h's shape that holds one element, and whose gradient goes to h."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.new_empty(1).expand(h.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _Attached(torch.autograd.Function):
+    """``value``, made again, as if it were what the anchor is of: its gradient goes there, by way of hooks and all."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def _again(make: Callable[[], Tensor], anchor: Tensor) -> Tensor:
+    """A tensor made again in backward: to a gradient that is differentiated, it is the tensor of forward."""
+    if not is_grad_enabled():
+        return make()
+    with torch.no_grad():
+        value = make()
+    return _Attached.apply(value, anchor)  # type: ignore[no-any-return]
+
+
+class Made(torch.autograd.Function):
+    """h = f(g) · u, or f(z): ``apply(config, seen, anchor, kept, h, a, *inputs)`` gives h this node.
+
+    It keeps ``kept``: the inputs, or their codes by the policy of the config. The gradient goes to the inputs, or to
+    a = f(g) in place of g where somebody looks at that: ``seen`` tells, and ``anchor`` is a's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, config: Config, seen: Seen, anchor: Tensor, kept: Sequence[Tensor], h: Tensor, *others: Tensor
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.config, ctx.seen, ctx.anchor = config, seen, anchor
+        ctx.save_for_backward(*(kept or others[1:]))
+        ctx.mark_dirty(h)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        config = ctx.config
+        none = (None,) * 5
+        if dh is None:
+            return (*none, None, *[None] * config.form.inputs)
+        _check_once(config)
+        inputs = _inputs_of(config, ctx.saved_tensors, dh.dtype)
+        if not config.form.gated:
+            return (*none, None, config.grad(dh, inputs[0]))
+        g, u = inputs
+        da, dg = dh * u, None
+        if not ctx.seen() and not _is_special(dh):
+            da, dg = None, config.grad(da, g)
+        return (*none, da, dg, dh * _again(lambda: config.value(g), ctx.anchor))
+
+
+class How(NamedTuple):
+    """What ``ActLinear`` is told: the product; and what made h, or the config of the fused call, what that keeps in
+    place of its inputs, and whether somebody looks at h when backward comes."""
+
+    product: Product
+    node: Node = None
+    config: Config | None = None
+    kept: Sequence[Tensor] = ()
+    seen: Seen = lambda: True
+
+
+class ActLinear(torch.autograd.Function):
+    """``y = h Wᵀ + b``: ``apply(how, anchor, h, weight, bias, *inputs)``.
+
+    h (..., N), weight (O, N), bias (O,) or None; ``anchor`` is h's. ``inputs``: z, or g and u, where the gradient may
+    go straight to them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, how: How, anchor: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Tensor
+    ) -> Tensor:
+        with _AutoDispatchBelowADInplaceOrView():  # a view in the eyes of autograd would forbid ``y += residual``
+            y = how.product(h, weight, bias)
+        ctx.set_materialize_grads(False)
+        ctx.how, ctx.anchor = how._replace(kept=()), anchor
+        ctx.save_for_backward(weight, *(how.kept or inputs))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        how, config, (weight, *kept) = ctx.how, ctx.how.config, ctx.saved_tensors
+        count = 0 if config is None else config.form.inputs
+        if dy is None:
+            return (None,) * (5 + count)
+        if any_autocast():  # whoever calls backward inside a region wants the gradients of outside
+            with torch.autocast(dy.device.type, enabled=False):
+                return ActLinear.backward(ctx, dy)
+        _, need_weight, need_bias = ctx.needs_input_grad[2:5]
+        if count and not how.seen() and not _is_special(dy):
+            needs = (*[True] * count, need_weight, need_bias)
+            given = (*kept, None, weight, None)
+            saved = given if config.save == "preact" else (*[None] * (count + 1), weight, None, *kept)
+            *dinputs, dw, db = BACKENDS[config.backend].backward(config, dy, saved, needs, False)  # type: ignore[union-attr]
+            return (None, None, None, dw, db, *dinputs)
+        dw = None
+        rows = dy.reshape(-1, dy.shape[-1])
+        if need_weight:
+            _check_once(config)
+            made = (
+                (lambda: producers.rebuild(how.node)) if config is None else (lambda: _value_of(config, kept, dy.dtype))
+            )
+            h = _again(made, ctx.anchor)
+            dw = reference.weight_grad(rows, h.reshape(-1, h.shape[-1]), weight)
+        return (None, None, dy.matmul(weight), dw, rows.sum(0) if need_bias else None, *[None] * count)
+
+
+def act_linear(product: Product, config: Config, h: Tensor, weight: Tensor, bias: Any, producer: Producer) -> Tensor:
+    """y of an h whose producer was read."""
+    kept = _codes_of(config, producer.inputs)
+    how = How(product, None, config, kept, watcher_of(h))
+    return ActLinear.apply(how, _Anchor.apply(h), h, weight, bias, *producer.inputs)  # type: ignore[no-any-return]
+
+
+def rebuilt_linear(product: Product, node: Node, h: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    """y of an h that its node makes again."""
+    return ActLinear.apply(How(product, node), _Anchor.apply(h), h, weight, bias)  # type: ignore[no-any-return]
+
+
+def make_anew(config: Config, h: Tensor, producer: Producer) -> None:
+    """Let h be the output of a ``Made``, and not of the nodes that made it and keep more."""
+    a = producer.activated
+    seen, anchor = (watcher_of(a), _Anchor.apply(a)) if a is not None else (_nobody, None)
+    kept = _codes_of(config, producer.inputs)
+    h.detach_()
+    with _unsafe_preserve_version_counter(h):  # readers that kept h before kept what it still is
+        Made.apply(config, seen, anchor, kept, h, a, *producer.inputs)
+
+
+def _nobody() -> bool:
+    return False
+
+
+def _ignore(grad: Tensor) -> None:
+    """A hook that is taken off at once; what it leaves is the place where later ones are put."""
+
+
+def watcher_of(h: Tensor) -> Seen:
+    """What tells in backward whether somebody looks at h: who holds it, or has put a hook on it since."""
+    if h._backward_hooks is None:
+        h.register_hook(_ignore).remove()
+    hooks, alive = h._backward_hooks, weakref.ref(h)
+    return lambda: bool(hooks) or alive() is not None
+
+
+def _codes_of(config: Config, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What the policy keeps in place of the inputs; nothing where it keeps them."""
+    if not POLICIES[config.save].compressed:
+        return ()
+    with torch.no_grad():
+        return kept_of_given(config, inputs)
+
+
+def _inputs_of(config: Config, kept: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Any]:
+    return read_kept(config, None, kept, dtype)[0] if POLICIES[config.save].compressed else kept
+
+
+def _value_of(config: Config, kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """f(z), or f(g) · u."""
+    inputs = _inputs_of(config, kept, dtype)
+    h = config.value(inputs[0])
+    return h * inputs[1] if config.form.gated else h
+
+
+def _check_once(config: Config | None) -> None:
+    """Codes are no function of z in the eyes of autograd: RuntimeError for a gradient of a gradient."""
+    if config is not None and POLICIES[config.save].compressed and is_grad_enabled():
+        raise RuntimeError(
+            f"fastbp.Linear: a gradient that is differentiated again (create_graph=True) takes what "
+            f"save={config.save!r} keeps less of; use save='auto'"
+        )
+
+
+def _is_special(dy: Tensor) -> bool:
+    """Whether the gradient is going to be differentiated, or is batched."""
+    return is_grad_enabled() or functorch_active() or is_legacy_batchedtensor(dy) or forward_ad._current_level >= 0
+
+
+def _read(node: Node) -> Producer | None:
+    config = node.config
+    if POLICIES[config.save].compressed:
+        return None
+    return Producer(Bound(config.row, config.params), config.form, node.saved_tensors)
+
+
+producers.OWN["MadeBackward"] = producers.Own(
+    Made._backward_cls,
+    lambda node: _value_of(node.config, node.saved_tensors, node._input_metadata[0].dtype),
+    _read,
+)

@@ -47,6 +47,7 @@ class Activation:
     # the parameters, or None where it is another activation's.
     node: str = ""
     node_params: Callable[[Any], tuple[float, ...] | None] = lambda node: ()
+    spellings: tuple[str, ...] = ()  # of default parameters, in operations of torch, as forwards write it
     # PyTorch's kernels for the same formulas: one pass over memory, and the numbers users have today.
     aten_value: Callable[..., Tensor] | None = None
     aten_grad: Callable[..., Tensor] | None = None
@@ -258,9 +259,16 @@ TABLE: tuple[Activation, ...] = (
         aten_value=lambda z: F.gelu(z, approximate="tanh"),
         aten_grad=lambda dy, z: _aten.gelu_backward.default(dy, z, approximate="tanh"),
         node="GeluBackward0", node_params=lambda node: () if node._saved_approximate == "tanh" else None,
+        spellings=(
+            "0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))",
+            "0.5 * z * (1.0 + torch.tanh(z * 0.7978845608 * (1.0 + 0.044715 * z * z)))",
+        ),
         **_sides("gelu_tanh"),
     ),
-    Activation("quick_gelu", "z · sigmoid(1.702 z)", f.quick_gelu, f.quick_gelu_grad, **_sides("quick_gelu")),
+    Activation(
+        "quick_gelu", "z · sigmoid(1.702 z)", f.quick_gelu, f.quick_gelu_grad,
+        spellings=("z * torch.sigmoid(1.702 * z)",), **_sides("quick_gelu"),
+    ),
     Activation(
         "mish", "z · tanh(log(1 + eᶻ))", f.mish, f.mish_grad,
         module=nn.Mish, functions=(F.mish,), aten_value=F.mish, aten_grad=_aten.mish_backward.default,
@@ -280,7 +288,10 @@ TABLE: tuple[Activation, ...] = (
         node="HardsigmoidBackward0",
     ),
     # From y = z², sqrt(y) is lost where the square leaves the range of the dtype, so `auto` keeps z.
-    Activation("relu2", "max(z, 0)²", f.relu2, f.relu2_grad, f.relu2_grad_from_output, output_exact=False),
+    Activation(
+        "relu2", "max(z, 0)²", f.relu2, f.relu2_grad, f.relu2_grad_from_output, output_exact=False,
+        spellings=("torch.square(F.relu(z))",),
+    ),
 )  # fmt: skip
 
 ROWS: dict[str, Activation] = {row.name: row for row in TABLE}

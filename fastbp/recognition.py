@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -106,10 +107,41 @@ def _resolve_function(function: Callable[..., Tensor], where: str) -> Bound:
     if isinstance(function, Hashable) and function in _DEFAULT_FUNCTIONS:
         return _DEFAULT_FUNCTIONS[function]
     if isinstance(function, functools.partial) and not function.args:
-        row, keywords = _BY_FUNCTION.get(function.func), {k: v for k, v in function.keywords.items() if k != "inplace"}
-        if row is not None and set(keywords) <= {n for n, _ in row.params}:
-            return _checked(row, tuple(keywords.get(n, default) for n, default in row.params), where)
+        bound = of_known_function(function.func, function.keywords, where)
+        if bound is not None:
+            return bound
     return _recognised(function, getattr(function, "__name__", repr(function)), where)
+
+
+def of_known_function(function: object, keywords: Mapping[str, Any], where: str = "fastbp") -> Bound | None:
+    """The activation of one of PyTorch's functions called with these keywords; None for other functions or keywords."""
+    if not is_known_function(function) or not _takes(function, tuple(keywords)):
+        return None
+    row: Activation | None = _BY_FUNCTION[function]
+    # Rows of one module class differ in an attribute, which is the function's keyword too.
+    attributes = {k: keywords.get(k, v) for k, v in row.module_attributes}
+    row = next((r for r in _BY_MODULE[row.module] if dict(r.module_attributes) == attributes), None)  # type: ignore[index]
+    rest = {k: v for k, v in keywords.items() if k not in attributes and k != "inplace"}
+    if row is None or not set(rest) <= {n for n, _ in row.params}:
+        return None
+    return _checked(row, tuple(rest.get(n, default) for n, default in row.params), where)
+
+
+def is_known_function(function: object) -> TypeGuard[Callable[..., Tensor]]:
+    """Whether this is one of PyTorch's activation functions, as they were when fastbp was imported."""
+    return isinstance(function, Hashable) and function in _BY_FUNCTION
+
+
+@functools.lru_cache(maxsize=256)
+def _takes(function: Callable[..., Tensor], keywords: tuple[str, ...]) -> bool:
+    """Whether a function of the table has these keywords."""
+    try:
+        inspect.signature(function).bind(None, **dict.fromkeys(keywords))
+    except ValueError:  # a function of C++, none of which works in place on request
+        return "inplace" not in keywords
+    except TypeError:
+        return False
+    return True
 
 
 _DEFAULT_FUNCTIONS = {function: _DEFAULTS[row.name] for function, row in _BY_FUNCTION.items()}

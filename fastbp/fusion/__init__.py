@@ -16,7 +16,7 @@ from fastbp.fusion.linears import may_idle, not_plain
 from fastbp.fusion.members import Members, members_of
 from fastbp.fusion.report import FUSED, LEFT, ROLLED_BACK, WOULD_FUSE, FusionReport, Site
 from fastbp.fusion.sequential import Run, SequentialPlan, find_runs, find_unplain, recognise_children
-from fastbp.fusion.surgery import AnyPlan, is_fused, swap_in, swap_out
+from fastbp.fusion.surgery import is_fused, swap_in, swap_out
 from fastbp.fusion.templates import OTHERWISE, find_plan
 from fastbp.fusion.verify import agree, compare, observe
 from fastbp.modules import LAYERS
@@ -24,7 +24,7 @@ from fastbp.modules import LAYERS
 __all__ = ["FusionReport", "fuse", "unfuse"]
 
 _GRAPHS = (torch.jit.ScriptModule, fx.GraphModule)
-_Found = tuple[nn.Module, AnyPlan | None, list[Site]]
+_Found = tuple[nn.Module, Any, list[Site]]
 
 
 def fuse(
@@ -152,7 +152,7 @@ def unfuse(model: nn.Module) -> list[str]:
 
 def _plan_chain(
     module: nn.Module, members: Members, name: str, save: str, backend: str | None
-) -> tuple[AnyPlan | None, list[Site]]:
+) -> tuple[Any, list[Site]]:
     """How to fuse a module as a chain of its children, and its sites for the report."""
     kind = type(module).__name__
     plan = find_plan(module, members, save, backend)
@@ -181,7 +181,7 @@ def _plan_inside(candidate: Candidate, found: _Found, save: str, backend: str | 
     reasons = [_illegal(save, pair.activation, pair.forms) for pair in plan.pairs]
     if candidate.own_sample is not None and not any(reasons):
         before = observe(module, candidate.own_sample)
-        swap_in(module, plan)
+        swap_in(module, plan)  # type: ignore[arg-type]
         errors, reason = _compare_again(before, module, candidate.own_sample)
         swap_out(module)
         report.errors[f"{name or '(model)'} alone"] = max(errors.values(), default=float("inf"))
@@ -206,9 +206,7 @@ def _compare_again(before: dict[str, Tensor], module: nn.Module, sample: Any) ->
     return errors, f"outputs or gradients changed when it was fused (most of all {name}, by {errors[name]:.1e})"
 
 
-def _plan_sequential(
-    module: nn.Sequential, name: str, save: str, backend: str | None
-) -> tuple[AnyPlan | None, list[Site]]:
+def _plan_sequential(module: nn.Sequential, name: str, save: str, backend: str | None) -> tuple[Any, list[Site]]:
     kind = type(module).__name__
     plan = SequentialPlan(recognise_children(module), save, backend)
     runs = [run for run in find_runs(module, plan, may_idle) if isinstance(run, Run)]

@@ -1,46 +1,48 @@
-"""Swapping a module's class for one that runs fused, and back.
+"""Swapping a module's class for one that runs by a plan, and back.
 
 The module object, its children, parameters, hooks and state_dict keys stay what they are. The fused class is a subclass
-of the module's own; its forward decides on every call, and calls the module's own forward where a call or the module is
-not what was fused.
+of the module's own; its forward hands each call to the plan, which runs the module's own forward where it must.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 from dataclasses import replace
 from functools import cache
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
 from fastbp.capture import refuse_torchscript
-from fastbp.fusion.chain import ChainPlan
-from fastbp.fusion.inside import PLAN, TWINS, InsidePlan, make_twins
-from fastbp.fusion.sequential import SequentialPlan
+from fastbp.copies import shown_class, stock_copy, stock_reduce
 
-AnyPlan = ChainPlan | SequentialPlan | InsidePlan
+if TYPE_CHECKING:
+    from fastbp.fusion.known import Plan
+
+PLAN = "_fastbp_plan"
 _BASE = "_fastbp_base"  # of a fused class: the class it was made of
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether ``fuse`` changed this module."""
+    """Whether the module runs by a plan."""
     return PLAN in module.__dict__
 
 
-def swap_in(module: nn.Module, plan: AnyPlan) -> None:
-    """Make the module run by the plan."""
-    base = type(module)
+def swap_in(module: nn.Module, plan: Plan) -> None:
+    """Make the module run by the plan, in place of the one it has if it has one."""
     module.__dict__[PLAN] = plan
-    if isinstance(plan, InsidePlan):
-        module.__dict__[TWINS] = make_twins(module, base, plan.pairs)
-    module.__class__ = _fused_class(base)  # type: ignore[arg-type]  # mypy: a class is not Hashable
+    if not issubclass(type(module), _fused_class(base_of(module))):  # type: ignore[arg-type]  # a class is not Hashable
+        module.__class__ = _fused_class(type(module))  # type: ignore[arg-type]
 
 
-def plan_of(module: nn.Module) -> AnyPlan:
+def plan_of(module: nn.Module) -> Plan:
     """How a fused module runs."""
     return module.__dict__[PLAN]  # type: ignore[no-any-return]
+
+
+def base_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module came with."""
+    return getattr(type(module), _BASE, type(module))
 
 
 def set_save(module: nn.Module, save: str) -> None:
@@ -55,9 +57,8 @@ def swap_out(module: nn.Module) -> None:
     plan it runs the module's own forward.
     """
     del module.__dict__[PLAN]
-    module.__dict__.pop(TWINS, None)
     if _BASE in type(module).__dict__:
-        module.__class__ = type(module).__dict__[_BASE]
+        module.__class__ = base_of(module)
 
 
 @cache
@@ -70,20 +71,17 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         return plan.forward(self, base, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        """Pickle as the class the module came with, so that a saved model loads without fastbp."""
-        stock = copy.copy(self)
-        swap_out(stock)
-        # From protocol 2 on, pickle insists that the class it writes is the object's own; the older form does not.
-        return stock.__reduce_ex__(1)
+        if type(self) is not fused:  # a class that others made of this one
+            return base.__reduce_ex__(self, protocol)
+        return stock_reduce(self, base, protocol, (PLAN,))
 
-    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        """A copy that is fused too: copy.deepcopy would go by way of ``__reduce_ex__``."""
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        return _filled(new, copy.deepcopy({k: v for k, v in self.__dict__.items() if k != TWINS}, memo), base)
-
-    def shallow(self: nn.Module) -> nn.Module:
-        return _filled(type(self).__new__(type(self)), self.__dict__, base)
+    def copied(self: nn.Module, name: str, *memo: dict[int, Any]) -> Any:
+        """A copy that runs by the same plan, made by the method of this name if the base has one."""
+        own = getattr(base, name, None)
+        new = own(self, *memo) if own is not None else stock_copy(self, base, memo[0] if memo else None, (PLAN,))
+        if is_fused(self) and new is not self and type(new) in (base, fused):
+            swap_in(new, plan_of(self))
+        return new
 
     def script(self: nn.Module) -> NoReturn:
         refuse_torchscript("fuse", "torch.jit.script")
@@ -91,23 +89,15 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {
         _BASE: base,
         "forward": forward,
+        "__class__": shown_class,
         "__reduce_ex__": reduce,
-        "__copy__": shallow,
+        "__copy__": lambda self: copied(self, "__copy__"),
+        "__deepcopy__": lambda self, memo: copied(self, "__deepcopy__", memo),
         "__prepare_scriptable__": script,
         "__module__": base.__module__,
         # Others go by the name: what is written into a model's config, which layers are to be wrapped or kept whole.
         "__qualname__": base.__qualname__,
         "_get_name": lambda self: f"Fused{base.__name__}" if is_fused(self) else base.__name__,  # for repr
     }
-    if not hasattr(base, "__deepcopy__"):
-        body["__deepcopy__"] = deepcopy
-    return type(base.__name__, (base,), body)
-
-
-def _filled(new: nn.Module, attributes: dict[str, Any], base: type[nn.Module]) -> nn.Module:
-    """A copy with these attributes, and twins of its own where it needs them."""
-    new.__dict__.update(attributes)
-    plan = new.__dict__.get(PLAN)
-    if isinstance(plan, InsidePlan):
-        new.__dict__[TWINS] = make_twins(new, base, plan.pairs)
-    return new
+    fused = type(base.__name__, (base,), body)
+    return fused

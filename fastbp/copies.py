@@ -1,0 +1,76 @@
+"""Copies and pickles of modules whose class was swapped for one of ours.
+
+A pickle is what the class that the module came with would write, so that it loads without fastbp, and with
+``weights_only`` where that class is allowed. A copy is made as that class makes it: ``__getstate__``, ``__setstate__``,
+``__reduce__`` and their kin are asked.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from torch import nn
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class _Shown(threading.local):
+    """The module that is being pickled, and the class that it is pickled as."""
+
+    module: weakref.ref[nn.Module] | None = None
+    base: type | None = None
+
+
+_shown = _Shown()
+
+
+def _get_class(module: nn.Module) -> type:
+    if _shown.module is not None and _shown.module() is module:
+        base, _shown.module, _shown.base = _shown.base, None, None
+        assert base is not None
+        return base
+    return type(module)
+
+
+# For the class that is put in place of a module's own. Pickle refuses to write a new object of another class than
+# ``module.__class__``, which it reads right behind ``__reduce_ex__``: this one time the answer is the module's own.
+# Setting it works as ever, for fully_shard does.
+shown_class = property(_get_class, lambda module, kind: object.__dict__["__class__"].__set__(module, kind))
+
+
+def stock_reduce(module: nn.Module, base: type[nn.Module], protocol: Any, leave_out: Collection[str] = ()) -> Any:
+    """What ``__reduce_ex__`` of a ``base`` with the module's attributes returns, those in ``leave_out`` excepted.
+
+    The module's class must have ``shown_class`` as its ``__class__``.
+    """
+    reduced = _stock(module, base, leave_out).__reduce_ex__(protocol)
+    if not isinstance(reduced, str) and getattr(reduced[0], "__name__", "") in ("__newobj__", "__newobj_ex__"):
+        _shown.module, _shown.base = weakref.ref(module), base
+    return reduced
+
+
+def stock_copy(
+    module: nn.Module, base: type[_Module], memo: dict[int, Any] | None, leave_out: Collection[str] = ()
+) -> _Module:
+    """A copy of the module as a ``base``: shallow, or with a memo as of ``copy.deepcopy`` a deep one."""
+    reduced = _stock(module, base, leave_out).__reduce_ex__(4)
+    if isinstance(reduced, str):  # by its name: there is only one
+        return module  # type: ignore[return-value]
+    # Not copy.deepcopy of the stock twin: what refers to the module in its own attributes must find the copy.
+    return copy._reconstruct(module, memo, *reduced)  # type: ignore[attr-defined, no-any-return]
+
+
+def _stock(module: nn.Module, base: type[_Module], leave_out: Collection[str]) -> _Module:
+    """A ``base`` with the module's attributes."""
+    twin = object.__new__(base)
+    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in leave_out})
+    for kind in base.__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            if slot not in ("__dict__", "__weakref__") and hasattr(module, slot):
+                object.__setattr__(twin, slot, getattr(module, slot))
+    return twin

@@ -1,0 +1,191 @@
+"""Activations whose code is known: torch.nn's, and modules whose forward is one by its source."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial, reduce
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastbp import recognition
+from fastbp.activations import TABLE, Bound, bind
+from fastbp.fusion.source import ARGUMENT, Reading, Value, look_up, parts_of, read, read_expression
+from fastbp.recognition import has_hooks
+
+_FORWARDS = {row.module: row.module.forward for row in TABLE if row.module is not None}  # before anybody patches them
+_HOME = {"F": F, "math": math, "nn": nn, "torch": torch}  # where the spellings of the table look
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """The globals of a method, as they were when it was read."""
+
+    look: Callable[[], tuple[Any, ...]]
+    found: tuple[Any, ...]
+
+    def hold(self) -> bool:
+        """Whether they still are the same objects."""
+        try:
+            now = self.look()
+        except (AttributeError, NameError):
+            return False
+        for a, b in zip(now, self.found, strict=True):  # noqa: SIM110  # half of what all() of a generator costs
+            if a is not b:
+                return False
+        return True
+
+
+def read_resolved(method: FunctionType) -> tuple[Reading, Names, Value] | str:
+    """What a method computes, with its globals looked up; or what is not known about it."""
+    reading = read(method)
+    if isinstance(reading, str):
+        return reading
+    paths = tuple(dict.fromkeys(part[1] for part in parts_of(reading.value) if part[0] == "global"))
+    names = Names(look := look_up(method, paths), ())
+    try:
+        names = Names(look, look())
+    except (AttributeError, NameError) as error:
+        return f"in its forward, {error}"
+    return reading, names, _resolved(reading.value, dict(zip(paths, names.found, strict=True)))
+
+
+def _resolved(value: Value, objects: dict[str, Any]) -> Value:
+    """A value with objects for globals, and an activation for its function with its keywords."""
+    match value:
+        case ("global", path):
+            return "constant", objects[path]
+        case ("call", function, arguments, keywords):
+            function = _resolved(function, objects)
+            arguments = tuple(_resolved(v, objects) for v in arguments)
+            keywords = tuple((name, _resolved(v, objects)) for name, v in keywords)
+            if len(arguments) == 1 and {function[0], *(v[0] for _, v in keywords)} == {"constant"}:
+                bound = _bound(function[1], {name: v[1] for name, v in keywords})
+                function, keywords = (function, keywords) if bound is None else (("constant", bound), ())
+            return "call", function, arguments, keywords
+        case (sign, left, right):
+            return sign, _resolved(left, objects), _resolved(right, objects)
+    return value
+
+
+def _bound(function: Any, keywords: dict[str, Any]) -> Bound | None:
+    if not all(map(_is_scalar, keywords.values())):
+        return None
+    try:
+        return recognition.of_known_function(function, keywords)
+    except (TypeError, ValueError):  # parameters that mean no activation
+        return None
+
+
+def _is_scalar(value: object) -> bool:
+    """Whether a value cannot change in place."""
+    return isinstance(value, (float, int, str, type(None)))
+
+
+def function_of(value: object) -> Bound | None:
+    """The activation that a function, or a partial of one, is by its identity."""
+    if type(value) is partial:
+        return None if value.args else _bound(value.func, value.keywords)
+    return _bound(value, {})
+
+
+def _read_spellings() -> dict[Value, Bound]:
+    found = {}
+    for row in TABLE:
+        for value in [read_expression(text, "z") for text in row.spellings]:
+            paths = [part[1].split(".") for part in parts_of(value) if part[0] == "global"]
+            objects = {".".join(path): reduce(getattr, path[1:], _HOME[path[0]]) for path in paths}
+            found[_resolved(value, objects)] = bind(row.name)
+    return found
+
+
+_SPELLINGS = _read_spellings()  # at import, before anybody patches torch.tanh
+
+
+def kept(value: Any) -> Any:
+    """An attribute to compare with later; a partial can be changed in place, so it is copied."""
+    return partial(value.func, **value.keywords) if type(value) is partial else value
+
+
+def unchanged(value: Any, before: Any) -> bool:
+    """Whether an attribute is what ``kept`` was given."""
+    if type(before) is partial:
+        same = type(value) is partial and value.func is before.func and not value.args
+        return same and value.keywords == before.keywords
+    return value is before or (type(value) is type(before) and _is_scalar(value) and value == before)
+
+
+def looks_plainly(kind: type[nn.Module]) -> bool:
+    """Whether attributes of such modules are found as those of any nn.Module."""
+    return kind.__getattr__ is nn.Module.__getattr__ and kind.__getattribute__ is object.__getattribute__
+
+
+@dataclass(frozen=True, eq=False)
+class KnownAct:
+    """A child that is an activation, by its class's forward and the attributes and globals that this reads."""
+
+    kind: type[nn.Module]
+    forward: FunctionType
+    code: CodeType
+    names: Names
+    settings: tuple[tuple[str, Any], ...]
+    activation: Bound
+    spelled: bool  # in several operations
+
+    def holds(self, child: nn.Module | None) -> bool:
+        """Whether this child is that activation now."""
+        if type(child) is not self.kind or has_hooks(child):
+            return False
+        forward: Any = self.kind.forward
+        if forward is not self.forward or forward.__code__ is not self.code:
+            return False
+        for name, value in self.settings:
+            if not unchanged(getattr(child, name, None), value):
+                return False
+        return self.names.hold()
+
+
+def read_act(child: nn.Module) -> KnownAct | str:
+    """The activation that a child is, or why it is not known to be one."""
+    kind, own = type(child), child.__dict__
+    forward: Any = inspect.getattr_static(kind, "forward")
+    found = "it has hooks or a forward of its own" if has_hooks(child) else read_resolved(forward)
+    if isinstance(found, str):
+        return f"{kind.__name__}: {found}"
+    reading, names, value = found
+    settings: dict[str, Any] = {}
+    activation = _SPELLINGS.get(value) if _is_hashable(value) else None
+    spelled = activation is not None
+    match value:
+        case _ if forward is _FORWARDS.get(kind):
+            if all(recognition.is_known_function(f) for f in names.found):
+                activation = _of_module(child)
+            if activation is not None:
+                settings = {
+                    n: getattr(child, n) for n, _ in (*activation.row.module_attributes, *activation.row.params)
+                }
+        case ("call", ("constant", Bound() as bound), (inner,), ()) if inner == ARGUMENT:
+            activation = bound
+        case ("call", ("own", name), (inner,), ()) if inner == ARGUMENT and looks_plainly(kind):
+            activation = None if hasattr(kind, name) else function_of(own.get(name))
+            settings = {name: kept(own.get(name))}
+    if activation is None or activation.name == "identity":
+        return f"{kind.__name__} is no activation whose code is known"
+    return KnownAct(kind, forward, reading.code, names, tuple(settings.items()), activation, spelled)
+
+
+def _is_hashable(value: Value) -> bool:
+    return all(isinstance(part[1], Hashable) for part in parts_of(value) if part[0] == "constant")
+
+
+def _of_module(child: nn.Module) -> Bound | None:
+    try:
+        return recognition.of_known_module(child)
+    except (TypeError, ValueError):  # parameters that mean no activation
+        return None

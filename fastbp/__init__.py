@@ -11,7 +11,7 @@ from fastbp.functional import (
     linear_act,
     mlp,
 )
-from fastbp.fusion import FusionReport, fuse, unfuse
+from fastbp.fusion import FusionReport, fuse, report, unfuse
 from fastbp.linear import Linear
 from fastbp.memory import SavedBytes
 from fastbp.modules import MLP, GatedLinear, GatedMLP, LinearAct
@@ -44,6 +44,7 @@ __all__ = [
     "linear_act",
     "mlp",
     "plan_memory",
+    "report",
     "tune",
     "unfuse",
     "use",

@@ -79,6 +79,8 @@ class SavedBytes:
                 self._kept.pop(key, None)
         return self._kept
 
+    _gives_at_once = True  # whether _unpack may be called while the model runs
+
     def _pack(self, tensor: Tensor) -> Any:
         self._add(tensor, self._kept)
         return tensor

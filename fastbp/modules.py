@@ -18,8 +18,10 @@ from fastbp.capture import refuse_script
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, Form
 from fastbp.forms import MLP as MLP_FORM
 from fastbp.linear import Linear
+from fastbp.readers import ReadingLinear
 from fastbp.recognition import has_hooks
 
+_LINEARS = frozenset((nn.Linear, Linear, ReadingLinear))
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, fx.Proxy, fx.proxy.ParameterProxy)
 
 
@@ -43,7 +45,7 @@ def plain_parts(
     weights: tuple[Any, ...] = ()
     biases: tuple[Any, ...] = ()
     for linear in linears:
-        if (type(linear) is not nn.Linear and type(linear) is not Linear) or has_hooks(linear):
+        if type(linear) not in _LINEARS or has_hooks(linear):
             return None
         own = linear._parameters
         lent = "weight" not in own or "bias" not in own  # plain attributes, as wrappers set that shard parameters

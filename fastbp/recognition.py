@@ -117,10 +117,11 @@ def of_known_function(function: object, keywords: Mapping[str, Any], where: str 
     """The activation of one of PyTorch's functions called with these keywords; None for other functions or keywords."""
     if not is_known_function(function) or not _takes(function, tuple(keywords)):
         return None
-    row: Activation | None = _BY_FUNCTION[function]
+    first = _BY_FUNCTION[function]
+    assert first.module is not None, first.name
     # Rows of one module class differ in an attribute, which is the function's keyword too.
-    attributes = {k: keywords.get(k, v) for k, v in row.module_attributes}
-    row = next((r for r in _BY_MODULE[row.module] if dict(r.module_attributes) == attributes), None)  # type: ignore[index]
+    attributes = {k: keywords.get(k, v) for k, v in first.module_attributes}
+    row = next((r for r in _BY_MODULE[first.module] if dict(r.module_attributes) == attributes), None)
     rest = {k: v for k, v in keywords.items() if k not in attributes and k != "inplace"}
     if row is None or not set(rest) <= {n for n, _ in row.params}:
         return None

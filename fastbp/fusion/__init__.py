@@ -1,30 +1,23 @@
-"""Model surgery: ``fuse`` makes the MLP blocks of a model run in fastbp, ``unfuse`` takes it back."""
+"""Model surgery: ``fuse`` makes a model keep less for backward, ``unfuse`` takes it back, ``report`` says what was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from fastbp import backends, saving
-from fastbp.activations import Bound
-from fastbp.forms import LINEAR_ACT, MLP, Form
-from fastbp.fusion.dryrun import Candidate, find_candidate, look
-from fastbp.fusion.linears import may_idle, not_plain
-from fastbp.fusion.members import Members, members_of
-from fastbp.fusion.report import FUSED, LEFT, ROLLED_BACK, WOULD_FUSE, FusionReport, Site
-from fastbp.fusion.sequential import Run, SequentialPlan, find_runs, find_unplain, recognise_children
-from fastbp.fusion.surgery import is_fused, swap_in, swap_out
-from fastbp.fusion.templates import OTHERWISE, find_plan
-from fastbp.fusion.verify import agree, compare, observe
+from fastbp import backends, readers, saving
+from fastbp.fusion import known, sample, surgery
+from fastbp.fusion.sites import FUSED, LEFT, WOULD_FUSE, FusionReport, Site
+from fastbp.linear import OUTCOME, Linear, Settings
 from fastbp.modules import LAYERS
 
-__all__ = ["FusionReport", "fuse", "unfuse"]
+__all__ = ["FusionReport", "fuse", "report", "unfuse"]
 
-_GRAPHS = (torch.jit.ScriptModule, fx.GraphModule)
-_Found = tuple[nn.Module, Any, list[Site]]
+_GRAPHS = (torch.jit.ScriptModule, fx.GraphModule)  # their code would not look at a module again
 
 
 def fuse(
@@ -34,54 +27,87 @@ def fuse(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     save: str = "auto",
     backend: str | None = None,
-    verify: bool = True,
     dry_run: bool = False,
     strict: bool = False,
 ) -> FusionReport:
-    """Make the MLP blocks of a model run in fastbp, in place, and say what was and what was not fused.
+    """Let a model keep less for backward, in place, and say what was done.
 
-    Found are, whatever the names, modules that compute ``act(fc(x))``, ``fc2(act(fc1(x)))``, ``act(gate(x)) * up(x)``
-    or ``down(act(gate(x)) * up(x))`` of their children, gate and up perhaps in one linear, with dropouts and norms
-    before, between or after, which stay where they are; runs of linears and activations in an ``nn.Sequential``; and
-    fc1, act, fc2 in the midst of a larger module. What a module computes is decided by running it on small stand-ins
-    in float64, and for the last kind by a dry run of the model on ``sample_inputs`` (without them, of the module on
-    random numbers, where it takes one or two tensors). Linears are nn.Linear and what computes the same of a ``weight``
-    and a ``bias``, as transformers' Conv1D. Parameters, their objects, state_dict keys, hooks and children stay as they
-    are, so an optimizer made before stays valid; a block whose linears are later wrapped (LoRA, quantised, hooked)
-    runs its own forward again.
+    Every ``nn.Linear`` (and transformers' ``Conv1D``) becomes one that reads in each call what its input was made of:
+    where autograd's graph says that an activation or a gate made it, it is not kept (``fastbp.Linear``). The model's
+    own code goes on to run, so outputs are equal to the bit. Blocks whose code is known to the last token (an
+    ``nn.Sequential`` of PyTorch's classes, a short forward that its source explains) run as one call, where every name
+    is looked up again each time, and otherwise by their own code. Parameters, their objects, state_dict keys, hooks and
+    children stay as they are, so an optimizer made before stays valid. Nothing is run and no values are compared.
+    Subclasses of nn.Linear, quantised, sparse and complex weights are left to PyTorch.
 
-    ``sample_inputs``: a tensor, a tuple of arguments or a dict of keyword arguments for the model; with it ``verify``
-    compares outputs and parameter gradients of the whole model before and after, evaluating and training, and takes
-    everything back where they differ. ``filter_fn(module, name)`` False leaves a module alone. ``save`` and ``backend``
-    as in ``fastbp.linear_act``. ``dry_run`` reports and changes nothing. ``strict`` raises RuntimeError, with the model
-    as it was, where a block was left or verifying failed.
+    ``sample_inputs``: a tensor, a tuple of arguments or a mapping of keyword arguments; with it the model is run once,
+    on a copy with the same parameters, and the report has a row for each linear behind an activation. Without it
+    ``fastbp.report(model)`` has them after a call. ``filter_fn(module, name)`` False leaves a module alone. ``save``
+    and ``backend`` as in ``fastbp.linear_act``; another call of ``fuse`` changes them. Of the policies a single linear
+    knows ``fp8``, and by all others keeps z (g and u), which is exact and no more than they do. ``dry_run`` changes
+    nothing.
+    ``strict`` raises RuntimeError, with the model as it was, where in the sample run a linear behind an activation
+    was left to PyTorch.
 
     Raises TypeError where model is no nn.Module or a scripted one, ValueError for unknown names, for a captured graph,
-    and where the model does not run with sample_inputs.
+    for ``strict`` without a sample, and where the model does not run with sample_inputs.
     """
     _check_model(model, "fastbp.fuse")
     saving.check_name(save, "fastbp.fuse")
     backends.check_name(backend, "fastbp.fuse")
-    report = FusionReport(dry_run=dry_run)
-    before = observe(model, sample_inputs) if verify and sample_inputs is not None else None
-    found = _find(model, sample_inputs, filter_fn, save, backend, report)
-    changed: list[tuple[nn.Module, list[Site]]] = []
-    for module, plan, sites in [] if dry_run else found:
-        if plan is not None:
-            swap_in(module, plan)
-            changed.append((module, sites))
-            for site in sites:
-                site.status = FUSED if site.status == WOULD_FUSE else site.status
-    if before is not None and not dry_run:
-        errors, reason = _compare_again(before, model, sample_inputs)
-        report.errors |= errors
-        report.verified = not reason
-        if reason:
-            _roll_back(changed, f"the model's {reason}")
-    if strict and (report.left or report.verified is False):
-        _roll_back(changed, "strict, and not everything could be fused")
-        raise RuntimeError(f"fastbp.fuse(strict=True): not everything was fused; the model is as it was\n{report}")
-    return report
+    if strict and sample_inputs is None:
+        raise ValueError("fastbp.fuse: strict needs sample_inputs, for what a linear does is known once the model runs")
+    found = FusionReport()
+    settings = (save, backend)
+    twin = None if sample_inputs is None else sample.twin_of(model)
+    if sample_inputs is not None and twin is not None:
+        _swap(twin, filter_fn, settings, found)
+        _run(twin, sample_inputs, found, strict)
+    if dry_run:
+        if not found.ran:
+            _swap(model, filter_fn, settings, found, dry=True)
+        found.sites = [replace(s, status=WOULD_FUSE) if s.status == FUSED else s for s in found.sites]
+        return found
+    result = FusionReport()
+    undo = _swap(model, filter_fn, settings, result)
+    if sample_inputs is not None and twin is None:
+        try:
+            _run(model, sample_inputs, result, strict)
+            result.notes.append("The model could not be copied, so the sample ran on the model itself.")
+        except Exception:
+            for step in reversed(undo):
+                step()
+            raise
+    return found if found.ran else result
+
+
+def unfuse(model: nn.Module) -> list[str]:
+    """Take back what ``fuse`` did to a model, in place; returns the names of the modules changed."""
+    _check_model(model, "fastbp.unfuse")
+    names = []
+    for name, module in model.named_modules():
+        if surgery.is_fused(module):
+            surgery.swap_out(module)
+            names.append(name)
+        elif readers.swap_out(module):
+            names.append(name)
+    return names
+
+
+def report(model: nn.Module) -> FusionReport:
+    """What the last call of a model did: a row for each linear behind an activation, and for each known block.
+
+    Raises TypeError where model is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastbp.report: model must be an nn.Module, got {type(model).__name__}")
+    found = FusionReport()
+    for name, module in model.named_modules():
+        if surgery.is_fused(module):
+            found.sites += _sites_of_block(name, module, surgery.plan_of(module))
+        found.linears += readers.reads(module)
+    _add_outcomes(model, found)
+    return found
 
 
 def _check_model(model: object, where: str) -> None:
@@ -100,142 +126,88 @@ def _check_model(model: object, where: str) -> None:
         )
 
 
-def _find(
+def _swap(
     model: nn.Module,
-    sample_inputs: Any,
     filter_fn: Callable[[nn.Module, str], bool] | None,
-    save: str,
-    backend: str | None,
-    report: FusionReport,
-) -> list[_Found]:
-    """Every site with the plan of its module, in the order of the model; the sites go into the report."""
-    found: list[_Found] = []
-    candidates: list[tuple[int, Candidate]] = []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (*_GRAPHS, *LAYERS)):
-            continue  # a graph's code would not look at a fused block again; what is fastbp's has settings of its own
-        if is_fused(module):
-            found.append((module, None, [Site(name, type(module).__name__, "", FUSED, "fused before")]))
+    settings: Settings,
+    found: FusionReport,
+    dry: bool = False,
+) -> list[Callable[[], None]]:
+    """Change every linear and known block, and note it; what takes each change back."""
+    undo: list[Callable[[], None]] = []
+    for name, module in list(_candidates(model)):
+        linear = readers.reader_of(readers.base_of(module)) is not None or isinstance(module, Linear)
+        plan = None if linear else known.read(module)
+        if isinstance(plan, str):
+            found.sites += _sites_of_experts(name, module)
             continue
-        if isinstance(module, nn.Sequential):
-            plan, sites = _plan_sequential(module, name, save, backend)
+        reason = plan.refuses(settings[0]) if plan is not None else None
+        if reason is None and filter_fn is not None and not filter_fn(module, name):
+            reason = "filter_fn said no"
+        if plan is not None:
+            found.sites += _sites_of_block(name, module, plan, reason)
+        if reason is not None:
+            continue
+        found.linears += linear
+        if dry:
+            continue
+        undo.append(_undo_of(module))
+        if plan is None:
+            readers.swap_in(module, settings)
         else:
-            members = members_of(module)
-            plan, sites = _plan_chain(module, members, name, save, backend)
-            candidate = None if plan is not None else find_candidate(name, module, members)
-            if candidate is not None:
-                candidates.append((len(found), candidate))
-        found.append((module, plan, sites))
-    look([candidate for _, candidate in candidates], model, sample_inputs)
-    for index, candidate in candidates:
-        found[index] = _plan_inside(candidate, found[index], save, backend, report)
-    for i, (module, plan, sites) in enumerate(found):
-        if plan is not None and filter_fn is not None and not filter_fn(module, sites[0].name):
-            found[i] = (module, None, sites)
-            for site in sites:
-                if site.status == WOULD_FUSE:
-                    site.status, site.reason = LEFT, "filter_fn said no"
-        report.sites += sites
-    return found
+            surgery.swap_in(module, replace(plan, save=settings[0], backend=settings[1]))
+    return undo
 
 
-def unfuse(model: nn.Module) -> list[str]:
-    """Take back what ``fuse`` did to a model, in place; returns the names of the modules changed."""
-    _check_model(model, "fastbp.unfuse")
-    names = []
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that fuse may change: none of a captured graph's or of fastbp's own blocks."""
+    closed: set[int] = set()
     for name, module in model.named_modules():
-        if is_fused(module):
-            swap_out(module)
-            names.append(name)
-    return names
+        if isinstance(module, (*_GRAPHS, *LAYERS)):
+            closed.update(map(id, module.modules()))
+        if id(module) not in closed:
+            yield name, module
 
 
-def _plan_chain(
-    module: nn.Module, members: Members, name: str, save: str, backend: str | None
-) -> tuple[Any, list[Site]]:
-    """How to fuse a module as a chain of its children, and its sites for the report."""
-    kind = type(module).__name__
-    plan = find_plan(module, members, save, backend)
-    if plan is None:
-        return None, []
-    if isinstance(plan, str):
-        return None, [Site(name, kind, "", LEFT, plan)]
-    reason = _illegal(save, plan.activation, plan.forms)
-    if reason:
-        return None, [Site(name, kind, plan.call, LEFT, reason)]
-    return plan, [Site(name, f"{kind} [{', '.join(plan.linears)}]", plan.call, WOULD_FUSE)]
+def _undo_of(module: nn.Module) -> Callable[[], None]:
+    """What makes a module what it is now."""
+    kind, state = type(module), dict(module.__dict__)
+
+    def undo() -> None:
+        module.__class__ = kind
+        module.__dict__.clear()
+        module.__dict__.update(state)
+
+    return undo
 
 
-def _plan_inside(candidate: Candidate, found: _Found, save: str, backend: str | None, report: FusionReport) -> _Found:
-    """What the dry run found in a module whose forward is more than a block."""
-    module, _, sites = found
-    plan = candidate.plan(save, backend)
-    if plan is None and candidate.is_no_block and all(site.reason == OTHERWISE for site in sites):
-        return module, None, []
-    if plan is None:
-        for site in sites:
-            site.reason = f"{site.reason}; {candidate.missing}" if candidate.missing else site.reason
-        return found
-    kind, name = type(module).__name__, candidate.name
-    sites = [Site(name, f"{kind} [{', '.join(pair.linears)}]", pair.call, WOULD_FUSE) for pair in plan.pairs]
-    reasons = [_illegal(save, pair.activation, pair.forms) for pair in plan.pairs]
-    if candidate.own_sample is not None and not any(reasons):
-        before = observe(module, candidate.own_sample)
-        swap_in(module, plan)  # type: ignore[arg-type]
-        errors, reason = _compare_again(before, module, candidate.own_sample)
-        swap_out(module)
-        report.errors[f"{name or '(model)'} alone"] = max(errors.values(), default=float("inf"))
-        reasons = [f"its {reason}" if reason else None]
-    if any(reasons):  # one policy for the whole module, so all or nothing
-        for site in sites:
-            site.status, site.reason = LEFT, next(r for r in reasons if r)
-        return module, None, sites
-    return module, plan, sites
+def _run(model: nn.Module, sample_inputs: Any, found: FusionReport, strict: bool) -> None:
+    """Run the changed model on the sample and note what it did; RuntimeError where ``strict`` forbids that."""
+    sample.watch(model, sample_inputs)
+    _add_outcomes(model, found)
+    if strict and found.left:
+        raise RuntimeError(f"fastbp.fuse(strict=True): not everything was fused; the model is as it was\n{found}")
 
 
-def _compare_again(before: dict[str, Tensor], module: nn.Module, sample: Any) -> tuple[dict[str, float], str | None]:
-    """How far a module that was just fused is from what it was, and what is wrong with that, if anything."""
-    try:
-        after = observe(module, sample)
-    except ValueError as error:
-        return {}, f"forward or backward failed once it was fused: {error.__cause__ or error}"
-    errors = compare(before, after)
-    if before.keys() == after.keys() and agree(errors, before):
-        return errors, None
-    name = max(errors, key=errors.__getitem__)
-    return errors, f"outputs or gradients changed when it was fused (most of all {name}, by {errors[name]:.1e})"
+def _add_outcomes(model: nn.Module, found: FusionReport) -> None:
+    """A row for each linear whose last input came from an activation."""
+    for name, module in model.named_modules():
+        if OUTCOME not in module.__dict__:
+            continue
+        found.ran = True
+        outcome = module.__dict__[OUTCOME]
+        if outcome is not None:
+            status, reason = (FUSED, "") if outcome.fused else (LEFT, outcome.what)
+            what = outcome.what if outcome.fused else ""
+            found.sites.append(Site(name, type(module).__name__, what, status, reason, outcome.unkept))
 
 
-def _plan_sequential(module: nn.Sequential, name: str, save: str, backend: str | None) -> tuple[Any, list[Site]]:
-    kind = type(module).__name__
-    plan = SequentialPlan(recognise_children(module), save, backend)
-    runs = [run for run in find_runs(module, plan, may_idle) if isinstance(run, Run)]
-    if runs and type(module).forward is not nn.Sequential.forward:
-        return None, [Site(name, kind, "", LEFT, "an nn.Sequential with a forward of its own")]
-    sites = []
-    for run in runs:
-        reason = _illegal(save, run.activation, (MLP, LINEAR_ACT) if run.projected else (LINEAR_ACT,))
-        where = f"{kind} [{run.names[0]}:{run.names[-1]}]"
-        sites.append(Site(name, where, run.call, LEFT if reason else WOULD_FUSE, reason or ""))
-    unplain = find_unplain(module, plan)
-    named = [Site(name, kind, "", LEFT, not_plain(unplain))] if unplain else []
-    if any(site.status == LEFT for site in sites):  # one policy for the whole Sequential, so all or nothing
-        for site in sites:
-            site.status, site.reason = LEFT, site.reason or "another run of this Sequential cannot take the policy"
-        return None, sites + named
-    return (plan if runs else None), sites + named
+def _sites_of_block(name: str, module: nn.Module, plan: known.Plan, reason: str | None = None) -> list[Site]:
+    kind, status = type(module).__name__, LEFT if reason else FUSED
+    return [Site(name, f"{kind} [{', '.join(names)}]", call, status, reason or "") for names, call in plan.calls]
 
 
-def _illegal(save: str, activation: Bound, forms: Sequence[Form]) -> str | None:
-    if save == "auto":
-        return None
-    return next((why for form in forms if (why := saving.POLICIES[save].illegal(activation, form))), None)
-
-
-def _roll_back(changed: list[tuple[nn.Module, list[Site]]], reason: str) -> None:
-    for module, sites in changed:
-        if is_fused(module):
-            swap_out(module)
-        for site in sites:
-            if site.status == FUSED:
-                site.status, site.reason = ROLLED_BACK, reason
+def _sites_of_experts(name: str, module: nn.Module) -> list[Site]:
+    """A row for what nobody else would name: weights of three dimensions, the experts of a mixture."""
+    experts = sum(p.ndim == 3 for p in module._parameters.values() if p is not None) >= 2
+    return [Site(name, type(module).__name__, "", LEFT, "weights of three dimensions, one per expert")] * experts

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.utils._device import DeviceContext
 
-from fastbp import functional, saving, sharding
+from fastbp import functional, readers, saving, sharding
 from fastbp.activations import Bound
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
 from fastbp.fusion.elementwise import (
@@ -61,7 +61,9 @@ class Transposed:
         weights: tuple[Any, ...] = ()
         biases: tuple[Any, ...] = ()
         for linear in linears:
-            if type(linear) is not self.kind or has_hooks(linear) or type(linear.weight) not in PLAIN_TENSORS:
+            if linear is None or readers.base_of(linear) is not self.kind or has_hooks(linear):
+                return None
+            if type(linear.weight) not in PLAIN_TENSORS:
                 return None
             weights, biases = (*weights, linear.weight.mT), (*biases, linear.bias)
         return weights, biases

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from fastbp.activations import Bound
 from fastbp.forms import Form
 from fastbp.fusion import FusionReport, fuse
+from fastbp.fusion.sample import as_call
 from fastbp.fusion.surgery import is_fused, swap_out
-from fastbp.fusion.verify import as_call
 from fastbp.modules import LAYERS
 from fastbp.planner.choice import Option, choose
 from fastbp.planner.costs import STEPS, slope_error
@@ -150,7 +150,7 @@ def _find_layers(
 ) -> tuple[list[Layer], FusionReport]:
     """The layers of fastbp in a model, after fusing it."""
     old = {id(module) for module in model.modules() if is_fused(module)}
-    report = fuse(model, filter_fn=filter_fn, backend=backend, verify=False)
+    report = fuse(model, filter_fn=filter_fn, backend=backend)
     layers = []
     for name, module in model.named_modules():
         fresh = is_fused(module) and id(module) not in old

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from fastbp import functional, recognition, saving
 from fastbp.activations import Bound
 from fastbp.forms import FORMS, Form
+from fastbp.fusion.sample import undisturbed
 from fastbp.fusion.surgery import is_fused, plan_of, set_save, swap_in, swap_out
-from fastbp.fusion.verify import undisturbed
 from fastbp.memory import SavedBytes
 from fastbp.planner.costs import ProductCounter, forward_operations, repeated_operations, rows_of
 
@@ -96,6 +96,8 @@ class Recorder(SavedBytes):
             if self._owners.setdefault(key, owner) is not owner and owner is None:
                 self._owners[key] = None  # kept by the rest of the model as well
         return None
+
+    _gives_at_once = False
 
     def _unpack(self, packed: Any) -> Tensor:
         raise ValueError(

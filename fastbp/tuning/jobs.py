@@ -13,7 +13,7 @@ from fastbp import backends
 from fastbp.activations import ROWS, bind
 from fastbp.backends.measured import Sizes, key_of, parse_key, sizes_of, subject_of
 from fastbp.forms import FORMS, Form
-from fastbp.fusion.verify import as_call, undisturbed
+from fastbp.fusion.sample import as_call, undisturbed
 from fastbp.problem import DTYPES, Config, configure
 from fastbp.saving import check_dtype, resolve
 

@@ -19,6 +19,7 @@ from support import (
     grads,
     like,
     tensors,
+    unflatten,
 )
 
 import fastbp
@@ -93,8 +94,7 @@ def test_rows_that_no_single_stride_reaches():
 
 def step(form, rows, features, dtype):
     inputs = flatten(*tensors(form, dtype, seed=16, rows=rows, features=features))
-    half = 1 + len(inputs) // 2
-    y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, backend="native")
+    y = call(form, *unflatten(form, inputs), activation=GELU, backend="native")
     return [y, *grads(y, inputs, like(y, 17))]
 
 
@@ -167,6 +167,43 @@ def test_the_ops_refuse_by_themselves(case):
     raw()
     with pytest.raises(RuntimeError):
         raw(**{k: ops.absent() if v is None else v for k, v in BAD[case].items()})
+
+
+def raw_given(**changes):
+    """The same of a call that is given gate and up."""
+    t = dict(gate=torch.randn(3, 4), up=torch.randn(3, 4), weight=torch.randn(5, 4), bias=torch.randn(5))
+    t |= dict(settings=3 + 32 * 13 + (1 << 15)) | {k: v for k, v in changes.items() if k in (*t, "settings")}
+    (y,) = ops.forward(t["gate"], [t["up"], t["weight"], t["bias"]], t["settings"], [])
+    t |= dict(dy=torch.randn_like(y), kept_gate=t["gate"], kept_up=t["up"], needs=[True] * 4) | changes
+    saved = [t["kept_gate"], t["kept_up"], ops.absent(), t["weight"], t["bias"]]
+    return ops.backward(t["dy"], saved, t["settings"], [], t["needs"])
+
+
+BAD_GIVEN = {
+    "up of other columns": dict(up=torch.randn(3, 5)),
+    "up of other rows": dict(up=torch.randn(2, 4)),
+    "up of another shape": dict(up=torch.randn(3, 1, 4)),
+    "up that broadcasts": dict(up=torch.randn(4)),
+    "up of another dtype": dict(up=torch.randn(3, 4).double()),
+    "up on another device": dict(up=torch.randn(3, 4, device="meta")),
+    "weight of other columns": dict(weight=torch.randn(5, 3)),
+    "kept gate of other rows": dict(kept_gate=torch.randn(2, 4)),
+    "kept up of other columns": dict(kept_up=torch.randn(3, 5)),
+    "kept up absent": dict(kept_up=None),
+    "kept gate absent": dict(kept_gate=None),
+    "weight absent": dict(weight=None),
+    "recompute": dict(settings=3 + 4 * 2 + 32 * 13 + (1 << 15)),
+    "written over": dict(settings=3 + 2048 + 32 * 13 + (1 << 15)),
+    "no linear after it": dict(settings=1 + 32 * 13 + (1 << 15)),
+    "needs too few": dict(needs=[True] * 3),
+}
+
+
+@each("case", BAD_GIVEN)
+def test_the_ops_refuse_what_does_not_fit_what_is_given(case):
+    raw_given()
+    with pytest.raises(RuntimeError):
+        raw_given(**{k: ops.absent() if v is None else v for k, v in BAD_GIVEN[case].items()})
 
 
 CAPABILITIES = runpy.run_path(str(ROOT / "setup.py"), run_name="tables")["CAPABILITIES"]

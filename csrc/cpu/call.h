@@ -40,7 +40,7 @@ enum class Save : int { preact, output, recompute, output_bits, output_lsb, fp8 
 constexpr int kSaves = 6, kMostRoutes = 5;
 
 struct Settings {
-  bool gated, projected;
+  bool gated, projected, given;  // given: what the one hidden layer's linears would make
   int activation;
   double params[2];
   Save save;
@@ -52,7 +52,7 @@ struct Settings {
   bool from_side() const { return save == Save::output_bits || save == Save::output_lsb; }
   // What is kept besides y, in the order of saving.find_residuals: z of each hidden linear or the output of each hidden
   // layer (that of a layer alone is y), bits, or codes of fp8 and their scales.
-  bool keeps_z() const { return save == Save::preact; }
+  bool keeps_z() const { return save == Save::preact && !given; }
   bool keeps_h() const { return from_output() && projected; }
   bool keeps_bits() const { return save == Save::output_bits; }
   bool keeps_fp8() const { return save == Save::fp8; }
@@ -67,6 +67,9 @@ struct Device {
 Device device_of(const Tensor& tensor);
 
 // A call: rows of x, the linears, and what is known of the hidden layers.
+//
+// Of a given form the hidden layer has the linears that it would have elsewhere, without a weight; what they would have
+// made is there from the beginning, as if it had been kept.
 struct Call {
   Settings settings;
   Dtype dtype;
@@ -84,6 +87,12 @@ struct Call {
 
   int64_t linears() const { return static_cast<int64_t>(weights.size()); }
   int width() const { return settings.gated ? 2 : 1; }
+  // How many of the linears, the first ones, the call does not have.
+  int64_t given() const { return settings.given ? width() : 0; }
+  // x, or what is given; and the places of gradients, which are those of the inputs, the weights, the biases.
+  int64_t inputs() const { return settings.given ? width() : 1; }
+  int64_t weight_place(int64_t linear) const { return inputs() + linear - given(); }
+  int64_t bias_place(int64_t linear) const { return weight_place(linear) + linears() - given(); }
   int64_t hidden() const { return (linears() - settings.projected) / width(); }
   // The layers: the hidden ones, and the last plain linear as one of its own.
   int64_t layers() const { return hidden() + settings.projected; }

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <string_view>
 
 #include "../activations.h"
@@ -18,7 +19,8 @@ constexpr int kActivations = FASTBP_FOR_EACH_ACTIVATION(FASTBP_COUNT);
 static_assert(kActivations <= kMostActivations);
 constexpr int64_t kOverwrites = 32 * kMostActivations;  // in a call's settings, see ops.cpp
 constexpr int64_t kRoute = 2 * kOverwrites;
-static_assert(kRoute == 4096);  // as ops.cpp and the Python side have it
+constexpr int64_t kGiven = 8 * kRoute;
+static_assert(kRoute == 4096 && kMostRoutes < 8);  // as ops.cpp and the Python side have it
 #define FASTBP_NAME(A) " " #A
 static_assert(
     std::string_view(FASTBP_FOR_EACH_ACTIVATION(FASTBP_NAME)).starts_with(" identity "));  // see check_complete
@@ -51,21 +53,34 @@ Weight weight_of(const Tensor& tensor, const Call& call) {
   return {true, tensor.const_data_ptr(), call.dtype, sizes[0], sizes[1], strides[0], strides[1]};
 }
 
+// How many tensors before the weights a call has, the first of them x; and how many linears of its it does not have.
+struct Shape {
+  explicit Shape(int64_t settings)
+      : given((settings & kGiven) != 0), inputs(given ? width(settings) : 1), missing(given ? width(settings) : 0) {}
+  static int64_t width(int64_t settings) { return 1 + (settings & 1); }
+  const bool given;
+  const int64_t inputs, missing;
+};
+
 Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std::vector<double>& params) {
+  const bool given = (settings & kGiven) != 0;
+  settings &= ~kGiven;
   const int64_t save = settings >> 2 & 7, activation = (settings & (kOverwrites - 1)) >> 5;
   STD_TORCH_CHECK(linears > 0 && settings >= 0 && activation < kActivations && params.size() <= 2 && save < kSaves,
                   "fastbp_native: no such call");
   const bool overwrites = (settings & kOverwrites) != 0;
-  STD_TORCH_CHECK(!(overwrites && save != 0), "fastbp_native: only z may be written over");
+  STD_TORCH_CHECK(!(overwrites && (save != 0 || given)), "fastbp_native: only z of the call may be written over");
   const int64_t route = settings / kRoute;
   STD_TORCH_CHECK(route <= kMostRoutes, "fastbp_native: no such route");
   Call call;
-  call.settings = {(settings & 1) != 0,     (settings & 2) != 0, static_cast<int>(activation), {0, 0},
+  call.settings = {(settings & 1) != 0,     (settings & 2) != 0, given, static_cast<int>(activation), {0, 0},
                    static_cast<Save>(save), overwrites,          static_cast<int>(route)};
   for (size_t i = 0; i < params.size(); ++i) call.settings.params[i] = params[i];
   STD_TORCH_CHECK(
       call.settings.gated ? linears == 2 + call.settings.projected : call.settings.projected || linears == 1,
       "fastbp_native: this form does not have ", linears, " linears");
+  STD_TORCH_CHECK(!given || (linears == call.width() + 1 && call.settings.save != Save::recompute),
+                  "fastbp_native: what is given has one linear after it, and nothing to be made again from");
   STD_TORCH_CHECK(!call.settings.from_side() || (!call.settings.gated && kHasSide[activation]),
                   "fastbp_native: the output of this call and one side of a minimum do not determine its slope");
   call.dtype = dtype_of(data);
@@ -111,10 +126,11 @@ Bytes bytes_of(const Maybe& tensor, const Call& call) {
   return Bytes(tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor));
 }
 
-// The residuals of `saved`, in the order of saving.find_residuals.
+// The residuals of `saved`, in the order of saving.find_residuals; what is given is one where no policy kept less.
 void take_residuals(Call& call, const std::vector<Tensor>& saved) {
   const Settings& settings = call.settings;
-  size_t place = 2 + 2 * call.linears();
+  const bool inputs = settings.given && settings.save == Save::preact;
+  size_t place = inputs ? 0 : 1 + call.inputs() + 2 * (call.linears() - call.given());
   const auto next = [&] { return place < saved.size() ? if_any(saved[place++]) : Maybe(); };
   for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
     if (settings.keeps_fp8()) {
@@ -130,6 +146,21 @@ void take_residuals(Call& call, const std::vector<Tensor>& saved) {
     call.kept.push_back(std::move(residual));
     if (settings.keeps_bits()) call.bits.push_back(bytes_of(next(), call));
   }
+}
+
+// What a call is given: the pre-activations of its hidden layer, all of one shape.
+void take_given(Call& call, const Tensor& first, const std::vector<Tensor>& others) {
+  const auto sizes = first.sizes();
+  for (int part = 0; part < call.width(); ++part) {
+    const Tensor& z = part == 0 ? first : others[part - 1];
+    const auto own = z.sizes();
+    STD_TORCH_CHECK(own.size() == sizes.size() && std::equal(own.begin(), own.end(), sizes.begin()),
+                    "fastbp_native: gate and up must have one shape");
+    check(z, call, "gate or up");
+    call.keep(z);
+    call.weights[part].out = sizes.back();
+  }
+  call.biases.resize(call.given());
 }
 
 // A weight that backward does not read is not there, and its sizes follow from what lies around it.
@@ -216,18 +247,30 @@ void check_complete(const Call& call, const std::vector<bool>& wanted, int64_t l
 
 Tensor absent() { return nothing(); }
 
+std::vector<Tensor> weights_of(const Call& call, const std::vector<Tensor>& tensors) {
+  const auto first = tensors.begin() + call.inputs() - 1;
+  return {first, first + call.linears() - call.given()};
+}
+
 Call forward_call(const Tensor& x, const std::vector<Tensor>& tensors, int64_t settings,
                   const std::vector<double>& params) {
-  STD_TORCH_CHECK(tensors.size() % 2 == 0, "fastbp_native: a bias or none for each weight");
-  const int64_t linears = static_cast<int64_t>(tensors.size()) / 2;
+  const Shape shape(settings);
+  const int64_t others = shape.inputs - 1, count = static_cast<int64_t>(tensors.size()) - others;
+  STD_TORCH_CHECK(count > 0 && count % 2 == 0, "fastbp_native: a bias or none for each weight");
+  const int64_t linears = shape.missing + count / 2;
   Call call = make_call(x, linears, settings, params);
-  call.x = Rows(x);
-  int64_t features = call.x.size;
-  for (int64_t i = 0; i < linears; ++i) {
-    Weight& weight = call.weights[i] = weight_of(tensors[i], call);
+  int64_t features = x.sizes().back();
+  if (shape.given) {
+    take_given(call, x, tensors);
+  } else {
+    call.x = Rows(x);
+  }
+  for (int64_t i = shape.missing; i < linears; ++i) {
+    const int64_t place = others + i - shape.missing;
+    Weight& weight = call.weights[i] = weight_of(tensors[place], call);
     STD_TORCH_CHECK(weight.in == features, "fastbp_native: weight ", i, " has ", weight.in, " columns and not ",
                     features);
-    call.biases.push_back(if_any(tensors[linears + i]));
+    call.biases.push_back(if_any(tensors[place + count / 2]));
     check_bias(call.biases[i], weight, call);
     if (call.settings.gated && i == 1) {
       STD_TORCH_CHECK(weight.out == call.weights[0].out, "fastbp_native: gate and up differ");
@@ -240,17 +283,20 @@ Call forward_call(const Tensor& x, const std::vector<Tensor>& tensors, int64_t s
 Call backward_call(const Tensor& dy, const std::vector<Tensor>& saved, int64_t settings,
                    const std::vector<double>& params, const std::vector<bool>& needs, Maybe& x,
                    std::vector<Maybe>& weights) {
-  const int64_t linears = static_cast<int64_t>(needs.size()) / 2;
-  STD_TORCH_CHECK(needs.size() % 2 == 1 && static_cast<int64_t>(saved.size()) >= 2 + 2 * linears,
+  const Shape shape(settings);
+  const int64_t tensors = static_cast<int64_t>(needs.size()) - shape.inputs, own = tensors / 2;
+  STD_TORCH_CHECK(tensors > 0 && tensors % 2 == 0 && static_cast<int64_t>(saved.size()) >= shape.inputs + 1 + tensors,
                   "fastbp_native: two needs, a weight or none and a bias or none for each linear");
+  const int64_t linears = shape.missing + own;
   Call call = make_call(dy, linears, settings, params);
-  x = if_any(saved[0]);
+  if (!shape.given) x = if_any(saved[0]);
   if (x) call.x = rows_of(*x, call, "x");
-  weights.reserve(linears);
-  call.biases.reserve(linears);
-  for (int64_t i = 0; i < linears; ++i) {
-    weights.push_back(if_any(saved[2 + i]));
-    call.biases.push_back(if_any(saved[2 + linears + i]));
+  weights.resize(linears);
+  call.biases.resize(linears);
+  for (int64_t i = shape.missing; i < linears; ++i) {
+    const int64_t place = shape.inputs + 1 + i - shape.missing;
+    weights[i] = if_any(saved[place]);
+    call.biases[i] = if_any(saved[place + own]);
     if (weights[i]) call.weights[i] = weight_of(*weights[i], call);
   }
   if (call.settings.save != Save::recompute) take_residuals(call, saved);

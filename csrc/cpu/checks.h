@@ -9,11 +9,14 @@ namespace fastbp::cpu {
 // What stands for a tensor that is absent.
 Tensor absent();
 
-// `tensors` are the weights and then the biases; `settings` as in ops.cpp.
+// `tensors` are what is given after x, the weights and then the biases; `settings` as in ops.cpp.
 Call forward_call(const Tensor& x, const std::vector<Tensor>& tensors, int64_t settings,
                   const std::vector<double>& params);
 
-// `saved` is x, y, the weights, the biases, the residuals, of which x and the weights come back as they are.
+// The weights among them.
+std::vector<Tensor> weights_of(const Call& call, const std::vector<Tensor>& tensors);
+
+// `saved` is the inputs, y, the weights, the biases, the residuals, of which x and the weights come back as they are.
 Call backward_call(const Tensor& dy, const std::vector<Tensor>& saved, int64_t settings,
                    const std::vector<double>& params, const std::vector<bool>& needs, Maybe& x,
                    std::vector<Maybe>& weights);

@@ -1,58 +1,14 @@
 #include "library.h"
 
 #include "../aten.h"
-#include "results.h"
+#include "outputs.h"
 #include "slopes.h"
 
 namespace fastbp::cpu {
 
 namespace {
 
-// f(z), or f(g) · u, in one pass; to `out`, which may be z itself. In forward with what the layer keeps in other forms.
-template <class S>
-void outputs(const Call& call, const Rows* z, const Out& out, const Kept* kept) {
-  const Settings& settings = call.settings;
-  const Rows &rows = z[0], &up_rows = z[1];
-  const bool up = settings.gated, sides = settings.from_side();
-  const int64_t size = rows.size, bytes = bits_size(size);
-  const auto bits_at = [&](int64_t r) { return kept ? kept->bits.over(r, 0) : nullptr; };
-  if (rows.dense() && (!up || up_rows.dense())) {
-    const Elementwise& loops = call.loops<S>(call.dtype);
-    const int activation = settings.activation;
-    const bool contiguous =
-        rows.row_stride() == size && (!up || up_rows.row_stride() == size) && !(settings.keeps_bits() && size % 2);
-    for_row_groups(rows, groups_of(rows), [&](int64_t, int64_t r, int64_t count) {
-      for (int part = 0; part < call.width() && kept; ++part) {
-        for (int64_t i = r; i < r + count; ++i) encode(call.compressed(), kept[part], i, 0, size, z[part].at(i, 0));
-      }
-      const int64_t n = contiguous ? count * size : size;
-      for (int64_t i = r; i < (contiguous ? r + 1 : r + count); ++i) {
-        if (sides) {
-          call.compressed().value[activation](n, rows.at(i, 0), out.at(i, 0), bits_at(i));
-        } else if (up) {
-          loops.gated_value[activation](n, rows.at(i, 0), up_rows.at(i, 0), out.at(i, 0), settings.params);
-        } else {
-          loops.value[activation](n, rows.at(i, 0), out.at(i, 0), settings.params);
-        }
-      }
-    });
-    return;
-  }
-  for_panels<S>(rows, groups_of(rows), [&](int64_t, int64_t r, int64_t count, S* panel) {
-    Scratch scratch;
-    S* const parts[2] = {panel, up ? scratch.take<S>(count * size) : nullptr};
-    if (up) up_rows.read(r, count, 0, size, parts[1], size);
-    for (int part = 0; part < call.width() && kept; ++part) {
-      for (int64_t i = 0; i < count; ++i) {
-        encode(call.rounded<S>(), kept[part], r + i, 0, size, parts[part] + i * size);
-      }
-    }
-    call.output(count, size, parts, size, panel, size, bits_at(r), bytes);
-    out.write(r, count, 0, size, panel, size);
-  });
-}
-
-// The same as a tensor of its own, from what was kept.
+// The output of a hidden layer as a tensor of its own, from what was kept.
 template <class S>
 Tensor rebuilt(const Call& call, int64_t layer) {
   const Rows* kept = &call.residuals[call.first(layer)];
@@ -83,11 +39,15 @@ std::vector<Tensor> forward_library(Call& call, const Tensor& x, const std::vect
     std::vector<Tensor> z;
     Rows rows[2];
     for (int part = 0; part < call.width(); ++part) {
+      if (settings.given) {
+        rows[part] = call.residuals[part];
+        continue;
+      }
       z.push_back(linear(h, weights[first + part], call.biases[first + part]));
       rows[part] = Rows(z[part]);
     }
     // The output goes over z where that is not wanted any more.
-    h = settings.keeps_z() ? call.make(rows[0].size) : z[0];
+    h = settings.keeps_z() || settings.given ? call.make(rows[0].size) : z[0];
     if (settings.keeps_z()) results.insert(results.end(), z.begin(), z.end());
     if (settings.keeps_h()) results.push_back(h);
     Kept kept[2];
@@ -107,7 +67,6 @@ template <class S>
 std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x, const std::vector<Maybe>& weights,
                                     const std::vector<bool>& wanted) {
   const Needs needs(call, wanted);
-  const int64_t linears = call.linears();
   if (call.settings.save == Save::recompute) {
     Maybe h = x;
     for (int64_t i = 0; i < call.hidden() * call.width(); ++i) {
@@ -130,7 +89,7 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
     if (!needs.bias(linear)) return;
     std::vector<double> total(call.weights[linear].out, 0.0);
     add(total.data());
-    grads[1 + linears + linear] = call.make_bias_gradient<S>(total.data(), call.weights[linear].out);
+    grads[call.bias_place(linear)] = call.make_bias_gradient<S>(total.data(), call.weights[linear].out);
   };
   Maybe dh = dy;
   for (int64_t layer = call.layers() - 1; layer >= 0; --layer) {
@@ -144,6 +103,10 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
         bias_gradient(first + part, [&](double* total) { slopes.add_to(part, total); });
       }
       keep.assign(std::begin(slopes.dz), std::end(slopes.dz));
+      if (call.settings.given) {
+        std::copy_n(keep.begin(), call.width(), grads.begin());
+        return grads;
+      }
     } else {
       keep = {dy};
       bias_gradient(first, [&](double* total) { add_columns<S>(call, Rows(dy), total); });
@@ -156,7 +119,7 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
     for (int part = 0; part < call.parts(layer); ++part) {
       if (!needs.weight(first + part)) continue;
       if (!h) h = input(layer);
-      grads[1 + first + part] = outer(matrix(*keep[part], call.rows), *h, call.weights[first + part].by_columns());
+      grads[call.weight_place(first + part)] = outer(matrix(*keep[part], call.rows), *h, call.weights[first + part].by_columns());
     }
     if (!dx) return grads;
     dh = std::move(dx);

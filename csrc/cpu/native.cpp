@@ -68,9 +68,9 @@ std::string routes() { return route_names(); }
 std::vector<Tensor> forward(const Tensor& x, std::vector<Tensor> tensors, int64_t settings,
                             std::vector<double> params) {
   Call call = forward_call(x, tensors, settings, params);
-  tensors.resize(call.linears());
-  return call.dtype == Dtype::float64 ? compute_forward<double>(call, x, tensors)
-                                      : compute_forward<float>(call, x, tensors);
+  const std::vector<Tensor> weights = weights_of(call, tensors);
+  return call.dtype == Dtype::float64 ? compute_forward<double>(call, x, weights)
+                                      : compute_forward<float>(call, x, weights);
 }
 
 std::vector<Tensor> backward(const Tensor& dy, std::vector<Tensor> saved, int64_t settings, std::vector<double> params,

@@ -47,7 +47,8 @@ std::string route_names() {
 Route route_of(const Call& call) {
   int64_t widest = 0, narrowest = INT64_MAX, total = 0;
   bool by_columns = false;
-  for (const Weight& w : call.weights) {
+  for (int64_t i = call.given(); i < call.linears(); ++i) {
+    const Weight& w = call.weights[i];
     by_columns |= w.by_columns();
     widest = std::max({widest, w.in, w.out});
     narrowest = std::min({narrowest, w.in, w.out});
@@ -58,13 +59,17 @@ Route route_of(const Call& call) {
   const bool row = call.rows == 1 && has_dense_rows(call);
   const int forced_now = forced;
   const int asked = forced_now >= 0 ? forced_now : call.settings.route - 1;
-  const bool serves =
-      asked == static_cast<int>(Route::narrow_pairs) ? pairs : asked != static_cast<int>(Route::row) || row;
-  if (asked >= 0 && serves) return static_cast<Route>(asked);
+  // Panels run through linears, of which a call that is given z has one.
+  const auto serves = [&](Route route) {
+    if (route == Route::narrow) return !call.settings.given;
+    if (route == Route::narrow_pairs) return pairs && !call.settings.given;
+    return route != Route::row || row;
+  };
+  if (asked >= 0 && serves(static_cast<Route>(asked))) return static_cast<Route>(asked);
   if (row) return Route::row;
   // The library takes such weights as they lie, and gives gradients that lie so; ours are copied when they are added.
   if (by_columns) return Route::library;
-  const bool narrow = widest <= kNarrowFeatures && total <= kNarrowWeights;
+  const bool narrow = widest <= kNarrowFeatures && total <= kNarrowWeights && !call.settings.given;
   switch (call.dtype) {
     case Dtype::bfloat16:  // where the CPU multiplies bfloat16 itself, that is twice as fast as float panels
       if (narrow && pairs) {

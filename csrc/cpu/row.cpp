@@ -109,13 +109,17 @@ std::vector<Tensor> forward_row(const Call& call) {
   Results results(call);
   Scratch scratch;
   S* h = scratch.take<S>(call.x.size);
-  call.x.read(0, 1, 0, call.x.size, h, call.x.size);
+  if (call.x.any()) call.x.read(0, 1, 0, call.x.size, h, call.x.size);
   for (int64_t layer = 0; layer < call.layers(); ++layer) {
     const int64_t first = call.first(layer), n = call.weights[first].out;
     S* z[2] = {nullptr, nullptr};
     for (int part = 0; part < call.parts(layer); ++part) {
       z[part] = scratch.take<S>(n);
-      multiply(call.weights[first + part], read_bias<S>(call.biases[first + part], scratch), h, z[part]);
+      if (first + part < call.given()) {
+        call.residuals[part].read(0, 1, 0, n, z[part], n);
+      } else {
+        multiply(call.weights[first + part], read_bias<S>(call.biases[first + part], scratch), h, z[part]);
+      }
       if (layer == call.hidden()) continue;
       call.round(n, z[part]);
       if (call.settings.keeps_z()) results[first + part].z.write(0, 1, 0, n, z[part], n);
@@ -134,7 +138,6 @@ std::vector<Tensor> forward_row(const Call& call) {
 template <class S>
 std::vector<Maybe> backward_row(const Call& call, const Tensor& dy, const std::vector<bool>& wanted) {
   const Needs needs(call, wanted);
-  const int64_t linears = call.linears();
   std::vector<Maybe> grads(wanted.size());
   Scratch scratch;
   const auto vector = [&](const Rows& rows) {
@@ -156,14 +159,18 @@ std::vector<Maybe> backward_row(const Call& call, const Tensor& dy, const std::v
     const S* h = nullptr;
     for (int part = 0; part < call.parts(layer); ++part) {
       const int64_t i = first + part;
+      if (i < call.given()) {
+        if (dz[part]) kernels<S>().write(call.dtype, n, dz[part], (grads[i] = call.make(n))->mutable_data_ptr());
+        continue;
+      }
       const S* own = layer < call.hidden() ? dz[part] : d;
       if (needs.bias(i)) {
-        grads[1 + linears + i] = empty_row(n, call.dtype);
-        kernels<S>().write(call.dtype, n, own, grads[1 + linears + i]->mutable_data_ptr());
+        Maybe& db = grads[call.bias_place(i)] = empty_row(n, call.dtype);
+        kernels<S>().write(call.dtype, n, own, db->mutable_data_ptr());
       }
       if (!needs.weight(i)) continue;
       if (!h) h = layer == 0 ? x : kept.output(layer - 1, scratch);
-      grads[1 + i] = outer(call.weights[i], call.dtype, own, h);
+      grads[call.weight_place(i)] = outer(call.weights[i], call.dtype, own, h);
     }
     if (!needs.below(layer)) return grads;
     S* dh = scratch.take<S>(in);

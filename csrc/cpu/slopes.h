@@ -42,12 +42,16 @@ void for_panels(const Rows& rows, int64_t groups, const F& f) {
 template <class S>
 class Slopes {
  public:
-  Slopes(const Call& call, const Needs& needs, int64_t layer, int64_t groups)
+  // dz goes to `into`, where there is such a result, and to memory of its own elsewhere.
+  Slopes(const Call& call, const Needs& needs, int64_t layer, int64_t groups, const Out* into = nullptr)
       : call_(call), layer_(layer), size_(call.weights[call.first(layer)].out), groups_(groups) {
     for (int part = 0; part < call.width(); ++part) {
       const int64_t linear = call.first(layer) + part;
       if (!needs.slope(linear)) continue;
-      if (needs.weight(linear) || needs.below(layer)) {
+      if (into && into[part]) {
+        rows_[part] = Rows(into[part], call.rows);
+        out_[part] = into[part];
+      } else if (needs.slope_kept(linear)) {
         const Rows kept = linear < static_cast<int64_t>(call.residuals.size()) ? call.residuals[linear] : Rows();
         if (call.settings.overwrites && kept.any() && kept.contiguous()) {
           dz[part] = call.kept[linear];
@@ -129,7 +133,7 @@ class Slopes {
     for (size_t i = 0; i < sums_[part].size(); ++i) total[i % size_] += sums_[part][i];
   }
 
-  Maybe dz[2];  // whole tensors
+  Maybe dz[2];  // whole tensors, of those that have memory of their own
   // The rows of dz; they live as long as this object.
   std::vector<Rows> rows() const { return {rows_[0], rows_[1]}; }
 

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "blocked.h"
-#include "results.h"
+#include "outputs.h"
 #include "slopes.h"
 
 namespace fastbp::cpu {
@@ -19,8 +19,18 @@ std::vector<Tensor> forward_wide(Call& call) {
   Call chain = call;
   if (!keeps_z) chain.settings.save = Save::output;
   std::vector<Tensor> between;
+  if (settings.given) {
+    chain.settings.save = Save::preact;
+    if (settings.save != Save::preact) {  // in the pass that writes what is kept
+      if (!settings.keeps_h()) between.push_back(call.make(call.weights[0].out));
+      const Out h = settings.keeps_h() ? results[0].h : Out(between.back());
+      outputs<S>(call, call.residuals.data(), h, &results[0]);
+      chain.settings.save = Save::output;
+      chain.residuals = {Rows(h, call.rows)};
+    }
+  }
 
-  for (int64_t layer = 0; layer < hidden + projected; ++layer) {
+  for (int64_t layer = settings.given ? hidden : 0; layer < hidden + projected; ++layer) {
     const bool plain = layer == hidden, top = layer == hidden + projected - 1;
     const int outputs = plain ? 1 : call.width();
     const int64_t first = call.first(layer);
@@ -164,8 +174,11 @@ constexpr int64_t kBlockRows = 512;
 // The gradients that all blocks share.
 template <class S>
 struct Gradients {
-  Gradients(const Call& call, const Needs& needs) : biases(call.linears()) {
-    if (needs.below(0)) x = call.make(call.weights[0].in);
+  Gradients(const Call& call, const Needs& needs) : inputs(call.inputs()), biases(call.linears()) {
+    if (needs.below(0)) inputs[0] = call.make(call.weights[0].in);
+    for (int64_t i = 0; i < call.given(); ++i) {
+      if (needs.slope(i)) inputs[i] = call.make(call.weights[i].out);
+    }
     for (int64_t i = 0; i < call.linears(); ++i) {
       const Weight& w = call.weights[i];
       weights.push_back(needs.weight(i) ? Maybe(empty_matrix(w.out, w.in, kDtypeOf<S>)) : Maybe());
@@ -174,8 +187,9 @@ struct Gradients {
   }
 
   std::vector<Maybe> finish(const Call& call, const Needs& needs) const {
-    std::vector<Maybe> grads{x};
-    for (const Maybe& sum : weights) {
+    std::vector<Maybe> grads = inputs;
+    for (int64_t i = call.given(); i < call.linears(); ++i) {
+      const Maybe& sum = weights[i];
       if (!sum || call.dtype == kDtypeOf<S>) {
         grads.push_back(sum);
         continue;
@@ -187,20 +201,26 @@ struct Gradients {
         out.write(r, 1, 0, rows.size, static_cast<const S*>(rows.at(r, 0)), rows.size);
       }
     }
-    for (int64_t i = 0; i < call.linears(); ++i) {
+    for (int64_t i = call.given(); i < call.linears(); ++i) {
       grads.push_back(needs.bias(i) ? call.make_bias_gradient<S>(biases[i].data(), biases[i].size()) : Maybe());
     }
     return grads;
   }
 
-  Maybe x;
-  std::vector<Maybe> weights;  // in the compute type
+  // Those of the inputs from a row on.
+  std::vector<Out> inputs_from(int64_t r) const {
+    std::vector<Out> found;
+    for (const Maybe& input : inputs) found.push_back(input ? Out(*input).from(r) : Out());
+    return found;
+  }
+
+  std::vector<Maybe> inputs, weights;  // weights in the compute type
   std::vector<std::vector<double>> biases;
 };
 
 template <class S>
-void backward_block(Call call, const Rows& dy, const Needs& needs, Gradients<S>& grads, const Out& dx,
-                    bool first_block) {
+void backward_block(Call call, const Rows& dy, const Needs& needs, Gradients<S>& grads,
+                    const std::vector<Out>& dinputs, bool first_block) {
   if (call.settings.save == Save::recompute) replay<S>(call);
   std::optional<Slopes<S>> slopes;  // dz of the layer at hand
   std::vector<Rows> d;
@@ -244,15 +264,16 @@ void backward_block(Call call, const Rows& dy, const Needs& needs, Gradients<S>&
     product.plan();
     if (layer == 0) {
       product.finish = [&](int64_t, int64_t r, int64_t rows, int64_t c, int64_t n, S* const* panel, int64_t stride) {
-        dx.write(r, rows, c, n, panel[0], stride);
+        dinputs[0].write(r, rows, c, n, panel[0], stride);
       };
       return product.run();
     }
     // The delta rule: dz of the layer beneath, while dh = dz W is hot.
-    Slopes<S> beneath(call, needs, layer - 1, product.groups());
+    Slopes<S> beneath(call, needs, layer - 1, product.groups(), call.settings.given ? dinputs.data() : nullptr);
     product.finish = [&](int64_t group, int64_t r, int64_t rows, int64_t c, int64_t n, S* const* panel,
                          int64_t stride) { beneath.panel(group, r, rows, c, n, panel[0], stride); };
     product.run();
+    if (call.settings.given) return;
     slopes.emplace(std::move(beneath));
     take(layer - 1);
   }
@@ -264,14 +285,13 @@ template <class S>
 std::vector<Maybe> backward_wide(const Call& call, const Tensor& dy, const std::vector<bool>& wanted) {
   const Needs needs(call, wanted);
   Gradients<S> grads(call, needs);
-  const Out dx = grads.x ? Out(*grads.x) : Out();
   const Rows rows(dy);
   const int64_t blocks = std::max<int64_t>(1, call.rows / kBlockRows);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t r = call.rows * block / blocks, count = call.rows * (block + 1) / blocks - r;
     const Call part = blocks > 1 ? call.slice(r, count) : call;
     const Rows dy_part = blocks > 1 ? rows.slice(r, count) : rows;
-    backward_block<S>(part, dy_part, needs, grads, dx.from(r), block == 0);
+    backward_block<S>(part, dy_part, needs, grads, grads.inputs_from(r), block == 0);
   }
   return grads.finish(call, needs);
 }

@@ -25,7 +25,7 @@ LIBRARY = Path(os.environ.get("FASTBP_NATIVE_LIBRARY") or Path(__file__).parents
 SOURCES = Path(__file__).parents[2] / "csrc"  # there in a checkout, not in an installed package
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps"
 CHECKS_TENSORS = True  # in C++, so that a good call need not be checked in Python
-_OVERWRITE, _ROUTE = 2048, 4096  # in a call's settings, csrc/ops.cpp
+_OVERWRITE, _ROUTE, _GIVEN = 2048, 4096, 32768  # in a call's settings, csrc/ops.cpp
 CUDA_ROUTES = ("library", "fused", "cublaslt")  # the order of csrc/cuda/route.h
 _SAVES = tuple(POLICIES)  # the order of csrc/cpu/call.h
 
@@ -70,8 +70,6 @@ def _ops() -> Any:
 def supports(problem: Problem) -> str | None:
     """Why this backend cannot serve the problem, or None."""
     device = problem.device
-    if problem.config.form.given:
-        return "pending"
     if device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.hip:
@@ -104,6 +102,8 @@ def routes(problem: Problem, rows: int | None) -> tuple[str, ...]:
     unserved = {"row"} if rows not in (1, None) else set()
     if problem.dtype != torch.bfloat16 or capability() != "avx512_bf16":
         unserved.add("narrow_pairs")
+    if problem.config.form.given:
+        unserved |= {"narrow", "narrow_pairs"}
     return tuple(route for route in _cpu_routes() if route not in unserved)
 
 
@@ -139,7 +139,7 @@ def forward(config: Config, x: Tensor, tensors: Sequence[Tensor | None]) -> list
 def backward(
     config: Config, dy: Tensor, saved: Sequence[Tensor | None], needs: tuple[bool, ...], overwrite: bool = False
 ) -> list[Tensor | None]:
-    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask.
+    """The gradients of the inputs, of every weight and of every bias; None where ``needs`` does not ask.
 
     With ``overwrite`` the residuals of policy preact are used up.
     """
@@ -158,7 +158,7 @@ def backward(
 def _codes(config: Config, dtype: torch.dtype, cuda: bool) -> tuple[int, list[float]]:
     """A config as the ops take it (csrc/ops.cpp), with the parameters as y of this dtype shows them."""
     params = rounded(config.params, dtype) if config.save == "output" and config.row.limits else config.params
-    form = config.form.gated + 2 * config.form.projected
+    form = config.form.gated + 2 * config.form.projected + _GIVEN * config.form.given
     route = 1 + (CUDA_ROUTES if cuda else _cpu_routes()).index(config.route) if config.route else 0
     return form + 4 * _SAVES.index(config.save) + 32 * TABLE.index(config.row) + _ROUTE * route, list(params)
 

@@ -97,6 +97,11 @@ class _Eager(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
+def c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without the Python around it, which looks for transforms."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+
+
 class _AtOnce(torch.autograd.Function):
     """``_Eager`` with forward and setup_context in one, which spares a call where no transform is active."""
 
@@ -201,18 +206,20 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
 }
 
 
-def _direct(function: type[torch.autograd.Function]) -> Callable[..., Outputs]:
-    """What to call where no functorch transform is active.
+def _at_once(function: type[torch.autograd.Function]) -> Any:
+    """The Function to apply where no functorch transform is active.
 
     Function.apply binds the signature on every call when setup_context is defined, 20 to 50 µs; the C-level apply
     beneath it does not. The node's own apply looks for the function's backward on every call; here it is the backward.
     """
     made = type(function.__name__, (_AtOnce,), {})  # the name is what grad_fn shows
     made._backward_cls.apply = _Eager.backward  # type: ignore[attr-defined]
-    return super(torch.autograd.Function, made).apply  # type: ignore[misc, no-any-return]
+    return made
 
 
-_DIRECT: dict[str, Callable[..., Outputs]] = {form: _direct(function) for form, function in FUNCTIONS.items()}
+_AT_ONCE = {form: _at_once(function) for form, function in FUNCTIONS.items()}
+NODES: dict[str, type] = {form: made._backward_cls for form, made in _AT_ONCE.items()}  # of eager calls, by form
+_DIRECT = {form: c_apply(made) for form, made in _AT_ONCE.items()}
 
 
 def run(
@@ -244,7 +251,7 @@ def run(
         check(config.form, x, weights, biases, tensors[: config.form.inputs - 1])  # type: ignore[arg-type]
     try:
         if is_grad_enabled():
-            return _DIRECT[config.form.name](config, x, *tensors)[0]
+            return _DIRECT[config.form.name](config, x, *tensors)[0]  # type: ignore[no-any-return]
         return module.forward(_writing_nothing(config), x, tensors)[0]  # type: ignore[no-any-return]  # no backward
     except RuntimeError:  # say it in the words of the call, if it is the call that is wrong
         check(config.form, x, weights, biases, tensors[: config.form.inputs - 1])  # type: ignore[arg-type]
@@ -258,7 +265,7 @@ def _run_transformed(config: Config, x: Tensor, tensors: tuple[Tensor | None, ..
     if POLICIES[config.save].compressed:
         config = _writing_nothing(config)  # transforms do not look into bits
     if not functorch_active():
-        return _DIRECT[config.form.name](config, x, *tensors)[0]
+        return _DIRECT[config.form.name](config, x, *tensors)[0]  # type: ignore[no-any-return]
     if _nested_forward_mode():
         return reference.compose(config.form, config.value, (x, *others), weights, biases)  # type: ignore[arg-type]
     return FUNCTIONS[config.form.name].apply(config, x, *tensors)[0]  # type: ignore[no-any-return]

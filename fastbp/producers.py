@@ -48,9 +48,10 @@ def _activation(node: Node) -> Bound | None:
 
 
 class Own(NamedTuple):
-    """A node of a Function of ours: its class, and what it says of its output."""
+    """A node of a Function of ours: its class, whether its output can be made again, how, and of which tensors."""
 
     kind: type
+    can: Callable[[Node], bool]
     value: Callable[[Node], Tensor]
     read: Callable[[Node], Producer | None]
 
@@ -74,7 +75,8 @@ def can_rebuild(node: Node, depth: int = _DEPTH) -> bool:
     if name in _OF_ONE:
         inner = node.next_functions[0][0]
         return inner is not None and can_rebuild(inner, depth - 1)
-    return own(node) is not None
+    ours = own(node)
+    return ours is not None and ours.can(node)
 
 
 def rebuild(node: Node) -> Tensor:
@@ -150,8 +152,9 @@ def _of_activation(node: Node) -> Tensor:
 _OF_INPUT: dict[str, Callable[[Node], Tensor]] = {
     **dict.fromkeys(NODES, _of_activation),
     "EluBackward0": lambda n: _aten.elu.default(n._saved_self, n._saved_alpha, n._saved_scale, n._saved_input_scale),
-    # Not in the table: the gradient that PyTorch computes has 1 / alpha in float32, and ours would be another.
+    # Not in the table: PyTorch's gradients have 1 / alpha and 1 / 6 in float32, and ours would be others.
     "CeluBackward0": lambda n: torch.celu(n._saved_self, n._saved_alpha),
+    "HardsigmoidBackward0": lambda n: torch.nn.functional.hardsigmoid(n._saved_self),
     _POW: lambda n: torch.pow(n._saved_self, n._saved_exponent),
     "GluBackward0": lambda n: torch.nn.functional.glu(n._saved_self, _signed(n._saved_dim)),
 }

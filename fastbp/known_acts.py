@@ -130,6 +130,11 @@ def looks_plainly(kind: type[nn.Module]) -> bool:
     return kind.__getattr__ is nn.Module.__getattr__ and kind.__getattribute__ is object.__getattribute__
 
 
+def is_called_plainly(kind: type[nn.Module]) -> bool:
+    """Whether calling such modules means what calling any nn.Module does."""
+    return kind.__call__ is nn.Module.__call__
+
+
 @dataclass(frozen=True, eq=False)
 class KnownAct:
     """A child that is an activation, by its class's forward and the attributes and globals that this reads."""
@@ -144,7 +149,7 @@ class KnownAct:
 
     def holds(self, child: nn.Module | None) -> bool:
         """Whether this child is that activation now."""
-        if type(child) is not self.kind or has_hooks(child):
+        if type(child) is not self.kind or has_hooks(child) or not is_called_plainly(self.kind):
             return False
         forward: Any = self.kind.forward
         if forward is not self.forward or forward.__code__ is not self.code:
@@ -159,7 +164,8 @@ def read_act(child: nn.Module) -> KnownAct | str:
     """The activation that a child is, or why it is not known to be one."""
     kind, own = type(child), child.__dict__
     forward: Any = inspect.getattr_static(kind, "forward")
-    found = "it has hooks or a forward of its own" if has_hooks(child) else read_resolved(forward)
+    apart = has_hooks(child) or not is_called_plainly(kind)
+    found = "it has hooks or is called in a way of its own" if apart else read_resolved(forward)
     if isinstance(found, str):
         return f"{kind.__name__}: {found}"
     reading, names, value = found

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import linecache
+import math
 import textwrap
 
 import torch
@@ -41,6 +42,13 @@ class Written(nn.Module):
 def written(text, act=None, **options):
     """A module with this forward."""
     return type("Made", (Written,), {"forward": method(text, **options)})(act).double()
+
+
+def act_module(text, **attributes):
+    """A module that takes one tensor."""
+    module = type("Act", (nn.Module,), {"forward": method(text, names={"torch": torch, "F": F, "math": math})})()
+    module.__dict__.update(attributes)
+    return module
 
 
 def swap(model):

@@ -1,7 +1,6 @@
 """Forwards that are read from their source: which are known, and what each call looks up again."""
 
 import functools
-import math
 import re
 import types
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from future_annotations import Block
-from reading import WIDTH, Written, assert_same, count_calls, method, pair, written
+from reading import WIDTH, Written, act_module, assert_same, count_calls, method, pair, written
 from torch import nn
 
 from fastbp.activations import TABLE
@@ -118,11 +117,10 @@ def test_modules_of_transformers_are_known_by_their_source(name, monkeypatch):
     assert calls == ["mlp"]
 
 
-def act_module(text, **attributes):
-    """A module that takes one tensor."""
-    module = type("Act", (nn.Module,), {"forward": method(text, names={"torch": torch, "F": F, "math": math})})()
-    module.__dict__.update(attributes)
-    return module
+def called_by_itself():
+    act = act_module("return F.gelu(x)")
+    type(act).__call__ = lambda self, x: 2 * self.forward(x)
+    return act
 
 
 @pytest.mark.parametrize(
@@ -139,13 +137,14 @@ def act_module(text, **attributes):
             "return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 2.0))))"
         ),
         act_module("return self.act(x)", act=F.dropout),
+        called_by_itself(),
         act_module("return self.act(x)", act=functools.partial(F.leaky_relu, negative_slope=torch.tensor(0.1))),
         act_module("return self.act(x)", act=functools.partial(F.gelu, torch.zeros(3))),
         nn.LeakyReLU(torch.tensor(0.1)),
         nn.Softmax(-1),
         nn.PReLU(),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_other_activations_are_not_known(act):
     assert isinstance(read_act(act), str)

@@ -7,14 +7,16 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from reading import WIDTH, Written, assert_same, count_calls, differ, pair, step, swap, written
+from reading import WIDTH, Written, act_module, assert_same, count_calls, differ, pair, step, swap, written
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
 
 import fastbp
 from fastbp.fusion import known
+from fastbp.fusion.surgery import base_of, set_save
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -169,6 +171,8 @@ PATCHES = {
             lambda self, name: torch.tanh if name == "act" else nn.Module.__getattr__(self, name),
         ),
     ),
+    "activation's __call__": (PLAIN, lambda m: (nn.GELU, "__call__", lambda self, x: 2 * x)),
+    "everybody's __call__": (PLAIN, lambda m: (nn.Module, "__call__", lambda self, x: 2 * self.forward(x))),
     "activation's forward": (PLAIN, lambda m: (nn.GELU, "forward", old_gelu)),
     "function of the activation": (PLAIN, lambda m: (F, "gelu", lambda x, approximate: torch.tanh(x))),
     "function in the forward": (FUNCTION, lambda m: (F, "gelu", torch.tanh)),
@@ -203,15 +207,30 @@ def test_the_code_of_a_forward_is_exchanged(monkeypatch):
     assert_seen(stock, [lambda m: setattr(type(stock).forward, "__code__", type(code).forward.__code__)], monkeypatch)
 
 
-def test_the_code_of_an_activation_is_exchanged(monkeypatch):
-    from test_known import act_module
+OTHER = {"F": types.SimpleNamespace(gelu=torch.tanh)}
 
-    act = act_module("return F.silu(x)")
+
+def with_other_globals(kind):
+    """The forward of a class, of the very same code, finds other functions."""
+    kind.forward = types.FunctionType(kind.forward.__code__, OTHER, "forward")
+
+
+def with_other_code(kind):
+    kind.forward.__code__ = (lambda self, x: x * 2).__code__
+
+
+@pytest.mark.parametrize("change", [with_other_globals, with_other_code])
+def test_the_forward_of_an_activation_is_exchanged(change, monkeypatch):
+    act = act_module("return F.gelu(x)")
     assert_seen(
         written(PLAIN, act),
-        [lambda m: setattr(type(act).forward, "__code__", (lambda self, x: x * 2).__code__)],
+        [lambda m: change(type(act)) if type(act).forward.__globals__ is not OTHER else None],
         monkeypatch,
     )
+
+
+def test_a_forward_of_the_same_code_and_other_globals(monkeypatch):
+    assert_seen(written(FUNCTION), [lambda m: with_other_globals(base_of(m))], monkeypatch)
 
 
 @pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
@@ -366,13 +385,12 @@ def test_autocast(text, dtype, act):
     assert (mine - exact).abs().max() <= 2 * (theirs - exact).abs().max() + torch.finfo(dtype).eps
 
 
-def test_spelled_activations_alone_under_autocast_are_pytorchs(monkeypatch):
-    """pow is computed in float32 there, on some devices."""
-    from test_known import act_module
-
-    stock, fused = pair(
-        written("return self.act(self.fc1(x))", act_module("return x * torch.sigmoid(1.702 * x)")).float()
-    )
+@pytest.mark.parametrize(
+    "act", [act_module("return x * torch.sigmoid(1.702 * x)"), nn.Softplus()], ids=["spelled", "softplus"]
+)
+def test_activations_that_autocast_widens_are_pytorchs_where_no_linear_follows(act, monkeypatch):
+    """It computes pow and softplus in float32 on some devices."""
+    stock, fused = pair(written("return self.act(self.fc1(x))", act).float())
     calls, x = count_calls(monkeypatch), torch.randn(4, WIDTH)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fused(x), stock(x)) and not calls
@@ -399,7 +417,7 @@ def test_checkpoint(reentrant, monkeypatch):
         checkpointed(m)(leaf).sin().sum().backward()
         results.append([leaf.grad, m.fc1.weight.grad, m.fc2.weight.grad])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert calls == ["mlp", "mlp"]
 
 
@@ -426,7 +444,7 @@ def test_a_compiled_block_sees_changes():
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("what", PATCHES)
+@pytest.mark.parametrize("what", [what for what in PATCHES if what != "everybody's __call__"])  # Dynamo sees it nowhere
 def test_a_compiled_block_sees_patches(what):
     text, patch = PATCHES[what]
     stock, fused = pair(written(text))
@@ -437,11 +455,35 @@ def test_a_compiled_block_sees_patches(what):
         assert_same(compiled, stock, x)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("how", ["compile", "export", "strict export", "fx"])
+@pytest.mark.parametrize("make", [lambda: written(PLAIN), lambda: written(FUNCTION), lambda: written(GATED), stack])
+def test_graphs_hold_the_call(make, how):
+    stock, fused = pair(make())
+    x, seen = draw(4, WIDTH), []
+
+    def backend(graph, _):
+        seen.append(graph)
+        return graph.forward
+
+    if how == "compile":
+        model = torch.compile(fused, backend=backend, fullgraph=True)
+        model(x)
+    elif how == "fx":
+        model = torch.fx.symbolic_trace(fused)
+        seen.append(model)
+    else:
+        model = torch.export.export(fused, (x,), strict=how == "strict export").module()
+        seen.append(model)
+    assert_close(model(x), stock(x), rtol=1e-12, atol=1e-12)
+    assert sum("mlp" in str(node.target) for node in seen[0].graph.nodes) == 1
+
+
 def test_transforms():
     stock, fused = pair(written(GATED))
     x = draw(3, WIDTH)
     for transform in (torch.func.vmap, torch.func.jacrev, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1]):
-        torch.testing.assert_close(transform(fused)(x), transform(stock)(x), rtol=1e-10, atol=1e-12)
+        assert_close(transform(fused)(x), transform(stock)(x), rtol=1e-10, atol=1e-12)
 
 
 def test_functional_call_uses_the_parameters_given():
@@ -449,7 +491,7 @@ def test_functional_call_uses_the_parameters_given():
     given = {name: torch.randn_like(p) for name, p in stock.named_parameters()}
     x = draw(3, WIDTH)
     mine, theirs = (torch.func.functional_call(m, given, (x,)) for m in (fused, stock))
-    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_a_plan_of_another_policy_and_backend():
@@ -457,7 +499,7 @@ def test_a_plan_of_another_policy_and_backend():
     plan = known.read(model)
     assert (plan.save, plan.backend) == ("auto", None)
     swap(model)
-    fastbp.fusion.surgery.set_save(model, "recompute")
+    set_save(model, "recompute")
     with fastbp.SavedBytes(exclude=[x := draw(9, WIDTH), model]) as saved:
         model(x)
     assert saved.total == 0 and isinstance(model, Written)

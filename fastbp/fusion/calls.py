@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._C import _is_any_autocast_enabled as any_autocast
-from torch.utils._device import DeviceContext
 
 from fastbp import functional, readers, saving, sharding
 from fastbp.activations import Bound
@@ -26,6 +25,7 @@ Parts = tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]
 
 # As they were before anybody patched them.
 _LINEAR = F.linear, nn.Linear.forward, Linear.forward
+_CALL = nn.Module.__call__
 _IDLE = F.dropout, nn.Dropout.forward, nn.Identity.forward
 
 
@@ -99,14 +99,16 @@ class FusedCall:
         for name in self.idle:
             if not is_idle(children.get(name)):
                 return None
-        on_mesh = type(x) not in PLAIN_TENSORS
-        if (F.linear, nn.Linear.forward, Linear.forward) != _LINEAR or (on_mesh and not sharding.is_dtensor(x)):
+        on_mesh, fx_traces = type(x) not in PLAIN_TENSORS, type(x) is fx.Proxy  # symbolic_trace patches __call__
+        if (F.linear, nn.Linear.forward, Linear.forward) != _LINEAR or (
+            nn.Module.__call__ is not _CALL and not fx_traces
+        ):
             return None
         linears: Any = [children.get(name) for name in self.linears]
         parts = self.transposed.parts(linears) if self.transposed else plain_parts(linears, on_mesh)
         if parts is None or (on_mesh and not sharding.applies(x, (*parts[0], *parts[1]))):
             return None
-        if not _only_device_modes() or (any_autocast() and self._widened):
+        if not _only_known_modes() or (any_autocast() and self._widened):
             return None
         try:
             return functional.call(self.form, x, *parts, self.activation, save, backend)
@@ -123,10 +125,14 @@ class FusedCall:
         return not self.form.projected and (self.activation.name == "softplus" or any(a.spelled for _, a in self.acts))
 
 
-def _only_device_modes() -> bool:
-    """Whether no mode looks at the functions that are called, but for a default device."""
+# A default device, and what torch.export watches with: they leave the functions that are called as they are.
+_MODES = frozenset(("torch.utils._device", "torch._export.non_strict_utils", "torch.fx.experimental.proxy_tensor"))
+
+
+def _only_known_modes() -> bool:
+    """Whether no mode looks at the functions that are called, but for some of PyTorch's own."""
     for i in range(torch._C._len_torch_function_stack()):
-        if type(torch._C._get_function_stack_at(i)) is not DeviceContext:
+        if type(torch._C._get_function_stack_at(i)).__module__ not in _MODES:
             return False
     return True
 

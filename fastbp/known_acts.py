@@ -16,6 +16,7 @@ from torch import nn
 
 from fastbp import recognition
 from fastbp.activations import TABLE, Bound, bind
+from fastbp.copies import base_of
 from fastbp.recognition import has_hooks
 from fastbp.source import ARGUMENT, Reading, Value, look_up, parts_of, read, read_expression
 
@@ -149,7 +150,7 @@ class KnownAct:
 
     def holds(self, child: nn.Module | None) -> bool:
         """Whether this child is that activation now."""
-        if type(child) is not self.kind or has_hooks(child) or not is_called_plainly(self.kind):
+        if child is None or base_of(child) is not self.kind or has_hooks(child) or not is_called_plainly(self.kind):
             return False
         forward: Any = self.kind.forward
         if forward is not self.forward or forward.__code__ is not self.code:
@@ -162,7 +163,7 @@ class KnownAct:
 
 def read_act(child: nn.Module) -> KnownAct | str:
     """The activation that a child is, or why it is not known to be one."""
-    kind, own = type(child), child.__dict__
+    kind, own = base_of(child), child.__dict__
     forward: Any = inspect.getattr_static(kind, "forward")
     apart = has_hooks(child) or not is_called_plainly(kind)
     found = "it has hooks or is called in a way of its own" if apart else read_resolved(forward)

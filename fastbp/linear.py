@@ -188,6 +188,25 @@ def _obstacle(x: Tensor, weight: Any, bias: Any) -> str | None:
         return f"its input is {x.dtype}, its weight {weight.dtype} and {weight.layout}"
     if weight.device != x.device:
         return f"its input is on {x.device}, its weight on {weight.device}"
+    return _surroundings()
+
+
+def can_replace(x: Any) -> bool:
+    """Whether a Function of ours may stand for an operation of PyTorch's on x: worth it, and seen by nobody."""
+    return (
+        type(x) in READABLE_TENSORS
+        and x.requires_grad
+        and x.numel() >= _size.smallest
+        and x.dtype in _DTYPES
+        and is_grad_enabled()
+        and not any_autocast()
+        and not dispatch_modes()
+        and _surroundings() is None
+    )
+
+
+def _surroundings() -> str | None:
+    """What is at work around a call that has to see PyTorch's own operations, or None."""
     if functorch_active() or forward_ad._current_level >= 0 or is_tracing():
         return "a transform, forward-mode differentiation or a tracer is at work"
     if function_mode() and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):

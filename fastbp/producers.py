@@ -201,7 +201,12 @@ def _read_node(node: Node) -> Producer | None:
     if type(node).__name__ == _POW:
         return _read_square(node)
     bound = _activation(node)
-    return None if bound is None else _connected(bound, ACT_LINEAR, (node._saved_self, node.next_functions[0]))
+    return None if bound is None else of_activation(bound, node._saved_self, node)
+
+
+def of_activation(bound: Bound, z: Tensor, node: Node) -> Producer | None:
+    """The producer, of a node whose one input is z."""
+    return _connected(bound, ACT_LINEAR, (z, node.next_functions[0]))
 
 
 def _connected(bound: Bound, form: Form, *pairs: tuple[Tensor | None, Edge]) -> Producer | None:
@@ -225,10 +230,11 @@ def _read_product(node: Node) -> Producer | None:
     if one is None or other is None:
         return None
     for a, (gate, _), up, up_edge in ((one, first, other, second), (other, second, one, first)):
-        bound = _activation(gate)
-        if bound is not None:
-            g = gate._saved_self
-            found = _connected(bound, GATED_ACT_LINEAR, (g, gate.next_functions[0]), (up, up_edge))
+        of_gate = None if gate is None or type(gate).__name__ == PRODUCT else _read_node(gate)
+        if of_gate is not None and of_gate.form is ACT_LINEAR:
+            found = _connected(
+                of_gate.bound, GATED_ACT_LINEAR, (of_gate.inputs[0], gate.next_functions[0]), (up, up_edge)
+            )
             return None if found is None else found._replace(activated=a)
     return None
 

@@ -37,7 +37,7 @@ FLOORS = (
     ("autograd", "capture"),
     ("main_grad",),
     ("functional", "rebuilt"),
-    ("linear",),
+    ("linear", "elementwise"),
     ("readers",),
     ("modules",),
     ("fusion",),
@@ -131,7 +131,7 @@ def test_public_names():
     contract = """
         linear_act gated_linear_act mlp gated_mlp act_linear gated_act_linear
         Linear LinearAct GatedLinear MLP GatedMLP
-        fuse unfuse FusionReport
+        fuse unfuse report FusionReport
         use available_backends available_activations SavedBytes plan_memory MemoryPlan autograd __version__
         tune TuningReport decompositions
     """

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._C import _is_any_autocast_enabled as any_autocast
 
-from fastbp import functional, readers, saving, sharding
+from fastbp import functional, saving, sharding
 from fastbp.activations import Bound
+from fastbp.copies import base_of
 from fastbp.forms import Form
 from fastbp.known_acts import KnownAct
 from fastbp.linear import Linear
@@ -43,7 +44,7 @@ class Transposed:
         weights: tuple[Any, ...] = ()
         biases: tuple[Any, ...] = ()
         for linear in linears:
-            if linear is None or readers.base_of(linear) is not self.kind or has_hooks(linear):
+            if linear is None or base_of(linear) is not self.kind or has_hooks(linear):
                 return None
             if type(linear.weight) not in PLAIN_TENSORS:
                 return None
@@ -60,7 +61,7 @@ def transposed() -> Transposed | None:
 
 def may_idle(child: nn.Module | None) -> bool:
     """Whether a child is of a kind that can be idle."""
-    return type(child) in (nn.Identity, nn.Dropout)
+    return base_of(child) in (nn.Identity, nn.Dropout)
 
 
 def is_idle(child: nn.Module | None) -> bool:

@@ -36,6 +36,7 @@ class Written(nn.Module):
         self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
         self.up, self.narrow = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(HIDDEN, HIDDEN)
         self.act, self.drop, self.idle, self.norm = act or nn.GELU(), nn.Dropout(0.0), nn.Identity(), nn.LayerNorm(20)
+        self.layer = nn.Linear(HIDDEN, HIDDEN)
         self.fn, self.scale, self.layers = F.silu, 2.0, nn.ModuleList([nn.Linear(WIDTH, HIDDEN)])
 
 

@@ -189,6 +189,8 @@ UNKNOWN = {
     "return self.act(self.fc1(x)) * self.act(self.up(x))": "another way",
     "return self.act(self.fc1(x)) * x": "another way",
     "h = self.fc1(x)\nreturn self.act(h) * self.narrow(h)": "another way",
+    "h = self.up(x)\nreturn self.act(self.narrow(h)) * self.layer(h)": "another way",
+    "return self.act(self.fc1(x)) * self.narrow(self.up(x))": "another way",
     "return self.act(self.fc1(x)) * self.up(x) * self.up(x)": "another way",
     "return self.fc2(self.act(self.layers[0](x)))": r"self.layers\[0\]",
     "g, u = self.fc1(x).chunk(2, dim=-1)\nreturn self.act(g) * u": "g, u =",

@@ -86,6 +86,7 @@ def halved(model):
 # by name: the forward, the activation, what changes of a model
 OF_A_MODEL = {
     "activation replaced": (PLAIN, nn.GELU, lambda m: setattr(m, "act", nn.Tanh())),
+    "activation of the same attributes": (PLAIN, nn.SiLU, lambda m: setattr(m, "act", nn.Mish())),
     "activation of the same class": (PLAIN, nn.GELU, lambda m: setattr(m, "act", nn.GELU("tanh"))),
     "activation without a module": (PLAIN, nn.GELU, lambda m: m.__setattr__("act", nn.Softmax(-1))),
     "linear of a subclass": (PLAIN, nn.GELU, halved),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._C import _is_any_autocast_enabled as any_autocast
+from torch.compiler import is_compiling
 
 from fastbp import functional, saving, sharding
 from fastbp.activations import Bound
@@ -100,11 +101,13 @@ class FusedCall:
         for name in self.idle:
             if not is_idle(children.get(name)):
                 return None
-        on_mesh, fx_traces = type(x) not in PLAIN_TENSORS, type(x) is fx.Proxy  # symbolic_trace patches __call__
-        if (F.linear, nn.Linear.forward, Linear.forward) != _LINEAR or (
-            nn.Module.__call__ is not _CALL and not fx_traces
-        ):
+        if (F.linear, nn.Linear.forward, Linear.forward) != _LINEAR:
             return None
+        if nn.Module.__call__ is not _CALL and not (
+            is_compiling() or type(x) is fx.Proxy
+        ):  # PyTorch's tracers patch it
+            return None
+        on_mesh = type(x) not in PLAIN_TENSORS
         linears: Any = [children.get(name) for name in self.linears]
         parts = self.transposed.parts(linears) if self.transposed else plain_parts(linears, on_mesh)
         if parts is None or (on_mesh and not sharding.applies(x, (*parts[0], *parts[1]))):

@@ -27,16 +27,22 @@ PRODUCT, _DIV, _CAST, _POW = "MulBackward0", "DivBackward0", "ToCopyBackward0", 
 _DEPTH = 8  # nodes between a linear and what its input is made again of
 
 
+def nobody() -> bool:
+    """That nobody looks."""
+    return False
+
+
 class Producer(NamedTuple):
     """``f(z)``, or ``f(g) · u``: the activation, the form of a linear behind it, and z, or g and u.
 
-    ``activated`` is f(g), where a product still keeps it.
+    ``activated`` is f(g), where a product still keeps it; ``seen`` tells whether somebody looks at it, where none does.
     """
 
     bound: Bound
     form: Form
     inputs: tuple[Tensor, ...]
     activated: Tensor | None = None
+    seen: Callable[[], bool] = nobody
 
 
 def _activation(node: Node) -> Bound | None:

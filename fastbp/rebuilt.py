@@ -28,7 +28,7 @@ from fastbp import producers, reference
 from fastbp.activations import Bound
 from fastbp.backends import BACKENDS
 from fastbp.problem import Config
-from fastbp.producers import Node, Producer
+from fastbp.producers import Node, Producer, nobody
 from fastbp.residuals import kept_of_given, read_kept
 from fastbp.saving import POLICIES
 
@@ -163,7 +163,8 @@ class ActLinear(torch.autograd.Function):
 def act_linear(product: Product, config: Config, h: Tensor, weight: Tensor, bias: Any, producer: Producer) -> Tensor:
     """y of an h whose producer was read."""
     kept = _codes_of(config, producer.inputs)
-    how = How(product, None, config, kept, watcher_of(h))
+    of_h, of_a = watcher_of(h), producer.seen
+    how = How(product, None, config, kept, lambda: of_h() or of_a())
     return ActLinear.apply(how, _Anchor.apply(h), h, weight, bias, *producer.inputs)  # type: ignore[no-any-return]
 
 
@@ -172,18 +173,15 @@ def rebuilt_linear(product: Product, node: Node, h: Tensor, weight: Tensor, bias
     return ActLinear.apply(How(product, node), _Anchor.apply(h), h, weight, bias)  # type: ignore[no-any-return]
 
 
-def make_anew(config: Config, h: Tensor, producer: Producer) -> None:
-    """Let h be the output of a ``Made``, and not of the nodes that made it and keep more."""
+def make_anew(config: Config, h: Tensor, producer: Producer) -> Producer:
+    """Let h be the output of a ``Made``, and not of the nodes that made it and keep more; and what made it now."""
     a = producer.activated
-    seen, anchor = (watcher_of(a), _Anchor.apply(a)) if a is not None else (_nobody, None)
+    seen, anchor = (watcher_of(a), _Anchor.apply(a)) if a is not None else (nobody, None)
     kept = _codes_of(config, producer.inputs)
     h.detach_()
     with _unsafe_preserve_version_counter(h):  # readers that kept h before kept what it still is
         Made.apply(config, seen, anchor, kept, h, a, *producer.inputs)
-
-
-def _nobody() -> bool:
-    return False
+    return producer._replace(activated=None, seen=seen)
 
 
 def _ignore(grad: Tensor) -> None:
@@ -235,7 +233,7 @@ def _read(node: Node) -> Producer | None:
     config = node.config
     if POLICIES[config.save].compressed:
         return None
-    return Producer(Bound(config.row, config.params), config.form, node.saved_tensors)
+    return Producer(Bound(config.row, config.params), config.form, node.saved_tensors, seen=node.seen)
 
 
 producers.OWN["MadeBackward"] = producers.Own(

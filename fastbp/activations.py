@@ -285,7 +285,6 @@ TABLE: tuple[Activation, ...] = (
         "hardsigmoid", "min(max(z + 3, 0), 6) / 6", f.hardsigmoid, f.hardsigmoid_grad, f.hardsigmoid_grad_from_output,
         module=nn.Hardsigmoid, functions=(F.hardsigmoid,),
         aten_value=F.hardsigmoid, aten_grad=_aten.hardsigmoid_backward.default,
-        node="HardsigmoidBackward0",
     ),
     # From y = z², sqrt(y) is lost where the square leaves the range of the dtype, so `auto` keeps z.
     Activation(

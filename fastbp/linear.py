@@ -132,7 +132,7 @@ def _of_producer(
     producer: Producer,
 ) -> _Found:
     """``_linear`` of f(z), or of f(g) · u."""
-    bound, form, inputs, activated = producer
+    bound, form, inputs, activated, _ = producer
     save, backend = settings
     if save == "auto":
         save = defaults.both[0] or save
@@ -151,7 +151,7 @@ def _of_producer(
         hooks = top_hooks(True)
         if hooks is not None:
             hooks[1].__self__._let_go(inputs[0] if activated is None else activated)  # type: ignore[attr-defined]
-        rebuilt.make_anew(config, x, producer)
+        producer = rebuilt.make_anew(config, x, producer)
         if not trains:
             return None, Outcome(True, f"{form.name}, {bound!r}; the weight is frozen", unkept)
         unkept *= 2

@@ -27,16 +27,22 @@ PRODUCT, _DIV, _CAST, _POW = "MulBackward0", "DivBackward0", "ToCopyBackward0", 
 _DEPTH = 8  # nodes between a linear and what its input is made again of
 
 
+def nobody() -> bool:
+    """That nobody looks."""
+    return False
+
+
 class Producer(NamedTuple):
     """``f(z)``, or ``f(g) · u``: the activation, the form of a linear behind it, and z, or g and u.
 
-    ``activated`` is f(g), where a product still keeps it.
+    ``activated`` is f(g), where a product still keeps it; ``seen`` tells whether somebody looks at it, where none does.
     """
 
     bound: Bound
     form: Form
     inputs: tuple[Tensor, ...]
     activated: Tensor | None = None
+    seen: Callable[[], bool] = nobody
 
 
 def _activation(node: Node) -> Bound | None:
@@ -158,7 +164,11 @@ def _of_activation(node: Node) -> Tensor:
 _OF_INPUT: dict[str, Callable[[Node], Tensor]] = {
     **dict.fromkeys(NODES, _of_activation),
     "EluBackward0": lambda n: _aten.elu.default(n._saved_self, n._saved_alpha, n._saved_scale, n._saved_input_scale),
+<<<<<<< HEAD
     # Not in the table: PyTorch's gradients have 1 / alpha and 1 / 6 in float32, and ours would be others.
+=======
+    # Not in the table: the gradients that PyTorch computes have 1 / alpha and 1 / 6 in float32, ours would be others.
+>>>>>>> wt-tests
     "CeluBackward0": lambda n: torch.celu(n._saved_self, n._saved_alpha),
     "HardsigmoidBackward0": lambda n: torch.nn.functional.hardsigmoid(n._saved_self),
     _POW: lambda n: torch.pow(n._saved_self, n._saved_exponent),

@@ -164,11 +164,7 @@ def _of_activation(node: Node) -> Tensor:
 _OF_INPUT: dict[str, Callable[[Node], Tensor]] = {
     **dict.fromkeys(NODES, _of_activation),
     "EluBackward0": lambda n: _aten.elu.default(n._saved_self, n._saved_alpha, n._saved_scale, n._saved_input_scale),
-<<<<<<< HEAD
     # Not in the table: PyTorch's gradients have 1 / alpha and 1 / 6 in float32, and ours would be others.
-=======
-    # Not in the table: the gradients that PyTorch computes have 1 / alpha and 1 / 6 in float32, ours would be others.
->>>>>>> wt-tests
     "CeluBackward0": lambda n: torch.celu(n._saved_self, n._saved_alpha),
     "HardsigmoidBackward0": lambda n: torch.nn.functional.hardsigmoid(n._saved_self),
     _POW: lambda n: torch.pow(n._saved_self, n._saved_exponent),

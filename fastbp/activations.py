@@ -6,6 +6,7 @@ The formulas themselves are in ``formulas.py``.  Anything that needs a list of a
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class Activation:
     module: type[nn.Module] | None = None
     module_attributes: tuple[tuple[str, Any], ...] = ()  # tells apart activations that share a module class
     functions: tuple[Callable[..., Tensor], ...] = ()
+    spelled: tuple[Callable[[Tensor], Tensor], ...] = ()  # as people write it out: the same up to rounding, kinks too
     # PyTorch's kernels for the same formulas: one pass over memory, and the numbers users have today.
     aten_value: Callable[..., Tensor] | None = None
     aten_grad: Callable[..., Tensor] | None = None
@@ -225,26 +227,36 @@ TABLE: tuple[Activation, ...] = (
     ),
     Activation(
         "silu", "z · sigmoid(z)", f.silu, f.silu_grad,
-        module=nn.SiLU, functions=(F.silu,), aten_value=F.silu, aten_grad=_aten.silu_backward.default,
+        module=nn.SiLU, functions=(F.silu,), spelled=(lambda z: z * torch.sigmoid(z),),
+        aten_value=F.silu, aten_grad=_aten.silu_backward.default,
         **_sides("silu"),
     ),
     Activation(
         "gelu", "z · Φ(z), Φ the normal distribution function", f.gelu, f.gelu_grad,
         module=nn.GELU, module_attributes=(("approximate", "none"),), functions=(F.gelu,),
+        spelled=(lambda z: z * 0.5 * (1.0 + torch.erf(z / math.sqrt(2.0))),),
         aten_value=_gelu, aten_grad=_gelu_backward,
         **_sides("gelu"),
     ),
     Activation(
         "gelu_tanh", "z/2 · (1 + tanh(√(2/π) · (z + 0.044715 z³)))", f.gelu_tanh, f.gelu_tanh_grad,
         module=nn.GELU, module_attributes=(("approximate", "tanh"),),
+        spelled=(
+            lambda z: 0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0)))),
+            lambda z: 0.5 * z * (1.0 + torch.tanh(z * math.sqrt(2.0 / math.pi) * (1.0 + 0.044715 * z * z))),
+        ),
         aten_value=lambda z: F.gelu(z, approximate="tanh"),
         aten_grad=lambda dy, z: _aten.gelu_backward.default(dy, z, approximate="tanh"),
         **_sides("gelu_tanh"),
     ),
-    Activation("quick_gelu", "z · sigmoid(1.702 z)", f.quick_gelu, f.quick_gelu_grad, **_sides("quick_gelu")),
+    Activation(
+        "quick_gelu", "z · sigmoid(1.702 z)", f.quick_gelu, f.quick_gelu_grad,
+        spelled=(lambda z: z * torch.sigmoid(1.702 * z),), **_sides("quick_gelu"),
+    ),
     Activation(
         "mish", "z · tanh(log(1 + eᶻ))", f.mish, f.mish_grad,
-        module=nn.Mish, functions=(F.mish,), aten_value=F.mish, aten_grad=_aten.mish_backward.default,
+        module=nn.Mish, functions=(F.mish,), spelled=(lambda z: z * torch.tanh(F.softplus(z)),),
+        aten_value=F.mish, aten_grad=_aten.mish_backward.default,
         **_sides("mish"),
     ),
     Activation(
@@ -258,7 +270,10 @@ TABLE: tuple[Activation, ...] = (
         aten_value=F.hardsigmoid, aten_grad=_aten.hardsigmoid_backward.default,
     ),
     # From y = z², sqrt(y) is lost where the square leaves the range of the dtype, so `auto` keeps z.
-    Activation("relu2", "max(z, 0)²", f.relu2, f.relu2_grad, f.relu2_grad_from_output, output_exact=False),
+    Activation(
+        "relu2", "max(z, 0)²", f.relu2, f.relu2_grad, f.relu2_grad_from_output, output_exact=False,
+        spelled=(lambda z: F.relu(z).square(),),
+    ),
 )  # fmt: skip
 
 ROWS: dict[str, Activation] = {row.name: row for row in TABLE}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +100,34 @@ def of_known_module(module: nn.Module, where: str = "fastbp") -> Bound | None:
     for row in _BY_MODULE.get(type(module), ()):
         if all(getattr(module, k) == v for k, v in row.module_attributes):
             return _checked(row, tuple(getattr(module, n) for n, _ in row.params), where)
+    return None
+
+
+def of_known_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound | None:
+    """The activation of a call of one of PyTorch's activation functions, by its arguments after the input.
+
+    None for other functions, and for arguments that are no numbers or mean no activation. ``inplace`` is passed over.
+    """
+    row = _BY_FUNCTION.get(function) if isinstance(function, Hashable) else None
+    if row is None or row.module is None:
+        return None
+    try:
+        names = list(inspect.signature(function).parameters)[1:]
+    except ValueError:  # a builtin: its arguments are the row's parameters
+        names = [name for name, _ in row.params]
+    if len(args) > len(names):
+        return None
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given.pop("inplace", None)
+    attributes = {name: given.pop(name, value) for name, value in row.module_attributes}
+    for candidate in _BY_MODULE[row.module]:
+        known = dict(candidate.params)
+        if dict(candidate.module_attributes) == attributes and given.keys() <= known.keys():
+            params = tuple({**known, **given}.values())
+            try:
+                return _checked(candidate, params, "") if {int, float}.issuperset(map(type, params)) else None
+            except ValueError:
+                return None
     return None
 
 

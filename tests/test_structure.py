@@ -36,7 +36,7 @@ FLOORS = (
     ("autograd", "capture"),
     ("main_grad",),
     ("functional",),
-    ("modules",),
+    ("modules", "compiler"),
     ("fusion",),
     ("memory", "doctor"),  # leaves, as the planner: from here on up, nothing but the public face and the commands
     ("planner", "tuning"),

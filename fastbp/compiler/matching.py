@@ -17,10 +17,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
-from fastbp.activations import Bound
+from fastbp.activations import Bound, bind
 from fastbp.compiler.spelling import Found, arithmetic_of, find_activation, function_of
 from fastbp.forms import GATED_MLP, MLP, Form
 from fastbp.problem import check
+from fastbp.recognition import of_known_call
 
 
 class Left(Exception):
@@ -144,9 +145,13 @@ def _find_gated(last: Node, order: dict[Node, int]) -> Match | None:
         return None
     passed: set[Node] = set()
     product = _past_dropout(down.input, passed)
-    if not isinstance(product, Node) or arithmetic_of(product) != "mul":
+    if not isinstance(product, Node):
         return None
     passed.add(product)
+    if product.target is F.glu:
+        return _find_glu(product, down, last, passed, order)
+    if arithmetic_of(product) != "mul":
+        return None
     for f_of_gate, up in (product.args, reversed(product.args)):
         inside = set(passed)
         found = find_activation(_past_dropout(f_of_gate, inside), example.dtype)
@@ -161,6 +166,20 @@ def _find_gated(last: Node, order: dict[Node, int]) -> Match | None:
                 _check(match, order)
                 return match
     return None
+
+
+def _find_glu(product: Node, down: Linear, last: Node, inside: set[Node], order: dict[Node, int]) -> Match | None:
+    """``F.glu``: the first half times the sigmoid of the second."""
+    packed = _past_dropout(product.args[0] if product.args else None, inside)
+    dim = product.args[1] if len(product.args) > 1 else product.kwargs.get("dim", -1)
+    size, dims = _features(packed)
+    if size is None or dim not in (-1, dims - 1):
+        return None
+    inside.add(packed)
+    nodes, dtype = frozenset(inside), last.meta["example_value"].dtype
+    match = Match(GATED_MLP, bind("sigmoid"), (_linear(packed), down), 1, last, nodes, dtype)
+    _check(match, order)
+    return match
 
 
 def _pair(found: Found, up: Any, inside: set[Node]) -> tuple[tuple[Linear, ...], int | None] | None:
@@ -229,8 +248,16 @@ def _linear(node: Node) -> Linear:
     return linear
 
 
-# What may stand between the nodes of a match: it changes no tensor, and nothing that a later call does.
-_HARMLESS = (F.linear, operator.getitem, operator.mul, operator.add, operator.sub, operator.truediv)
+_HARMLESS = (F.linear, operator.getitem, operator.mul, operator.add, operator.sub, operator.truediv, "to")
+
+
+def _is_harmless(node: Node) -> bool:
+    """Whether a node may stand between those of a match: it changes no tensor, and nothing that a later call does."""
+    if node.op in ("placeholder", "get_attr") or node.target in _HARMLESS:
+        return True
+    value = example_of(node)
+    written = value is None or value.is_inference() or value._version > 0  # an activation may work in place
+    return not written and bool(node.args) and of_known_call(function_of(node), node.args[1:], node.kwargs) is not None
 
 
 def _check(match: Match, order: dict[Node, int]) -> None:
@@ -241,7 +268,7 @@ def _check(match: Match, order: dict[Node, int]) -> None:
     if any(node in inside for node in match.operands):
         raise Left("its hidden values are a weight or bias too")
     for node in list(order)[min(order[n] for n in inside) : order[last]]:
-        if node not in inside and node.op not in ("placeholder", "get_attr") and node.target not in (*_HARMLESS, "to"):
+        if node not in inside and not _is_harmless(node):
             raise Left(f"{node} comes between the linears")
     values = [node.meta.get("example_value") for node in (*inside, last)]
     examples = [e for value in values for e in (value if isinstance(value, tuple) else [value])]

@@ -15,6 +15,7 @@ def backend_that(puts, then="aot_eager", **settings):
 
     def backend(graph_module, example_inputs):
         puts.extend(str(match).split(", at ")[0] for match in put_ops(graph_module, **settings))
+        graph_module.graph.lint()
         return lookup_backend(then)(graph_module, example_inputs)
 
     return backend

@@ -5,10 +5,12 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from captured import HIDDEN, WIDTH, Block, assert_as_uncompiled, backend_that, compiled, inputs, step
+from captured import HIDDEN, ROWS, WIDTH, Block, assert_as_uncompiled, backend_that, compiled, inputs, step
 from support import assert_close, each
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastbp.activations import TABLE
+from fastbp.compiler.matching import find_matches
 from fastbp.recognition import recognise
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -59,6 +61,7 @@ FOUND = {
     "side by side": (
         lambda m, x: (lambda a, b: m.last(F.gelu(a)) + m.last(F.gelu(b)))(m.one(x), m.other(x)), [GELU, GELU],
     ),
+    "the output is written to": (lambda m, x: m.last(F.gelu(m.one(x))).mul_(2), [GELU]),
     "gate, up": (lambda m, x: m.last(F.silu(m.one(x)) * m.other(x)), [SILU]),
     "up, gate": (lambda m, x: m.last(m.other(x) * F.silu(m.one(x))), [SILU]),
     "one weight for gate and up": (lambda m, x: m.last(F.silu(m.one(x)) * m.one(x)), [SILU]),
@@ -144,6 +147,11 @@ def one_half_twice(m, x):
     return m.last(F.silu(g) * g) + 0 * u[:, :WIDTH]
 
 
+def one_half_alone(m, x):
+    p = m.packed(x)
+    return m.last(F.silu(p[:, :HIDDEN]) * p[:, :HIDDEN])
+
+
 def halves_of_rows(m, x):
     g, u = m.packed(x).chunk(2, dim=0)
     return m.last((F.silu(g) * u)[:, :HIDDEN])
@@ -204,7 +212,10 @@ LEFT = {
     "up of one feature": lambda m, x: m.last(F.silu(m.one(x)) * F.linear(x, m.other.weight[:1])),
     "an adapter beside down": adapter,
     "one half twice": one_half_twice,
+    "one half alone": one_half_alone,
     "halves of the rows": halves_of_rows,
+    "halves of an adapter's sum": lambda m, x: (lambda p: m.last(F.silu(p[:, :32]) * p[:, 32:]))(m.packed(x) + 1),
+    "another rounding of a constant": lambda m, x: (lambda z: m.last(z * torch.sigmoid(1.7020001 * z)))(m.one(x)),
     "two of three parts": three_parts,
     "every other feature": lambda m, x: (lambda p: m.last(F.silu(p[..., ::2]) * p[..., 1::2]))(m.packed(x)),
     "parts that overlap": lambda m, x: (lambda p: m.last(F.silu(p[:, :32]) * p[:, 16:48]))(m.packed(x)),
@@ -224,6 +235,28 @@ def test_left_where_autocast_begins_or_ends_inside():
     ours, stock = step(compiled(model, puts), model, x), step(model, model, x)
     assert puts == []
     assert_close(ours[0], stock[0], rtol=2e-2, atol=2e-2)
+
+
+@each("h", [torch.bfloat16, torch.float32])
+def test_left_where_autocast_computes_the_activation_in_float32(h):
+    """As it does softplus on a GPU: then h is no function of this row in bfloat16."""
+    graph = torch.fx.Graph()
+    with FakeTensorMode():
+        sizes = {"x": (ROWS, WIDTH), "one": (HIDDEN, WIDTH), "last": (WIDTH, HIDDEN)}
+        for name, size in sizes.items():
+            graph.placeholder(name).meta["example_value"] = torch.empty(size, requires_grad=True)
+        x, one, last = graph.nodes
+        steps = [
+            (F.linear, (x, one), HIDDEN, torch.bfloat16),
+            (F.softplus, (), HIDDEN, h),
+            (F.linear, (last,), WIDTH, torch.bfloat16),
+        ]
+        for function, args, width, dtype in steps:
+            node = graph.call_function(function, args if args[:1] == (x,) else (node, *args))  # noqa: F821
+            node.meta["example_value"] = torch.empty(ROWS, width, dtype=dtype, requires_grad=True)
+        graph.output(node)
+        matches, left = find_matches(graph)
+    assert len(matches) == (h is torch.bfloat16) and len(left) == (h is torch.float32)
 
 
 def test_left_where_no_gradient_flows():

@@ -74,7 +74,6 @@ def put_ops(graph_module: GraphModule, save: str = "auto", backend: str = "auto"
     for match in matches:
         _put(match, save, backend)
         _log.info("compiled: %s", match)
-    graph_module.graph.lint()
     graph_module.recompile()
     return matches
 

@@ -23,6 +23,8 @@ from fastbp.forms import GATED_MLP, MLP, Form
 from fastbp.problem import check
 from fastbp.recognition import of_known_call
 
+_TORCH = str(torch.__path__[0])
+
 
 class Left(Exception):
     """Why a linear after an activation is left as it is."""
@@ -54,9 +56,10 @@ class Match:
         return [self.linears[0].input, *(n for linear in self.linears for n in linear[1:] if n is not None)]
 
     def __str__(self) -> str:
-        trace = str(self.last.meta.get("stack_trace") or "an unknown place").strip().splitlines()
-        place = next((line.strip() for line in reversed(trace) if line.strip().startswith("File ")), trace[-1])
-        return f"{self.form.name}, {self.activation!r}, {len(self.linears)} linears, at {place}"
+        lines = [line.strip() for line in str(self.last.meta.get("stack_trace")).splitlines()]
+        places = [line for line in lines if line.startswith("File ")] or ["an unknown place"]
+        own = [line for line in places if f'File "{_TORCH}' not in line] or places  # not nn.Linear's forward
+        return f"{self.form.name}, {self.activation!r}, {len(self.linears)} linears, at {own[-1]}"
 
 
 def find_matches(graph: Graph) -> tuple[list[Match], list[str]]:
@@ -211,9 +214,8 @@ def _half(node: Any, inside: set[Node]) -> tuple[Node, int] | None:
     if function_of(source) not in (torch.chunk, torch.split) or index not in (0, 1):
         return None
     packed, pieces = source.args[0] if source.args else None, source.meta.get("example_value", ())
-    dim = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", 0)
-    size, dims = _features(packed)
-    if size is None or len(pieces) != 2 or dim not in (-1, dims - 1) or pieces[0].shape[-1] != size // 2:
+    size, _ = _features(packed)
+    if size is None or len(pieces) != 2 or pieces[0].shape[-1] != size // 2:  # the last dimension, then, is in halves
         return None
     inside.add(source)
     return packed, index  # type: ignore[return-value]
@@ -253,7 +255,11 @@ _HARMLESS = (F.linear, operator.getitem, operator.mul, operator.add, operator.su
 
 def _is_harmless(node: Node) -> bool:
     """Whether a node may stand between those of a match: it changes no tensor, and nothing that a later call does."""
-    if node.op in ("placeholder", "get_attr") or node.target in _HARMLESS:
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in _HARMLESS:
         return True
     value = example_of(node)
     written = value is None or value.is_inference() or value._version > 0  # an activation may work in place

@@ -6,6 +6,7 @@ The formulas themselves are in ``formulas.py``.  Anything that needs a list of a
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,7 +48,8 @@ class Activation:
     # the parameters, or None where it is another activation's.
     node: str = ""
     node_params: Callable[[Any], tuple[float, ...] | None] = lambda node: ()
-    spellings: tuple[str, ...] = ()  # of default parameters, in operations of torch, as forwards write it
+    # Of default parameters, in operations of torch, as people write it: the same up to rounding, kinks too.
+    spellings: tuple[str, ...] = ()
     # PyTorch's kernels for the same formulas: one pass over memory, and the numbers users have today.
     aten_value: Callable[..., Tensor] | None = None
     aten_grad: Callable[..., Tensor] | None = None
@@ -56,6 +58,12 @@ class Activation:
     def __fx_create_arg__(self, tracer: Any) -> Any:
         """How torch.fx writes a row into a graph: as the look-up that finds it."""
         return tracer.create_node("call_function", row_named, (self.name,), {})
+
+    @property
+    def spelled(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """The spellings as functions."""
+        names = {"F": F, "math": math, "torch": torch}
+        return tuple(eval(f"lambda z: {text}", names) for text in self.spellings)
 
     @property
     def grad_reads_output(self) -> bool:
@@ -243,12 +251,13 @@ TABLE: tuple[Activation, ...] = (
     Activation(
         "silu", "z · sigmoid(z)", f.silu, f.silu_grad,
         module=nn.SiLU, functions=(F.silu,), aten_value=F.silu, aten_grad=_aten.silu_backward.default,
-        node="SiluBackward0",
+        node="SiluBackward0", spellings=("z * torch.sigmoid(z)",),
         **_sides("silu"),
     ),
     Activation(
         "gelu", "z · Φ(z), Φ the normal distribution function", f.gelu, f.gelu_grad,
         module=nn.GELU, module_attributes=(("approximate", "none"),), functions=(F.gelu,),
+        spellings=("z * 0.5 * (1.0 + torch.erf(z / math.sqrt(2.0)))",),
         aten_value=_gelu, aten_grad=_gelu_backward,
         node="GeluBackward0", node_params=lambda node: () if node._saved_approximate == "none" else None,
         **_sides("gelu"),
@@ -262,6 +271,7 @@ TABLE: tuple[Activation, ...] = (
         spellings=(
             "0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))",
             "0.5 * z * (1.0 + torch.tanh(z * 0.7978845608 * (1.0 + 0.044715 * z * z)))",
+            "0.5 * z * (1.0 + torch.tanh(z * math.sqrt(2.0 / math.pi) * (1.0 + 0.044715 * z * z)))",
         ),
         **_sides("gelu_tanh"),
     ),
@@ -272,7 +282,7 @@ TABLE: tuple[Activation, ...] = (
     Activation(
         "mish", "z · tanh(log(1 + eᶻ))", f.mish, f.mish_grad,
         module=nn.Mish, functions=(F.mish,), aten_value=F.mish, aten_grad=_aten.mish_backward.default,
-        node="MishBackward0",
+        node="MishBackward0", spellings=("z * torch.tanh(F.softplus(z))",),
         **_sides("mish"),
     ),
     Activation(

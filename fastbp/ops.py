@@ -61,9 +61,17 @@ def traced_forward(
     names: Names, inputs: Sequence[Tensor], weights: Sequence[Any], biases: Biases
 ) -> tuple[Tensor, list[Tensor]]:
     """``forward`` as one op in a graph, given ``Config.names``."""
+    op, args = traced_call(names, inputs, weights, biases)
+    return op(*args)  # type: ignore[no-any-return]
+
+
+def traced_call(
+    names: Names, inputs: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any]
+) -> tuple[Any, tuple[Any, ...]]:
+    """The op of that call and its arguments, of tensors or of what stands for them in a graph."""
     form, *settings = names
     op = getattr(torch.ops.fastbp, form).default
-    return op(*inputs, *_packed(FORMS[form], weights, biases), *_listed(settings))  # type: ignore[no-any-return]
+    return op, (*inputs, *_packed(FORMS[form], weights, biases), *_listed(settings))
 
 
 def traced_backward(names: Names, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> Grads:

@@ -39,7 +39,7 @@ FLOORS = (
     ("functional", "rebuilt"),
     ("linear", "elementwise"),
     ("readers",),
-    ("modules",),
+    ("modules", "compiler"),
     ("fusion",),
     ("doctor",),  # a leaf, as the planner: from here on up, nothing but the public face and the commands
     ("planner", "tuning"),

@@ -150,6 +150,13 @@ def test_other_activations_are_not_known(act):
     assert isinstance(read_act(act), str)
 
 
+@pytest.mark.parametrize("text", [PLAIN, "return self.fc2(F.gelu(self.fc1(x)))"])
+def test_functions_patched_before_are_not_believed(text, monkeypatch):
+    assert not isinstance(known.read(written(text)), str)
+    monkeypatch.setattr(F, "gelu", lambda x, approximate="none": torch.tanh(x))
+    assert isinstance(known.read(written(text)), str)
+
+
 def test_spellings_look_at_what_names_stand_for():
     text = "return x * torch.sigmoid(1.702 * x)"
     assert isinstance(read_act(act_module(text)), KnownAct)

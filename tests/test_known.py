@@ -259,6 +259,7 @@ HEADS = {
     "def forward(self):\n    x = self": "takes",
     "def forward(x, self=None):\n    x, self = self, x": "x, self =",
     "def forward(self, x, /):": "takes",
+    "def forward(self, /, x, y=None):": "takes",
     "async def forward(self, x):": "await",
     "@torch.no_grad()\ndef forward(self, x):": "decorated",
     "@(lambda f: f)\ndef forward(self, x):": "lambda",

@@ -103,10 +103,8 @@ class FusedCall:
                 return None
         if (F.linear, nn.Linear.forward, Linear.forward) != _LINEAR:
             return None
-        if nn.Module.__call__ is not _CALL and not (
-            is_compiling() or type(x) is fx.Proxy
-        ):  # PyTorch's tracers patch it
-            return None
+        if nn.Module.__call__ is not _CALL and not is_compiling() and type(x) is not fx.Proxy:
+            return None  # somebody watches every call, who is none of PyTorch's tracers
         on_mesh = type(x) not in PLAIN_TENSORS
         linears: Any = [children.get(name) for name in self.linears]
         parts = self.transposed.parts(linears) if self.transposed else plain_parts(linears, on_mesh)

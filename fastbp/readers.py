@@ -103,7 +103,8 @@ def _conv1d_reader(base: type[nn.Module]) -> type[nn.Module]:
         node = x.grad_fn if type(x) in READABLE_TENSORS else None
         if node is not None and producers.is_near(node):
             latest = producers.is_latest(node)
-            return linear.run(self, _product, x, node, latest, self.weight.mT, self.bias)
+            del node
+            return linear.run(self, _product, x, latest, self.weight.mT, self.bias)
         self.__dict__[OUTCOME] = None
         return stock(self, x)  # type: ignore[no-any-return]
 

@@ -190,8 +190,8 @@ def _obstacle(x: Tensor, weight: Any, bias: Any) -> str | None:
         return f"its input is {x.dtype}, its weight {weight.dtype} and {weight.layout}"
     if weight.device != x.device:
         return f"its input is on {x.device}, its weight on {weight.device}"
-    if functorch_active() or forward_ad._current_level >= 0 or is_tracing():
-        return "a transform, forward-mode differentiation or a tracer is at work"
+    if functorch_active() or forward_ad._current_level >= 0:
+        return "a transform or forward-mode differentiation is at work"
     if function_mode() and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
         return "a TorchFunctionMode is active"
     return None
@@ -279,7 +279,7 @@ class Linear(nn.Linear):
         own = self._parameters  # looking there first spares nn.Module's __getattr__
         weight, bias = (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (self.weight, self.bias)
         node = input.grad_fn if type(input) in READABLE_TENSORS else None
-        if node is not None and producers.is_near(node):
+        if node is not None and producers.is_near(node) and not is_tracing():
             latest = producers.is_latest(node)
             del node
             return run(self, _STOCK_LINEAR, input, latest, weight, bias)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_tracing as is_tracing
 from torch.compiler import is_compiling
 
 from fastbp import linear, producers
@@ -101,7 +102,7 @@ def _conv1d_reader(base: type[nn.Module]) -> type[nn.Module]:
         if is_compiling() or base.forward is not stock:
             return base.forward(self, x)  # type: ignore[no-any-return]
         node = x.grad_fn if type(x) in READABLE_TENSORS else None
-        if node is not None and producers.is_near(node):
+        if node is not None and producers.is_near(node) and not is_tracing():
             latest = producers.is_latest(node)
             del node
             return linear.run(self, _product, x, latest, self.weight.mT, self.bias)

@@ -81,10 +81,13 @@ def run(module: nn.Module, product: Product, x: Tensor, latest: bool, weight: An
     not hold the node: with it f(g) would live on.
     """
     own = module.__dict__
+    settings = own.get(SETTINGS, _UNSET)
+    if settings is None:  # unfused, of a class that others have made since
+        return product(x, weight, bias)
     if x.numel() < _size.smallest:
         own[OUTCOME] = _SMALL
         return product(x, weight, bias)
-    y, own[OUTCOME] = _linear(product, x, latest, weight, bias, own.get(SETTINGS, _UNSET))
+    y, own[OUTCOME] = _linear(product, x, latest, weight, bias, settings)
     return product(x, weight, bias) if y is None else y
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _is_tracing as is_tracing
 from torch.compiler import is_compiling
 
 from fastbp import elementwise, linear, producers
@@ -123,9 +124,10 @@ def _conv1d_reader(base: type[nn.Module]) -> type[nn.Module]:
         if is_compiling() or base.forward is not stock:
             return base.forward(self, x)  # type: ignore[no-any-return]
         node = x.grad_fn if type(x) in READABLE_TENSORS else None
-        if node is not None and producers.is_near(node):
+        if node is not None and producers.is_near(node) and not is_tracing():
             latest = producers.is_latest(node)
-            return linear.run(self, _product, x, node, latest, self.weight.mT, self.bias)
+            del node
+            return linear.run(self, _product, x, latest, self.weight.mT, self.bias)
         self.__dict__[OUTCOME] = None
         return stock(self, x)  # type: ignore[no-any-return]
 

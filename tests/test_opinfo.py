@@ -10,6 +10,8 @@ import itertools
 import support
 import torch
 from support import on_flat
+from torch._prims_common import compare_tensor_meta
+from torch._subclasses import CrossRefFakeMode, FakeTensorMode
 from torch.testing import make_tensor
 from torch.testing._internal import composite_compliance
 from torch.testing._internal.common_device_type import OpDTypes, instantiate_device_type_tests, ops
@@ -19,6 +21,7 @@ from torch.testing._internal.opinfo.core import ErrorInput, OpInfo, SampleInput
 
 import fastbp
 from fastbp.activations import bind
+from fastbp.backends import native
 from fastbp.forms import FORMS, LINEAR_ACT
 from fastbp.saving import exact_policies
 
@@ -243,5 +246,44 @@ class TestCompositeCompliance(TestCase):
         composite_compliance.check_forward_ad_formula(*sample, assert_equal_fn=self.assertEqual)
 
 
-for test_class in (TestOperators, TestOperatorGradients, TestCompositeCompliance):
+class TestFakeTensor(TestCase):
+    """Every operation that runs, forward and backward, against its fake; and calls of fake tensors."""
+
+    def crossref(self, device, dtype, op):
+        for sample in op.sample_inputs(device, dtype, requires_grad=True):
+            seen = []
+            with CrossRefFakeMode(lambda func, seen=seen: bool(seen.append(func))):
+                composite_compliance.compute_expected_grads(op.get_op(), [sample.input, *sample.args], sample.kwargs)
+            self.assertTrue(any(func.namespace != "aten" for func in seen) or native.unavailable)
+
+    @all_ops
+    def test_fake_crossref_backward_no_amp(self, device, dtype, op):
+        self.crossref(device, dtype, op)
+
+    @ops(OPS, dtypes=OpDTypes.supported, allowed_dtypes=[torch.float32])
+    def test_fake_crossref_backward_amp(self, device, dtype, op):
+        for cast_to in (torch.bfloat16, torch.float16):
+            with torch.autocast(device, cast_to):
+                self.crossref(device, dtype, op)
+
+    def of_fakes(self, device, dtype, op):
+        for sample in op.sample_inputs(device, dtype, requires_grad=True):
+            mode = FakeTensorMode()
+            fake = sample.transform(lambda t, mode=mode: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t)
+            real = run(op, sample)
+            with mode:
+                for found, expected in zip(run(op, fake), real, strict=True):
+                    compare_tensor_meta(found, expected, check_strides=True)
+
+    @all_ops
+    def test_fake(self, device, dtype, op):
+        self.of_fakes(device, dtype, op)
+
+    @ops(OPS, dtypes=OpDTypes.supported, allowed_dtypes=[torch.float32])
+    def test_fake_autocast(self, device, dtype, op):
+        with torch.autocast(device):
+            self.of_fakes(device, dtype, op)
+
+
+for test_class in (TestOperators, TestOperatorGradients, TestCompositeCompliance, TestFakeTensor):
     instantiate_device_type_tests(test_class, globals(), only_for="cpu")

@@ -9,14 +9,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbp.activations import TABLE, rounded
-from fastbp.problem import Config, Problem
+from fastbp import flops, shapes
+from fastbp.activations import TABLE, Activation, rounded
+from fastbp.forms import FORMS, Form
+from fastbp.problem import Config, Problem, check
 from fastbp.saving import POLICIES
 from fastbp.version import __version__, fingerprint
 
@@ -161,6 +164,62 @@ def _codes(config: Config, dtype: torch.dtype, cuda: bool) -> tuple[int, list[fl
     return form + 4 * _SAVES.index(config.save) + 32 * TABLE.index(config.row) + _ROUTE * route, list(params)
 
 
+def _decoded(settings: int) -> tuple[Form, str, Activation, str]:
+    """Form, policy, activation and way of computing of a call, from what ``_codes`` makes of them on a CPU."""
+    (form,) = [f for f in FORMS.values() if f.gated + 2 * f.projected == settings % 4]
+    route = settings // _ROUTE
+    return (
+        form,
+        _SAVES[settings // 4 % 8],
+        TABLE[settings % _OVERWRITE // 32],
+        _cpu_routes()[route - 1] if 0 < route <= len(_cpu_routes()) else "",
+    )
+
+
+def _forward_fake(x: Tensor, tensors: list[Tensor], settings: int, params: list[float]) -> list[Tensor]:
+    """What ``forward`` returns, unwritten."""
+    form, save, *_ = _decoded(settings)
+    half = len(tensors) // 2
+    weights = tensors[:half]
+    # A bias of one number looks like one that is absent.
+    check(form, x, weights, [None if b.shape == (1,) else b for b in tensors[half:]])
+    return shapes.new_results(form, save, x, [w.shape for w in weights])
+
+
+def _forward_flops(x: Tensor, tensors: list[Tensor], settings: int, params: list[float]) -> int:
+    return shapes.forward_flops(prod(x.shape[:-1]), [w.shape for w in tensors[: len(tensors) // 2]])
+
+
+def _weights_of(dy: Tensor, saved: list[Tensor], settings: int, needs: tuple[bool, ...]) -> list[shapes.Shape]:
+    """The shapes of a backward call's weights, those too that it does not read."""
+    form, save, row, _ = _decoded(settings)
+    count = len(needs) // 2
+    weights = [w.shape if w.dim() == 2 else None for w in saved[2 : 2 + count]]
+    residuals = [r.shape for r in saved[2 + 2 * count :]]
+    return shapes.find_weights(form, save, row.grad_reads_output, needs, dy.shape, saved[0].shape, weights, residuals)
+
+
+def _backward_fake(
+    dy: Tensor, saved: list[Tensor], settings: int, params: list[float], needs: list[bool]
+) -> list[Tensor]:
+    """What ``backward`` returns, unwritten."""
+    weights = _weights_of(dy, saved, settings, tuple(needs))
+    grads = [None if s is None else dy.new_empty(s) for s in shapes.gradient_shapes(dy.shape, weights, needs)]
+    route = _decoded(settings)[-1]
+    if dy.device.type == "cpu" and route in ("", "library", "row") and all(map(all, (dy.shape, *weights))):
+        for i, weight in enumerate(saved[2 : 2 + len(weights)], start=len(needs) - 2 * len(weights)):
+            grad = grads[i]
+            if grad is not None and weight.dim() == 2 and weight.stride(0) == 1 != weight.stride(1):
+                grads[i] = grad.new_empty(grad.shape[::-1]).mT  # it lies as the weight does
+    return [grad for grad in grads if grad is not None]
+
+
+def _backward_flops(dy: Tensor, saved: list[Tensor], settings: int, params: list[float], needs: list[bool]) -> int:
+    form, save, *_ = _decoded(settings)
+    weights = _weights_of(dy, saved, settings, tuple(needs))
+    return shapes.backward_flops(form, save, prod(dy.shape[:-1]), weights, tuple(needs))
+
+
 unavailable = load()
 if unavailable is None:
     # What OpOverload.__call__ calls: one Python frame less.
@@ -173,3 +232,10 @@ if unavailable is None:
     _beneath_autograd = torch.library.Library("fastbp_native", "IMPL", "Autograd")
     for _op in ("forward", "backward"):
         _beneath_autograd.impl(_op, torch.library.fallthrough_kernel)
+    _fakes = torch.library.Library("fastbp_native", "FRAGMENT")
+    for _packet, _fake, _flops in (
+        (_ops().forward, _forward_fake, _forward_flops),
+        (_ops().backward, _backward_fake, _backward_flops),
+    ):
+        torch.library.register_fake(f"fastbp_native::{_packet.__name__}", _fake, lib=_fakes)
+        flops.count_as(_packet, _flops)

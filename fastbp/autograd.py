@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
@@ -223,7 +223,7 @@ def run(
     if not module.CHECKS_TENSORS:
         check(config.form, x, weights, biases)
     try:
-        if is_grad_enabled():
+        if is_grad_enabled() and not is_inference_mode_enabled():  # which records nothing, whatever is within it
             return _DIRECT[config.form.name](config, x, *tensors)[0]
         # Where no backward can follow: of the policies, recompute writes nothing but y.
         return module.forward(_with_save(config, "recompute"), x, tensors)[0]  # type: ignore[no-any-return]
@@ -236,6 +236,9 @@ def _run_transformed(config: Config, x: Tensor, tensors: tuple[Tensor | None, ..
     """``run`` in a transform of torch.func or in forward mode."""
     weights, biases = _halves(tensors)
     check(config.form, x, weights, biases)
+    # Nothing is recorded, but a Function saves for the tangent all the same, which inference tensors cannot be.
+    if is_inference_mode_enabled() or (forward_ad._current_level >= 0 and not is_grad_enabled()):
+        return reference.compose(config.form, config.value, x, weights, biases)
     if POLICIES[config.save].compressed:
         config = _with_save(config, "recompute")  # transforms do not look into bits; and it keeps no more
     if not functorch_active():

@@ -43,7 +43,8 @@ def cast_all(tensors: Sequence[Any], dtype: torch.dtype, device: str) -> list[An
             weight, version, address, cast = entry
             owner: Any = weight()
             fresh = owner is t and owner._version == version and owner.data_ptr() == address
-            fits = cast.requires_grad or not torch.is_grad_enabled()  # made in inference mode it serves no gradient
+            # Made in inference mode it serves no gradient.
+            fits = cast.requires_grad or not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
             if fresh and fits and cast.dtype is dtype and t.requires_grad:
                 found.append(cast)
                 continue

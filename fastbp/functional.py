@@ -224,7 +224,7 @@ def call(
                 return call(*inner)
             finally:
                 torch.set_autocast_enabled(device, True)
-    if accumulates is not False and torch.is_grad_enabled():
+    if accumulates is not False and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return _accumulated(form, x, weights, biases, activation, save, backend, accumulates, owners or weights)
     if type(activation) is not str and type(activation) is not Bound:  # a module's parameters may change between calls
         check(form, x, weights, biases)  # before the activation is probed, so that the tensors' faults come first

@@ -83,7 +83,8 @@ def linear_act(
     ``fastbp.available_backends()``, or None for the first that serves.
 
     ``save`` is what forward keeps for backward: ``"preact"`` z, ``"output"`` nothing but y, ``"recompute"`` nothing;
-    ``"auto"`` takes ``"output"`` where that is exact, else ``"preact"``. On request only, in at most 32 bits:
+    ``"auto"`` takes ``"output"`` where that is exact and PyTorch's own activation keeps y too (relu, sigmoid, tanh),
+    else ``"preact"``, so that ``y += r`` is allowed where it is with PyTorch. On request only, in at most 32 bits:
     ``"output_bits"`` half a byte a number besides y, ``"output_lsb"`` nothing, the lowest bit of a negative y being
     changed for it (both for activations with one minimum, like GELU), ``"fp8"`` about a byte in place of z. Their
     errors are in docs/numerics.md. They keep x, where a weight needs it, for gradients that are differentiated again,

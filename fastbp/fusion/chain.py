@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastbp import functional
 from fastbp.activations import Bound
+from fastbp.casts import cast_weight
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
 from fastbp.fusion.linears import LinearKind, Parts, Settings, is_idle, parts_of
 from fastbp.recognition import has_hooks, of_known_module
@@ -101,9 +102,9 @@ class ChainPlan:
         weights, biases = parts
         h = _call_all(children, self.before, x)
         if self.packing is not None:
-            weights = (*self.packing.split(weights[0]), *weights[1:])
+            weights = (*self.packing.split(cast_weight(weights[0])), *weights[1:])
             first = biases[0]
-            biases = (*((None, None) if first is None else self.packing.split(first)), *biases[1:])
+            biases = (*((None, None) if first is None else self.packing.split(cast_weight(first))), *biases[1:])
         if self.last is None or (not self.parted and all(is_idle(children[name]) for name in self.between)):
             h = functional.call(self.forms[0], h, weights, biases, self.activation, self.save, self.backend)
         else:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _is_any_autocast_enabled as any_autocast
 from torch._C import _is_torch_function_mode_enabled as function_mode
@@ -87,7 +87,7 @@ def run(module: nn.Module, product: Product, x: Tensor, node: Node, weight: Any,
 
 
 def _linear(product: Product, x: Tensor, node: Node, weight: Any, bias: Any, settings: Settings) -> _Found:
-    if not is_grad_enabled():
+    if not is_grad_enabled() or is_inference_mode_enabled():  # which records nothing, whatever is within it
         return None, None
     device = x.device.type
     if any_autocast() and torch.is_autocast_enabled(device):

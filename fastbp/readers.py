@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastbp import linear, producers
+from fastbp.casts import cast_weight
 from fastbp.copies import shown_class, stock_copy, stock_reduce
 from fastbp.linear import OUTCOME, READABLE_TENSORS, SETTINGS, Linear, Settings
 
@@ -102,7 +103,8 @@ def _conv1d_reader(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, x)  # type: ignore[no-any-return]
         node = x.grad_fn if type(x) in READABLE_TENSORS else None
         if node is not None and producers.is_near(node):
-            return linear.run(self, _product, x, node, self.weight.mT, self.bias)
+            # Of the cast, where autocast makes one: that of a view would be made in every call.
+            return linear.run(self, _product, x, node, cast_weight(self.weight).mT, self.bias)
         self.__dict__[OUTCOME] = None
         return stock(self, x)  # type: ignore[no-any-return]
 

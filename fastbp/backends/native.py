@@ -9,14 +9,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbp.activations import TABLE, rounded
-from fastbp.problem import Config, Problem
+from fastbp import flops, reference, shapes
+from fastbp.activations import TABLE, Activation, rounded
+from fastbp.forms import FORMS, Form
+from fastbp.problem import Config, Problem, check
 from fastbp.saving import POLICIES
 from fastbp.version import __version__, fingerprint
 
@@ -158,9 +161,78 @@ def backward(
 def _codes(config: Config, dtype: torch.dtype, cuda: bool) -> tuple[int, list[float]]:
     """A config as the ops take it (csrc/ops.cpp), with the parameters as y of this dtype shows them."""
     params = rounded(config.params, dtype) if config.save == "output" and config.row.limits else config.params
-    form = config.form.gated + 2 * config.form.projected + _GIVEN * config.form.given
     route = 1 + (CUDA_ROUTES if cuda else _cpu_routes()).index(config.route) if config.route else 0
-    return form + 4 * _SAVES.index(config.save) + 32 * TABLE.index(config.row) + _ROUTE * route, list(params)
+    return _code_of(config.form) + 4 * _SAVES.index(config.save) + 32 * TABLE.index(config.row) + _ROUTE * route, list(
+        params
+    )
+
+
+def _code_of(form: Form) -> int:
+    return form.gated + 2 * form.projected + _GIVEN * form.given
+
+
+def _decoded(settings: int) -> tuple[Form, str, Activation, str]:
+    """Form, policy, activation and way of computing of a call, from what ``_codes`` makes of them on a CPU."""
+    code = settings % 4 + (settings & _GIVEN)
+    (form,) = [f for f in FORMS.values() if _code_of(f) == code]
+    route = settings % _GIVEN // _ROUTE
+    return (
+        form,
+        _SAVES[settings // 4 % 8],
+        TABLE[settings % _OVERWRITE // 32],
+        _cpu_routes()[route - 1] if 0 < route <= len(_cpu_routes()) else "",
+    )
+
+
+def _forward_fake(x: Tensor, tensors: list[Tensor], settings: int, params: list[float]) -> list[Tensor]:
+    """What ``forward`` returns, unwritten."""
+    form, save, *_ = _decoded(settings)
+    (_, *others), weights, biases = form.split((x, *tensors))
+    # A bias of one number looks like one that is absent.
+    check(form, x, weights, [None if b.shape == (1,) else b for b in biases], others)
+    return shapes.new_results(form, save, x, [w.shape for w in weights])
+
+
+def _forward_flops(x: Tensor, tensors: list[Tensor], settings: int, params: list[float]) -> int:
+    _, weights, _ = _decoded(settings)[0].split((x, *tensors))
+    return shapes.forward_flops(prod(x.shape[:-1]), [w.shape for w in weights])
+
+
+def _weights_of(dy: Tensor, saved: list[Tensor], settings: int, needs: tuple[bool, ...]) -> list[shapes.Shape]:
+    """The shapes of a backward call's weights, those too that it does not read."""
+    form, save, row, _ = _decoded(settings)
+    inputs, _, weights, _, residuals = reference.unflatten(form, saved, len(needs))
+    return shapes.find_weights(
+        form,
+        save,
+        row.grad_reads_output,
+        needs,
+        dy.shape,
+        [t.shape for t in inputs],
+        [w.shape if w.dim() == 2 else None for w in weights],
+        [r.shape for r in residuals],
+    )
+
+
+def _backward_fake(
+    dy: Tensor, saved: list[Tensor], settings: int, params: list[float], needs: list[bool]
+) -> list[Tensor]:
+    """What ``backward`` returns, unwritten."""
+    weights = _weights_of(dy, saved, settings, tuple(needs))
+    grads = [None if s is None else dy.new_empty(s) for s in shapes.gradient_shapes(dy.shape, weights, needs)]
+    form, *_, route = _decoded(settings)
+    if dy.device.type == "cpu" and route in ("", "library", "row") and all(map(all, (dy.shape, *weights))):
+        for i, weight in enumerate(reference.unflatten(form, saved, len(needs)).weights, start=form.inputs):
+            grad = grads[i]
+            if grad is not None and weight.dim() == 2 and weight.stride(0) == 1 != weight.stride(1):
+                grads[i] = grad.new_empty(grad.shape[::-1]).mT  # it lies as the weight does
+    return [grad for grad in grads if grad is not None]
+
+
+def _backward_flops(dy: Tensor, saved: list[Tensor], settings: int, params: list[float], needs: list[bool]) -> int:
+    form, save, *_ = _decoded(settings)
+    weights = _weights_of(dy, saved, settings, tuple(needs))
+    return shapes.backward_flops(form, save, prod(dy.shape[:-1]), weights, tuple(needs))
 
 
 unavailable = load()
@@ -175,3 +247,10 @@ if unavailable is None:
     _beneath_autograd = torch.library.Library("fastbp_native", "IMPL", "Autograd")
     for _op in ("forward", "backward"):
         _beneath_autograd.impl(_op, torch.library.fallthrough_kernel)
+    _fakes = torch.library.Library("fastbp_native", "FRAGMENT")
+    for _packet, _fake, _flops in (
+        (_ops().forward, _forward_fake, _forward_flops),
+        (_ops().backward, _backward_fake, _backward_flops),
+    ):
+        torch.library.register_fake(f"fastbp_native::{_packet.__name__}", _fake, lib=_fakes)
+        flops.count_as(_packet, _flops)

@@ -21,6 +21,7 @@ from torch.utils._device import DeviceContext
 
 from fastbp import functional, readers, saving, sharding
 from fastbp.activations import Bound
+from fastbp.casts import cast_all, cast_weight
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
 from fastbp.fusion.elementwise import (
     KnownAct,
@@ -55,7 +56,7 @@ class Transposed:
     forward: Any
 
     def parts(self, linears: Sequence[nn.Module | None]) -> Parts | None:
-        """The weights as (out, in) and the biases, if all are of the class and plain."""
+        """The weights as (out, in), cast where autocast is on, and the biases, if all are of the class and plain."""
         if self.kind.forward is not self.forward or plain_parts(()) is None:
             return None
         weights: tuple[Any, ...] = ()
@@ -63,9 +64,10 @@ class Transposed:
         for linear in linears:
             if linear is None or readers.base_of(linear) is not self.kind or has_hooks(linear):
                 return None
-            if type(linear.weight) not in PLAIN_TENSORS:
+            weight: Any = linear.weight
+            if type(weight) not in PLAIN_TENSORS:
                 return None
-            weights, biases = (*weights, linear.weight.mT), (*biases, linear.bias)
+            weights, biases = (*weights, cast_weight(weight).mT), (*biases, linear.bias)
         return weights, biases
 
 
@@ -130,7 +132,7 @@ class FusedCall:
             return functional.call(self.form, x, *parts, self.activation, save, backend)
         except (TypeError, ValueError):
             try:
-                check(self.form, x, *parts)
+                check(self.form, *_as_autocast(x, *parts))
             except (TypeError, ValueError):
                 return None  # PyTorch speaks, of a call that is wrong or that only it can make
             raise
@@ -139,6 +141,15 @@ class FusedCall:
     def _widened(self) -> bool:
         """Whether under autocast PyTorch gives the result in float32, where fastbp gives it as a linear does."""
         return not self.form.projected and (self.activation.name == "softplus" or any(a.spelled for _, a in self.acts))
+
+
+def _as_autocast(x: Tensor, weights: tuple[Any, ...], biases: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """The tensors of a call as it sees them."""
+    device = x.device.type
+    if any_autocast() and torch.is_autocast_enabled(device):
+        x, *cast = cast_all((x, *weights, *biases), torch.get_autocast_dtype(device), device)
+        weights, biases = tuple(cast[: len(weights)]), tuple(cast[len(weights) :])
+    return x, weights, biases
 
 
 def _only_device_modes() -> bool:

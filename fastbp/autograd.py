@@ -264,7 +264,7 @@ def _run_transformed(config: Config, x: Tensor, tensors: tuple[Tensor | None, ..
         config = _writing_nothing(config)  # transforms do not look into bits
     if not functorch_active():
         return _DIRECT[config.form.name](config, x, *tensors)[0]
-    if _nested_forward_mode():
+    if _hides_functions():
         return _compose(config, x, tensors)
     return FUNCTIONS[config.form.name].apply(config, x, *tensors)[0]  # type: ignore[no-any-return]
 
@@ -280,12 +280,14 @@ def _cannot_be_kept(config: Config, x: Tensor, tensors: tuple[Tensor | None, ...
     return config.save == "preact" and any(t.is_inference() for t in inputs)  # type: ignore[union-attr]
 
 
-def _nested_forward_mode() -> bool:
-    """Whether forward mode runs inside forward mode, where PyTorch takes the jvp of a Function for a constant.
+def _hides_functions() -> bool:
+    """Whether a transform does not look into a Function, where plain torch operations give what is right.
 
-    The second derivative would silently be 0; plain torch operations give the right one.
+    Forward mode inside forward mode takes the jvp of a Function for a constant, so that the second derivative would
+    silently be 0; functionalize has no rule for Functions.
     """
-    return sum(i.key() == TransformType.Jvp for i in retrieve_all_functorch_interpreters()) > 1
+    keys = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
+    return keys.count(TransformType.Jvp) > 1 or TransformType.Functionalize in keys
 
 
 @lru_cache(maxsize=4096)

@@ -58,7 +58,8 @@ def _of_region(dtype: torch.dtype, device: str) -> _Casts | None:
     """Where casts are kept now, if they are."""
     if is_compiling() or not torch.is_autocast_cache_enabled() or _passing(device):
         return None
-    return _current() or _begin(device, dtype)
+    casts = _current()
+    return _begin(device, dtype) if casts is None else casts
 
 
 def _kept(casts: _Casts, tensor: Any, dtype: torch.dtype) -> Tensor | None:

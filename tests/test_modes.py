@@ -7,9 +7,10 @@ import pytest
 import support
 import torch
 from graphs import GELU, IDENTITY, TANH, draw, each_form, run
-from support import call, compressed_cases, each, eager, flatten, like, settings
+from support import assert_close, call, compressed_cases, each, eager, flatten, like, settings, unflatten
 from torch._subclasses import CrossRefFakeMode, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastbp
@@ -270,3 +271,58 @@ print(mode.get_total_flops())
     expected += [] if native.unavailable else ["fastbp_native.forward", "fastbp_native.backward"]
     assert names == str(sorted(expected))
     assert int(count) == 2 * 2 * 3 * 4
+
+
+# What records a program.
+
+
+@each(
+    ("form", "activation", "save", "traced"),
+    [(*case, "forward") for case in [*CASES, *COMPRESSED]] + [(*case, "step") for case in CASES if case[1] is TANH],
+)
+def test_make_fx_of_real_tensors_records_pytorch_s_operations(form, activation, save, traced):
+    """What is recorded has derivatives and needs no fastbp; x, or a weight, alone may take a gradient."""
+    dtype = dtype_of(save)
+
+    def forward(*inputs):
+        return call(form, *unflatten(form, inputs), activation=activation, save=save)
+
+    def step(*inputs):
+        y = forward(*inputs)
+        return y, *torch.autograd.grad(y.square().sum(), [t for t in inputs if t.requires_grad])
+
+    inputs, others = (flatten(*draw(form, (2, 3), seed=seed, dtype=dtype)) for seed in (0, 5))
+    exact = dtype == torch.float64
+    close = {"rtol": 1e-12, "atol": 1e-12} if exact else {"rtol": 2e-2, "atol": 2e-2}  # bits of slopes may flip
+    for frozen in ((), (0,)):
+        for i, (t, other) in enumerate(zip(inputs, others, strict=True)):
+            t.requires_grad_(i not in frozen), other.requires_grad_(i not in frozen)
+        graph = make_fx(forward if traced == "forward" else step)(*inputs)
+        called = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        assert called and all(op.namespace in ("aten", "prims") for op in called)
+        expected = step(*others)
+        if traced == "forward":
+            y = graph(*others)
+            found = [y, *torch.autograd.grad(y.square().sum(), [t for t in others if t.requires_grad])]
+        else:
+            found = graph(*others)
+        compared = zip(found, expected, strict=True) if exact else [(found[0], expected[0])]
+        for mine, theirs in compared:
+            torch.testing.assert_close(mine, theirs, **close)
+
+
+@each_form
+@each("activation", [GELU, TANH])
+def test_functionalize(form, activation):
+    """And what it records of a gradient."""
+    inputs = flatten(*draw(form))
+
+    def f(x):
+        return call(form, *unflatten(form, [x, *inputs[1:]]), activation=activation)
+
+    x = inputs[0].detach()
+    assert_close(torch.func.functionalize(f)(x), f(x))
+    gradient = torch.func.grad(lambda x: f(x).square().sum())
+    assert_close(torch.func.functionalize(gradient)(x), gradient(x))
+    graph = make_fx(torch.func.functionalize(gradient))(x)
+    assert_close(graph(x + 1), gradient(x + 1))

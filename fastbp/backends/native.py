@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _AutoDispatchBelowADInplaceOrView
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from fastbp import flops, reference, shapes
 from fastbp.activations import TABLE, Activation, rounded
 from fastbp.forms import FORMS, Form
-from fastbp.problem import Config, Problem, check
+from fastbp.problem import Config, Problem, check, configure
 from fastbp.saving import POLICIES
 from fastbp.version import __version__, fingerprint
 
@@ -188,9 +190,13 @@ def _forward_fake(x: Tensor, tensors: list[Tensor], settings: int, params: list[
     """What ``forward`` returns, unwritten."""
     form, save, *_ = _decoded(settings)
     (_, *others), weights, biases = form.split((x, *tensors))
-    # A bias of one number looks like one that is absent.
-    check(form, x, weights, [None if b.shape == (1,) else b for b in biases], others)
+    check(form, x, weights, [None if _may_be_absent(b) else b for b in biases], others)
     return shapes.new_results(form, save, x, [w.shape for w in weights])
+
+
+def _may_be_absent(tensor: Tensor) -> bool:
+    """Whether it is what stands for none; as a fake it is not itself, and a bias of one number looks the same."""
+    return tensor.shape == (1,) and tensor.dtype is torch.float32 and tensor.device.type == "cpu"
 
 
 def _forward_flops(x: Tensor, tensors: list[Tensor], settings: int, params: list[float]) -> int:
@@ -218,6 +224,9 @@ def _backward_fake(
     dy: Tensor, saved: list[Tensor], settings: int, params: list[float], needs: list[bool]
 ) -> list[Tensor]:
     """What ``backward`` returns, unwritten."""
+    for tensor in saved:
+        if tensor.device != dy.device and not _may_be_absent(tensor):
+            raise RuntimeError(f"fastbp_native: tensors on {tensor.device} and {dy.device} in one call")
     weights = _weights_of(dy, saved, settings, tuple(needs))
     grads = [None if s is None else dy.new_empty(s) for s in shapes.gradient_shapes(dy.shape, weights, needs)]
     form, *_, route = _decoded(settings)
@@ -227,6 +236,35 @@ def _backward_fake(
             if grad is not None and weight.dim() == 2 and weight.stride(0) == 1 != weight.stride(1):
                 grads[i] = grad.new_empty(grad.shape[::-1]).mT  # it lies as the weight does
     return [grad for grad in grads if grad is not None]
+
+
+def _recorded_forward(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """A call that make_fx records, as PyTorch's operations: this op has no derivative, and its settings no meaning
+    in another process."""
+    x, tensors, settings, params = args
+    config = _config(settings, params)
+    with mode, _AutoDispatchBelowADInplaceOrView():
+        y, residuals = reference.forward(config, *config.form.split((x, *_present(tensors))))
+    return [y, *residuals]
+
+
+def _recorded_backward(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The same of backward."""
+    dy, saved, settings, params, needs = args
+    config = _config(settings, params)
+    parts = reference.unflatten(config.form, _present(saved), len(needs))
+    with mode, _AutoDispatchBelowADInplaceOrView():
+        grads = reference.backward(config, dy, parts, tuple(needs))
+    return [grad for grad in grads if grad is not None]
+
+
+def _config(settings: int, params: list[float]) -> Config:
+    form, save, row, _ = _decoded(settings)
+    return configure(form.name, row.name, tuple(params), save, "reference")
+
+
+def _present(tensors: list[Tensor]) -> list[Tensor | None]:
+    return [None if t is _ABSENT else t for t in tensors]
 
 
 def _backward_flops(dy: Tensor, saved: list[Tensor], settings: int, params: list[float], needs: list[bool]) -> int:
@@ -247,10 +285,12 @@ if unavailable is None:
     _beneath_autograd = torch.library.Library("fastbp_native", "IMPL", "Autograd")
     for _op in ("forward", "backward"):
         _beneath_autograd.impl(_op, torch.library.fallthrough_kernel)
-    _fakes = torch.library.Library("fastbp_native", "FRAGMENT")
-    for _packet, _fake, _flops in (
-        (_ops().forward, _forward_fake, _forward_flops),
-        (_ops().backward, _backward_fake, _backward_flops),
+    _more = torch.library.Library("fastbp_native", "FRAGMENT")
+    for _packet, _fake, _flops, _recorded in (
+        (_ops().forward, _forward_fake, _forward_flops, _recorded_forward),
+        (_ops().backward, _backward_fake, _backward_flops, _recorded_backward),
     ):
-        torch.library.register_fake(f"fastbp_native::{_packet.__name__}", _fake, lib=_fakes)
+        _name = f"fastbp_native::{_packet.__name__}"
+        torch.library.register_fake(_name, _fake, lib=_more)
+        torch.library.register_torch_dispatch(_name, ProxyTorchDispatchMode, _recorded, lib=_more)
         flops.count_as(_packet, _flops)

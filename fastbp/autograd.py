@@ -277,7 +277,7 @@ def _compose(config: Config, x: Tensor, tensors: tuple[Tensor | None, ...]) -> T
 def _cannot_be_kept(config: Config, x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether z, gate or up is of inference mode, and is what would be kept: PyTorch keeps what it makes of them."""
     inputs, _, _ = config.form.split((x, *tensors))
-    return config.save == "preact" and any(t.is_inference() for t in inputs)  # type: ignore[union-attr]
+    return config.save == "preact" and any(t is not None and t.is_inference() for t in inputs)
 
 
 def _hides_functions() -> bool:

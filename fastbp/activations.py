@@ -34,6 +34,9 @@ class Activation:
     invalid: Callable[..., str | None] = lambda *params: None  # why these parameters mean no activation
     output_lost: Callable[..., str | None] = lambda *params: None  # why with these parameters y does not give the slope
     output_exact: bool = True  # False: legal, but y over- or underflows or its slope cancels, so `auto` keeps z
+    # Whether PyTorch's own activation keeps y, which then nobody may write to; where it keeps z, `y += x` and a dropout
+    # in place are allowed, and `auto` keeps z for a layer, whose y is the caller's.
+    torch_keeps_output: bool = False
     # Of an activation that falls to one minimum and rises from it: z and y of the minimum; dz from dy, y and the side
     # of it, as good as float32, and as results of 16 bits need it.
     minimum_at: float | None = None
@@ -183,7 +186,7 @@ TABLE: tuple[Activation, ...] = (
         aten_value=lambda z: z, aten_grad=lambda dy, z: dy, aten_grad_from_output=lambda dy, y: dy,
     ),
     Activation(
-        "relu", "max(z, 0)", f.relu, f.relu_grad, f.relu_grad_from_output,
+        "relu", "max(z, 0)", f.relu, f.relu_grad, f.relu_grad_from_output, torch_keeps_output=True,
         module=nn.ReLU, functions=(F.relu, torch.relu, F.relu_, torch.relu_),
         aten_value=torch.relu, aten_grad=lambda dy, z: _aten.threshold_backward.default(dy, z, 0),
         aten_grad_from_output=lambda dy, y: _aten.threshold_backward.default(dy, y, 0),
@@ -229,12 +232,12 @@ TABLE: tuple[Activation, ...] = (
     ),
     Activation(
         "sigmoid", "1 / (1 + e⁻ᶻ)", f.sigmoid_, f.sigmoid_grad, f.sigmoid_grad_from_output,
-        module=nn.Sigmoid, functions=(torch.sigmoid, F.sigmoid, torch.special.expit),
+        torch_keeps_output=True, module=nn.Sigmoid, functions=(torch.sigmoid, F.sigmoid, torch.special.expit),
         aten_value=torch.sigmoid, aten_grad_from_output=_aten.sigmoid_backward.default,
     ),
     Activation(
         "tanh", "tanh(z)", f.tanh_, f.tanh_grad, f.tanh_grad_from_output,
-        module=nn.Tanh, functions=(torch.tanh, F.tanh),
+        torch_keeps_output=True, module=nn.Tanh, functions=(torch.tanh, F.tanh),
         aten_value=torch.tanh, aten_grad_from_output=_aten.tanh_backward.default,
     ),
     Activation(

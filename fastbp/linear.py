@@ -92,7 +92,7 @@ def run(module: nn.Module, product: Product, x: Tensor, latest: bool, weight: An
 
 
 def _linear(product: Product, x: Tensor, latest: bool, weight: Any, bias: Any, settings: Settings) -> _Found:
-    if not is_grad_enabled():
+    if not is_grad_enabled() or is_inference_mode_enabled():  # which records nothing, whatever is within it
         return None, None
     device = x.device.type
     if any_autocast() and torch.is_autocast_enabled(device):

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from graphs import GELU, call_of, compiled, draw, each_form, run
 from support import assert_close, each, flatten, like
+from torch import nn
 
+import fastbp
 from fastbp.forms import MLP
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -94,3 +96,17 @@ def test_a_compiled_call_follows_autocast_as_it_comes_and_goes(form):
     for enabled in (False, True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             assert run_compiled(*tensors).dtype == (torch.bfloat16 if enabled else torch.float32)
+
+
+@each("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_fused_block_refuses_in_a_region_is_said(dtype, monkeypatch):
+    """x may have the dtype of the region already, where the weights have not."""
+
+    def refuse(*arguments):
+        raise ValueError("fastbp.mlp: this backend cannot take this call")
+
+    block = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
+    fastbp.fuse(block)
+    monkeypatch.setattr(fastbp.functional, "call", refuse)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="this backend cannot take this call"):
+        block(torch.randn(3, 6, dtype=dtype))

@@ -73,20 +73,23 @@ _UNSET: Settings = ("auto", None)
 _Found = tuple[Tensor | None, Outcome | None]  # y, or None where PyTorch is to compute it; and what to say of it
 
 
-def run(module: nn.Module, product: Product, x: Tensor, node: Node, weight: Any, bias: Any) -> Tensor:
+def run(module: nn.Module, product: Product, x: Tensor, node: Node, latest: bool, weight: Any, bias: Any) -> Tensor:
     """y = x Wᵀ + b of an x that ``node`` made, and in the module's ``OUTCOME`` what was done.
 
-    The arguments are those of F.linear, and not checked: ``product``, which computes y, refuses what it would.
+    The other arguments are those of F.linear, and not checked: ``product``, which computes y, refuses what it would.
+    ``latest`` as ``producers.is_latest`` has it, before anything was done with the weight.
     """
     own = module.__dict__
     if x.numel() < _size.smallest:
         own[OUTCOME] = _SMALL
         return product(x, weight, bias)
-    y, own[OUTCOME] = _linear(product, x, node, weight, bias, own.get(SETTINGS, _UNSET))
+    y, own[OUTCOME] = _linear(product, x, node, latest, weight, bias, own.get(SETTINGS, _UNSET))
     return product(x, weight, bias) if y is None else y
 
 
-def _linear(product: Product, x: Tensor, node: Node, weight: Any, bias: Any, settings: Settings) -> _Found:
+def _linear(
+    product: Product, x: Tensor, node: Node, latest: bool, weight: Any, bias: Any, settings: Settings
+) -> _Found:
     if not is_grad_enabled():
         return None, None
     device = x.device.type
@@ -94,7 +97,7 @@ def _linear(product: Product, x: Tensor, node: Node, weight: Any, bias: Any, set
         x, weight, bias = cast_all((x, weight, bias), torch.get_autocast_dtype(device), device)
         torch.set_autocast_enabled(device, False)
         try:
-            y, outcome = _linear(product, x, x.grad_fn, weight, bias, settings)
+            y, outcome = _linear(product, x, x.grad_fn, latest, weight, bias, settings)
             return product(x, weight, bias) if y is None else y, outcome
         finally:
             torch.set_autocast_enabled(device, True)
@@ -107,19 +110,29 @@ def _linear(product: Product, x: Tensor, node: Node, weight: Any, bias: Any, set
     free = _hooks_allow()
     if free is None:
         return None, Outcome(False, "saved-tensor hooks are active, of which nobody knows what unpacking twice does")
-    found = producers.read_whole(x, node) if free and not dispatch_modes() else None
+    try:
+        found = producers.read_whole(x, node) if free and not dispatch_modes() else None
+    except RuntimeError:  # PyTorch minds that in backward only, if that comes there
+        return None, Outcome(False, "what its input was made of was written to in place")
     if found is not None:
-        return _of_producer(product, x, node, weight, bias, settings, found)
+        return _of_producer(product, x, node, latest, weight, bias, settings, found)
     if not producers.can_rebuild(node):
         return None, _unread(node, name)
     return _of_node(product, x, node, weight, bias)
 
 
 def _of_producer(
-    product: Product, x: Tensor, node: Node, weight: Any, bias: Any, settings: Settings, producer: Producer
+    product: Product,
+    x: Tensor,
+    node: Node,
+    latest: bool,
+    weight: Any,
+    bias: Any,
+    settings: Settings,
+    producer: Producer,
 ) -> _Found:
     """``_linear`` of f(z), or of f(g) · u."""
-    bound, form, inputs, activated = producer
+    bound, form, inputs, activated, _ = producer
     save, backend = settings
     if save == "auto":
         save = defaults.both[0] or save
@@ -132,12 +145,13 @@ def _of_producer(
     unkept = _bytes_of(x)
     trains = weight.requires_grad
     if activated is not None or (save == "fp8" and producers.own(node) is None):
-        if x._backward_hooks is not None or x.retains_grad or x._is_view():
+        # Who read x before sends its gradient to the old node, where hooks on x would not see it.
+        if not latest or x._backward_hooks is not None or x.retains_grad or x._is_view():
             return _of_node(product, x, node, weight, bias)
         hooks = top_hooks(True)
         if hooks is not None:
             hooks[1].__self__._let_go(inputs[0] if activated is None else activated)  # type: ignore[attr-defined]
-        rebuilt.make_anew(config, x, producer)
+        producer = rebuilt.make_anew(config, x, producer)
         if not trains:
             return None, Outcome(True, f"{form.name}, {bound!r}; the weight is frozen", unkept)
         unkept *= 2
@@ -174,6 +188,25 @@ def _obstacle(x: Tensor, weight: Any, bias: Any) -> str | None:
         return f"its input is {x.dtype}, its weight {weight.dtype} and {weight.layout}"
     if weight.device != x.device:
         return f"its input is on {x.device}, its weight on {weight.device}"
+    return _surroundings()
+
+
+def can_replace(x: Any) -> bool:
+    """Whether a Function of ours may stand for an operation of PyTorch's on x: worth it, and seen by nobody."""
+    return (
+        type(x) in READABLE_TENSORS
+        and x.requires_grad
+        and x.numel() >= _size.smallest
+        and x.dtype in _DTYPES
+        and is_grad_enabled()
+        and not any_autocast()
+        and not dispatch_modes()
+        and _surroundings() is None
+    )
+
+
+def _surroundings() -> str | None:
+    """What is at work around a call that has to see PyTorch's own operations, or None."""
     if functorch_active() or forward_ad._current_level >= 0 or is_tracing():
         return "a transform, forward-mode differentiation or a tracer is at work"
     if function_mode() and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
@@ -255,7 +288,7 @@ class Linear(nn.Linear):
         weight, bias = (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (self.weight, self.bias)
         node = input.grad_fn if type(input) in READABLE_TENSORS else None
         if node is not None and producers.is_near(node):
-            return run(self, _STOCK_LINEAR, input, node, weight, bias)
+            return run(self, _STOCK_LINEAR, input, node, producers.is_latest(node), weight, bias)
         self.__dict__[OUTCOME] = None
         return _STOCK_LINEAR(input, weight, bias)  # type: ignore[arg-type]
 

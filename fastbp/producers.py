@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_sequence_nr
 
 from fastbp.activations import NODES, Bound, bind
 from fastbp.forms import ACT_LINEAR, GATED_ACT_LINEAR, Form
@@ -26,16 +27,22 @@ PRODUCT, _DIV, _CAST, _POW = "MulBackward0", "DivBackward0", "ToCopyBackward0", 
 _DEPTH = 8  # nodes between a linear and what its input is made again of
 
 
+def nobody() -> bool:
+    """That nobody looks."""
+    return False
+
+
 class Producer(NamedTuple):
     """``f(z)``, or ``f(g) · u``: the activation, the form of a linear behind it, and z, or g and u.
 
-    ``activated`` is f(g), where a product still keeps it.
+    ``activated`` is f(g), where a product still keeps it; ``seen`` tells whether somebody looks at it, where none does.
     """
 
     bound: Bound
     form: Form
     inputs: tuple[Tensor, ...]
     activated: Tensor | None = None
+    seen: Callable[[], bool] = nobody
 
 
 def _activation(node: Node) -> Bound | None:
@@ -94,6 +101,11 @@ def rebuild(node: Node) -> Tensor:
     if of_one is not None:
         return of_one(node, rebuild(node.next_functions[0][0]))
     return OWN[name].value(node)
+
+
+def is_latest(node: Node) -> bool:
+    """Whether this thread has made no node since, so that no other can be a reader of this one's output."""
+    return _get_sequence_nr() == node._sequence_nr() + 1  # type: ignore[no-any-return]
 
 
 def is_near(node: Node) -> bool:
@@ -178,23 +190,29 @@ def read_whole(x: Tensor, node: Node) -> Producer | None:
     """The activation and the tensors that x, the output of this node, was made of; None where it is something else.
 
     Unpacks what the nodes keep. Only what is certain: z is where the gradient of the activation goes, no shape was
-    broadcast, all of it has the dtype of x.
+    broadcast, all of it has the dtype of x. RuntimeError from PyTorch where one of them was written to since.
     """
-    ours = own(node)
-    if ours is not None:
-        return ours.read(node)
-    found = None
-    if type(node).__name__ == PRODUCT:
-        found = _read_product(node)
-    elif type(node).__name__ == _POW:
-        found = _read_square(node)
-    else:
-        bound = _activation(node)
-        if bound is not None:
-            found = _connected(bound, ACT_LINEAR, (node._saved_self, node.next_functions[0]))
+    found = _read_node(node)
     if found is None or any(t.shape != x.shape or t.dtype is not x.dtype for t in found.inputs):
         return None
     return found
+
+
+def _read_node(node: Node) -> Producer | None:
+    ours = own(node)
+    if ours is not None:
+        return ours.read(node)
+    if type(node).__name__ == PRODUCT:
+        return _read_product(node)
+    if type(node).__name__ == _POW:
+        return _read_square(node)
+    bound = _activation(node)
+    return None if bound is None else of_activation(bound, node._saved_self, node)
+
+
+def of_activation(bound: Bound, z: Tensor, node: Node) -> Producer | None:
+    """The producer, of a node whose one input is z."""
+    return _connected(bound, ACT_LINEAR, (z, node.next_functions[0]))
 
 
 def _connected(bound: Bound, form: Form, *pairs: tuple[Tensor | None, Edge]) -> Producer | None:
@@ -218,10 +236,11 @@ def _read_product(node: Node) -> Producer | None:
     if one is None or other is None:
         return None
     for a, (gate, _), up, up_edge in ((one, first, other, second), (other, second, one, first)):
-        bound = _activation(gate)
-        if bound is not None:
-            g = gate._saved_self
-            found = _connected(bound, GATED_ACT_LINEAR, (g, gate.next_functions[0]), (up, up_edge))
+        of_gate = None if gate is None or type(gate).__name__ == PRODUCT else _read_node(gate)
+        if of_gate is not None and of_gate.form is ACT_LINEAR:
+            found = _connected(
+                of_gate.bound, GATED_ACT_LINEAR, (of_gate.inputs[0], gate.next_functions[0]), (up, up_edge)
+            )
             return None if found is None else found._replace(activated=a)
     return None
 

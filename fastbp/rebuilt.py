@@ -30,7 +30,7 @@ from fastbp.autograd import c_apply
 from fastbp.backends import BACKENDS
 from fastbp.forms import FORMS
 from fastbp.problem import Config
-from fastbp.producers import Node, Producer
+from fastbp.producers import Node, Producer, nobody
 from fastbp.residuals import kept_of_given, read_kept
 from fastbp.saving import POLICIES, kept
 
@@ -169,7 +169,8 @@ _anchor, _act_linear, _made = c_apply(_Anchor), c_apply(ActLinear), c_apply(Made
 
 def act_linear(product: Product, config: Config, h: Tensor, weight: Tensor, bias: Any, producer: Producer) -> Tensor:
     """y of an h whose producer was read."""
-    how = How(product, None, config, _codes_of(config, producer.inputs), watcher_of(h))
+    of_h, of_a = watcher_of(h), producer.seen
+    how = How(product, None, config, _codes_of(config, producer.inputs), lambda: of_h() or of_a())
     return _act_linear(how, _anchor(h), h, weight, bias, *producer.inputs)  # type: ignore[no-any-return]
 
 
@@ -178,18 +179,15 @@ def rebuilt_linear(product: Product, node: Node, h: Tensor, weight: Tensor, bias
     return _act_linear(How(product, node), _anchor(h), h, weight, bias)  # type: ignore[no-any-return]
 
 
-def make_anew(config: Config, h: Tensor, producer: Producer) -> None:
-    """Let h be the output of a ``Made``, and not of the nodes that made it and keep more."""
+def make_anew(config: Config, h: Tensor, producer: Producer) -> Producer:
+    """Let h be the output of a ``Made``, and not of the nodes that made it and keep more; and what made it now."""
     a = producer.activated
-    seen, anchor = (watcher_of(a), _anchor(a)) if a is not None else (_nobody, None)
+    seen, anchor = (watcher_of(a), _anchor(a)) if a is not None else (nobody, None)
     codes = _codes_of(config, producer.inputs)
     h.detach_()
     with _unsafe_preserve_version_counter(h):  # readers that kept h before kept what it still is
         _made(config, seen, anchor, codes, h, a, *producer.inputs)
-
-
-def _nobody() -> bool:
-    return False
+    return producer._replace(activated=None, seen=seen)
 
 
 def _ignore(grad: Tensor) -> None:
@@ -241,7 +239,7 @@ def _read_made(node: Node) -> Producer | None:
     config = node.config
     if POLICIES[config.save].compressed:
         return None
-    return Producer(Bound(config.row, config.params), config.form, node.saved_tensors)
+    return Producer(Bound(config.row, config.params), config.form, node.saved_tensors, seen=node.seen)
 
 
 producers.OWN["MadeBackward"] = producers.Own(

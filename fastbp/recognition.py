@@ -117,20 +117,19 @@ def of_known_function(function: object, keywords: Mapping[str, Any], where: str 
     """The activation of one of PyTorch's functions called with these keywords; None for other functions or keywords."""
     if not is_known_function(function) or not _takes(function, tuple(keywords)):
         return None
-    first = _BY_FUNCTION[function]
-    assert first.module is not None, first.name
+    row = _BY_FUNCTION[function]
     # Rows of one module class differ in an attribute, which is the function's keyword too.
-    attributes = {k: keywords.get(k, v) for k, v in first.module_attributes}
-    row = next((r for r in _BY_MODULE[first.module] if dict(r.module_attributes) == attributes), None)
+    attributes = {k: keywords.get(k, v) for k, v in row.module_attributes}
+    found = next((r for r in TABLE if r.module is row.module and dict(r.module_attributes) == attributes), None)
     rest = {k: v for k, v in keywords.items() if k not in attributes and k != "inplace"}
-    if row is None or not set(rest) <= {n for n, _ in row.params}:
+    if found is None or not set(rest) <= {n for n, _ in found.params}:
         return None
-    return _checked(row, tuple(rest.get(n, default) for n, default in row.params), where)
+    return _checked(found, tuple(rest.get(n, default) for n, default in found.params), where)
 
 
 def is_known_function(function: object) -> TypeGuard[Callable[..., Tensor]]:
     """Whether this is one of PyTorch's activation functions, as they were when fastbp was imported."""
-    return isinstance(function, Hashable) and function in _BY_FUNCTION
+    return callable(function) and isinstance(function, Hashable) and function in _BY_FUNCTION
 
 
 @functools.lru_cache(maxsize=256)

@@ -16,7 +16,16 @@ os.environ["XDG_CACHE_HOME"] = _cache.name
 
 # Their assertions are to say what they compared, as those of the tests do.
 pytest.register_assert_rewrite(
-    "autograd_cases", "fusible", "graphs", "module_pairs", "refusals", "routes", "special_points", "standin", "support"
+    "autograd_cases",
+    "fusible",
+    "graphs",
+    "linear_twins",
+    "module_pairs",
+    "refusals",
+    "routes",
+    "special_points",
+    "standin",
+    "support",
 )
 
 

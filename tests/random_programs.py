@@ -72,7 +72,7 @@ class Program(nn.Module):
         names = (
             *["linear"] * 5, *["activation"] * 5, "gate", "gate", "gate", "product", "clamp", "cast", "dropout",
             "scale", "mask", "view", "rows", "packed", "in_place", "add", "branch", "log", "hook", "late_hook",
-            "retain", "divide", "detached", "swiglu", "swiglu", "lora", "pair",
+            "retain", "divide", "detached", "swiglu", "swiglu", "lora", "pair", "early_reader", "gate_hook",
         )  # fmt: skip
         name = draw.choice(names)
         return name, at(), at(), draw.randrange(6), draw.choice(list(ACTIVATIONS)), draw.random()
@@ -146,6 +146,18 @@ class Program(nn.Module):
                 y = linear(h) + self.linears[n - 1](h)
                 if h.requires_grad:
                     h.register_hook(lambda g: self.log.append(float(g.detach().norm())) or g.tanh())
+                return y
+            case "early_reader":
+                h = f(v) * w
+                y = h.sin() + linear(h)
+                if h.requires_grad:
+                    h.register_hook(lambda g: self.log.append(float(g.detach().norm())) or g.tanh())
+                return y
+            case "gate_hook":
+                a = f(v)
+                y = linear(a * w)
+                if a.requires_grad:
+                    a.register_hook(lambda g: self.log.append(float(g.detach().norm())) or g.tanh())
                 return y
             case "retain":
                 h = f(v)

@@ -145,7 +145,9 @@ def test_sizes_of_zero(on_gpu, form, empty, dtype, route):
     inputs = flatten(*given)
     y = call(form, *unflatten(form, inputs), activation=GELU, backend="native")
     expected = eager(form, *given, stock(GELU))
-    near = dict(rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)  # where no size is 0: no "in" is given
+    near = dict(
+        rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+    )  # where no size is 0: no "in" is given
     torch.testing.assert_close(y, expected, **near)
     for got, want in zip(
         grads(y, inputs, torch.ones_like(y)), grads(expected, inputs, torch.ones_like(y)), strict=True

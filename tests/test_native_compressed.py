@@ -242,7 +242,10 @@ def test_nothing_in_it(form, save, dtype, route):
         config = config_of(form, GELU, save)
         y, *residuals = native.forward(config, x, flat)
         needs = (True,) * (1 + len(flat))
-        ours, theirs = (b.backward(config, like(y, 61), saved_row(form, [x, *flat], y, residuals), needs) for b in (native, reference))
+        ours, theirs = (
+            b.backward(config, like(y, 61), saved_row(form, [x, *flat], y, residuals), needs)
+            for b in (native, reference)
+        )
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 

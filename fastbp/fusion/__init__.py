@@ -12,7 +12,7 @@ from torch import fx, nn
 from fastbp import backends, readers, saving
 from fastbp.fusion import known, sample, surgery
 from fastbp.fusion.sites import FUSED, LEFT, WOULD_FUSE, FusionReport, Site
-from fastbp.linear import OUTCOME, Linear, Settings
+from fastbp.linear import OUTCOME, Settings
 from fastbp.modules import LAYERS
 
 __all__ = ["FusionReport", "fuse", "report", "unfuse"]
@@ -136,16 +136,13 @@ def _swap(
     """Change every linear and known block, and note it; what takes each change back."""
     undo: list[Callable[[], None]] = []
     for name, module in list(_candidates(model)):
-        linear = readers.reader_of(readers.base_of(module)) is not None or isinstance(module, Linear)
-        plan = None if linear else known.read(module)
-        if isinstance(plan, str):
-            found.sites += _sites_of_experts(name, module)
-            continue
+        linear = readers.is_linear(module)
+        read = "" if linear else known.read(module)
+        plan = None if isinstance(read, str) else read
         reason = plan.refuses(settings[0]) if plan is not None else None
         if reason is None and filter_fn is not None and not filter_fn(module, name):
             reason = "filter_fn said no"
-        if plan is not None:
-            found.sites += _sites_of_block(name, module, plan, reason)
+        found.sites += _sites_of_experts(name, module) if plan is None else _sites_of_block(name, module, plan, reason)
         if reason is not None:
             continue
         found.linears += linear

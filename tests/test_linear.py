@@ -1,0 +1,280 @@
+"""fastbp.Linear: which inputs it reads from autograd's graph, and what it keeps of them."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from linear_twins import ROWS, WIDTH, assert_as_stock, assert_equal, outcome, run, twice
+from torch import Tensor, nn
+
+import fastbp
+from fastbp import linear, producers
+from fastbp.activations import TABLE, Activation, Bound
+from fastbp.linear import of_any_size
+
+WITH_NODES = [row for row in TABLE if row.node]
+
+
+def call(row: Activation, z: Tensor) -> tuple[Tensor, Bound]:
+    """PyTorch's own spelling of a row, with parameters other than the defaults."""
+    params = tuple(1.5 * default for _, default in row.params)
+    if row.module_attributes:
+        return row.module(**dict(row.module_attributes))(z), Bound(row, params)
+    return row.functions[0](z, *params), Bound(row, params)
+
+
+@pytest.mark.parametrize("row", WITH_NODES, ids=lambda row: row.name)
+@pytest.mark.parametrize("after", ["once", "twice"])
+def test_activations_are_read_from_their_nodes(row, after):
+    def program(fc, x, seen):
+        return fc[2](call(row, fc[0](x))[0])
+
+    _, bound = call(row, torch.zeros(1))
+    options = {"after": twice} if after == "twice" else {}
+    assert_as_stock(program, fused=f"act_linear, {bound!r}", **options)
+    z = torch.randn(99, 97, requires_grad=True)  # smaller ones have a kernel of their own for gelu
+    h, _ = call(row, z * 3)
+    found = producers.read_whole(h, h.grad_fn)
+    assert (found.bound, found.form.name) == (bound, "act_linear")
+    assert_equal([found.bound(*found.inputs), producers.rebuild(h.grad_fn)], [h, h])
+
+
+def test_rows_with_nodes_are_all_there():
+    """Each of PyTorch's activations that keeps its input, and is in the table, has its node there."""
+    z, missing = torch.randn(4, requires_grad=True), []
+    for row in TABLE:
+        if not row.node and row.functions:
+            node = row.functions[0](z).grad_fn
+            if hasattr(node, "_saved_self") and not hasattr(node, "_saved_result"):
+                missing.append((row.name, type(node).__name__))
+    # PyTorch's gradients of celu and hardsigmoid have a number in float32; relu6 is read as a hardtanh.
+    others = [("relu6", "HardtanhBackward0"), ("celu", "CeluBackward0"), ("softsign", "DivBackward0")]
+    assert missing == [*others, ("hardsigmoid", "HardsigmoidBackward0")]
+
+
+GATES = {
+    "gate first": (lambda g, u: F.silu(g) * u, "silu"),
+    "gate second": (lambda g, u: u * F.silu(g), "silu"),
+    "gelu": (lambda g, u: F.gelu(g) * u, "gelu"),
+    "gelu_tanh": (lambda g, u: u * F.gelu(g, approximate="tanh"), "gelu_tanh"),
+    "parameters": (lambda g, u: F.leaky_relu(g, 0.3) * u, "leaky_relu(negative_slope=0.3)"),
+    "two activations": (lambda g, u: F.silu(g) * F.gelu(u), "silu"),
+    "one tensor twice": (lambda g, u: F.silu(g) * g, "silu"),
+    "one result twice": (lambda g, u: (lambda a: a * a)(F.silu(g)), "silu"),
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("after", ["once", "twice"])
+def test_gates_are_read(gate, after):
+    make, name = GATES[gate]
+    options = {"after": twice} if after == "twice" else {}
+    assert_as_stock(lambda fc, x, seen: fc[2](make(fc[0](x), fc[1](x))), fused=f"gated_act_linear, {name}", **options)
+
+
+MADE_AGAIN = {
+    "celu": (lambda g, u: F.celu(g, 1.3), "CeluBackward0"),
+    "hardsigmoid": (lambda g, u: F.hardsigmoid(g), "HardsigmoidBackward0"),
+    "gate of hardsigmoid": (lambda g, u: F.hardsigmoid(g) * u, "MulBackward0"),
+    "elu with scales": (lambda g, u: torch.ops.aten.elu(g, 0.7, 1.1, 1.2), "EluBackward0"),
+    "square of relu": (lambda g, u: F.relu(g) ** 2, "act_linear, relu2"),
+    "torch.square of relu": (lambda g, u: torch.square(F.relu(g)), "act_linear, relu2"),
+    "cube of relu": (lambda g, u: F.relu(g) ** 3, "PowBackward0"),
+    "square": (lambda g, u: g**2, "PowBackward0"),
+    "square of silu": (lambda g, u: F.silu(g) ** 2, "PowBackward0"),
+    "glu": (lambda g, u: F.glu(torch.cat((g, u), -1)), "GluBackward0"),
+    "glu of another dimension": (lambda g, u: F.glu(torch.cat((g, u), 0), 0), "GluBackward0"),
+    "swish by hand": (lambda g, u: g * torch.sigmoid(g), "MulBackward0"),
+    "quick_gelu by hand": (lambda g, u: g * torch.sigmoid(1.702 * g), "MulBackward0"),
+    "sigmoid gate": (lambda g, u: u * torch.sigmoid(g), "MulBackward0"),
+    "old tanh-GELU": (
+        lambda g, u: 0.5 * g * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * torch.pow(g, 3.0)))),
+        "MulBackward0",
+    ),
+    "broadcast up": (lambda g, u: F.silu(g) * u[:1], "MulBackward0"),
+    "broadcast gate": (lambda g, u: F.silu(g[:1]) * u, "MulBackward0"),
+    "number": (lambda g, u: F.silu(g) * 0.7, "MulBackward0"),
+    "number before": (lambda g, u: -0.7 * F.silu(g), "MulBackward0"),
+    "mask": (lambda g, u: F.silu(g) * (u.detach() > 0), "MulBackward0"),
+    "mask before": (lambda g, u: (u.detach() > 0).double() * F.silu(g), "MulBackward0"),
+    "gate, then mask": (lambda g, u: F.silu(g) * u * (u.detach() > 0), "MulBackward0"),
+    "quotient by a number": (lambda g, u: F.silu(g) / 0.7, "DivBackward0"),
+    "quotient by a constant": (lambda g, u: F.silu(g) / (u.detach() + 9), "DivBackward0"),
+    "quotient": (lambda g, u: F.silu(g) / (u + 9), "DivBackward0"),
+    "constant by an activation": (lambda g, u: (u.detach() + 9) / F.softplus(g), "DivBackward0"),
+    "float64 and back": (lambda g, u: F.silu(g).float().double(), "ToCopyBackward0"),
+    "gate in float32": (lambda g, u: (F.silu(g.float()) * u.float()).double(), "ToCopyBackward0"),
+    "one operand in float32": (lambda g, u: F.silu(g.float()) * u, "MulBackward0"),
+    "dropout": (lambda g, u: F.dropout(F.silu(g), 0.4), "MulBackward0"),
+    "dropout of a gate": (lambda g, u: F.dropout(F.silu(g) * u, 0.4), "MulBackward0"),
+    "dropout as on a GPU": (lambda g, u: torch.native_dropout(F.silu(g), 0.4, True)[0], "NativeDropoutBackward0"),
+    "dropout of all": (lambda g, u: torch.native_dropout(F.silu(g), 1.0, True)[0], "NativeDropoutBackward0"),
+    "two factors": (lambda g, u: 2.0 * (F.silu(g) / 3.0), "MulBackward0"),
+    "gate of a mask": (lambda g, u: (F.silu(g) * 0.7) * u, "MulBackward0"),
+}
+
+
+@pytest.mark.parametrize("name", MADE_AGAIN)
+@pytest.mark.parametrize("after", ["once", "twice"])
+def test_inputs_are_made_again_by_their_nodes(name, after):
+    make, what = MADE_AGAIN[name]
+    what = what if "," in what else f"linear of {what}"
+    options = {"after": twice} if after == "twice" and "hardsigmoid" not in name else {}  # PyTorch has no second one
+    assert_as_stock(lambda fc, x, seen: fc[2](make(fc[0](x), fc[1](x))), fused=what, **options)
+
+
+def test_halves_of_a_packed_linear_are_a_gate():
+    def program(fc, x, seen):
+        g, u = torch.cat((fc[0](x), fc[1](x)), -1).chunk(2, dim=-1)
+        return fc[2](F.silu(g) * u)
+
+    assert_as_stock(program, fused="gated_act_linear, silu")
+
+
+LEFT = {
+    "relu": (lambda g, u: F.relu(g), "ReluBackward0 keeps its output"),
+    "sigmoid": (lambda g, u: torch.sigmoid(g), "SigmoidBackward0 keeps its output"),
+    "clamp": (lambda g, u: F.silu(g).clamp(max=0.5), "between SiluBackward0 and this linear there is ClampBackward1"),
+    "added number": (lambda g, u: F.silu(g) + 1.0, "there is AddBackward0"),
+    "view": (lambda g, u: F.silu(g).view(-1).view(ROWS, WIDTH), "there is ViewBackward0, ViewBackward0"),
+    "rounded quotient": (lambda g, u: torch.div(F.silu(g), 0.5, rounding_mode=None).floor(), None),
+    "nothing": (lambda g, u: g, None),
+    "no activation": (lambda g, u: g * u, None),
+    "detached": (lambda g, u: F.silu(g).detach(), None),
+    "three factors": (lambda g, u: 2.0 * (F.dropout(F.silu(g), 0.2) / 3.0), None),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_be_read_is_computed_by_pytorch(name):
+    make, reason = LEFT[name]
+    assert_as_stock(lambda fc, x, seen: fc[2](make(fc[0](x), fc[1](x))), left=reason)
+
+
+def test_the_product_of_a_norm_is_not_made_again():
+    """Nothing is gained by it for each of the readers of a norm."""
+    assert_as_stock(lambda fc, x, seen: fc[2](fc[1].weight[0] * (fc[0](x) / fc[0](x).square().mean())))
+
+
+@pytest.mark.parametrize("shape", [(WIDTH,), (0, WIDTH), (2, 3, WIDTH), (1, WIDTH)], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_shapes(shape, gated):
+    def program(fc, x, seen):
+        x = x.flatten().repeat(2)[: math.prod(shape)].view(shape)
+        return fc[2](F.gelu(fc[0](x)) * fc[1](x) if gated else F.gelu(fc[0](x)))
+
+    assert_as_stock(program, fused="gated_act_linear, gelu" if gated else "act_linear, gelu")
+    assert_as_stock(program, fused="gated_act_linear, gelu" if gated else "act_linear, gelu", bias=False)
+
+
+LAYOUTS = {
+    "transposed": lambda z: z[:WIDTH, :WIDTH].t(),
+    "every second": lambda z: torch.cat((z, z), -1)[:, ::2],
+    "expanded": lambda z: z[:1].expand(ROWS, WIDTH),
+    "three dimensions": lambda z: z.expand(3, 2 * ROWS, WIDTH).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_layouts(layout, gated):
+    """Of z, and so of h, which an elementwise kernel lays out alike."""
+    of = LAYOUTS[layout]
+
+    def program(fc, x, seen):
+        z = of(torch.cat((fc[0](x), fc[0](x))))
+        return fc[2](F.silu(z) * of(torch.cat((fc[1](x), x))) if gated else F.silu(z))
+
+    assert_as_stock(program, fused="gated_act_linear, silu" if gated else "act_linear, silu")
+
+
+def test_an_expanded_h_is_no_output_of_an_activation():
+    assert_as_stock(lambda fc, x, seen: fc[2](F.silu(fc[0](x))[:1].expand(ROWS, WIDTH)))
+
+
+def test_h_may_be_a_parameter():
+    """It has no node to read."""
+
+    def program(fc, x, seen):
+        h = nn.Parameter(F.silu(fc[0](x)).detach())
+        y = fc[2](h)
+        seen.append(torch.autograd.grad(y.sum(), h, retain_graph=True)[0])
+        return y + x.sum() * 0
+
+    assert_as_stock(program)
+
+
+def test_z_may_be_a_leaf():
+    def program(fc, x, seen):
+        return fc[2](F.silu(x)) + fc[3](F.silu(x) * fc[0].weight[:ROWS])
+
+    ours = assert_as_stock(program, fused="act_linear, silu")
+    assert outcome(ours.linears[3]) == ("fused", "gated_act_linear, silu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_dtypes(dtype, gated):
+    def program(fc, x, seen):
+        return fc[2](F.silu(fc[0](x)) * fc[1](x) if gated else F.silu(fc[0](x)))
+
+    options = {"rows": 40, "width": 32, "tolerance": 1e-5 if dtype is torch.float32 else 3e-2}
+    assert_as_stock(program, fused="gated_act_linear" if gated else "act_linear", dtype=dtype, **options)
+
+
+def test_float32_adapters_on_a_16_bit_layer():
+    """The adapter casts what the base layer reads, and both make it again."""
+
+    def program(fc, x, seen):
+        h = F.silu(fc[0](x)) * fc[1](x)
+        return fc[2](h) + fc[3](h.float()).to(h.dtype)
+
+    def prepare(linears):
+        linears[3].float()
+
+    options = {"prepare": prepare, "dtype": torch.bfloat16, "tolerance": 3e-2}
+    ours = assert_as_stock(program, fused="gated_act_linear", **options)
+    assert outcome(ours.linears[3]) == ("fused", "linear of ToCopyBackward0")
+
+
+def test_small_calls_are_left_to_pytorch():
+    layer = fastbp.Linear(64, 64)
+    for rows, expected in ((255, "left"), (256, "fused")):
+        layer(F.silu(torch.randn(rows, 64, requires_grad=True)))
+        assert outcome(layer)[0] == expected
+    layer(F.silu(torch.randn(255, 64, requires_grad=True)))
+    assert "has fewer than 16,384 elements" in outcome(layer)[1]
+    with of_any_size():
+        layer(F.silu(torch.randn(255, 64, requires_grad=True)))
+    assert outcome(layer)[0] == "fused" and linear._size.smallest == 1 << 14
+
+
+def test_wrong_shapes_are_refused_in_the_words_of_pytorch():
+    h = F.silu(torch.randn(3, 7, dtype=torch.float64, requires_grad=True))
+    texts = []
+    for kind in (nn.Linear, fastbp.Linear):
+        with of_any_size(), pytest.raises(RuntimeError) as refused:
+            kind(WIDTH, WIDTH, dtype=torch.float64)(h)
+        texts.append(str(refused.value))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("part", ["weight", "bias", "before", "all but x"])
+def test_frozen(part, gated):
+    """What takes no gradient gets none, and the rest is the same."""
+
+    def program(fc, x, seen):
+        return fc[2](F.silu(fc[0](x)) * fc[1](x) if gated else F.silu(fc[0](x)))
+
+    def prepare(linears):
+        for i, each in enumerate(linears):
+            frozen = {"weight": i == 2, "bias": i == 2, "before": i < 2, "all but x": True}[part]
+            for name, parameter in each.named_parameters():
+                parameter.requires_grad_(not frozen or (part in ("weight", "bias") and name != part))
+
+    frozen = part in ("weight", "all but x")
+    expected = ("gated_act_linear" if gated else None) if frozen else "gated_act_linear" if gated else "act_linear"
+    assert_as_stock(program, fused=expected, prepare=prepare)
+    assert run(fastbp.Linear, program, prepare=prepare).y.requires_grad

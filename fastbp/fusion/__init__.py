@@ -181,6 +181,7 @@ def _undo_of(module: nn.Module) -> Callable[[], None]:
 def _run(model: nn.Module, sample_inputs: Any, found: FusionReport, strict: bool) -> None:
     """Run the changed model on the sample and note what it did; RuntimeError where ``strict`` forbids that."""
     sample.watch(model, sample_inputs)
+    found.ran = True  # also where every linear is part of a block, and none was called
     _add_outcomes(model, found)
     if strict and found.left:
         raise RuntimeError(f"fastbp.fuse(strict=True): not everything was fused; the model is as it was\n{found}")
@@ -205,6 +206,10 @@ def _sites_of_block(name: str, module: nn.Module, plan: known.Plan, reason: str 
 
 
 def _sites_of_experts(name: str, module: nn.Module) -> list[Site]:
-    """A row for what nobody else would name: weights of three dimensions, the experts of a mixture."""
-    experts = sum(p.ndim == 3 for p in module._parameters.values() if p is not None) >= 2
+    """A row for what nobody else would name: weights of three dimensions, the experts of a mixture.
+
+    The token and the positions of a vision transformer, (1, n, width), have one expert each, which is none.
+    """
+    counts = [p.shape[0] for p in module._parameters.values() if p is not None and p.ndim == 3 and p.shape[0] > 1]
+    experts = len(counts) > len(set(counts))
     return [Site(name, type(module).__name__, "", LEFT, "weights of three dimensions, one per expert")] * experts

@@ -11,8 +11,8 @@ from future_annotations import Block
 from reading import WIDTH, Written, act_module, assert_same, count_calls, method, pair, written
 from torch import nn
 
+from fastbp import known
 from fastbp.activations import TABLE
-from fastbp.fusion import known
 from fastbp.known_acts import KnownAct, read_act
 from fastbp.saving import POLICIES
 

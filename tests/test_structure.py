@@ -40,6 +40,7 @@ FLOORS = (
     ("linear", "elementwise"),
     ("readers",),
     ("modules", "compiler"),
+    ("known",),
     ("fusion",),
     ("doctor",),  # a leaf, as the planner: from here on up, nothing but the public face and the commands
     ("planner", "tuning"),

@@ -15,7 +15,7 @@ import torch
 from reading import WIDTH, assert_same, swap
 from torch import nn
 
-from fastbp.fusion import known
+from fastbp import known
 from fastbp.fusion.surgery import base_of, is_fused, plan_of, set_save, swap_in, swap_out
 
 pytestmark = pytest.mark.usefixtures("seeded")

@@ -17,7 +17,7 @@ from fastbp.capture import refuse_torchscript
 from fastbp.copies import BASE, base_of, shown_class, stock_copy, stock_reduce
 
 if TYPE_CHECKING:
-    from fastbp.fusion.known import Plan
+    from fastbp.known import Plan
 
 PLAN = "_fastbp_plan"
 

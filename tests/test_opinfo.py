@@ -34,11 +34,9 @@ def flat_call(form, activation, save):
 
 def sample_inputs(form, op_info, device, dtype, requires_grad, **_):
     draw = functools.partial(make_tensor, low=-2, high=2, device=device, dtype=dtype, requires_grad=requires_grad)
-    shapes = support.tensors(form, torch.float32, seed=0, features=SIZES)[1]
     for leading, bias in [((5,), True), ((5,), False), ((), True), ((2, 2), True), ((0,), True)]:
-        weights = [draw(*weight.shape) for weight in shapes]
-        biases = [draw(weight.shape[0]) if bias else None for weight in shapes]
-        yield SampleInput(draw(*leading, SIZES[0]), *weights, *biases)
+        like = support.flatten(*support.tensors(form, torch.float32, seed=0, rows=leading, features=SIZES, bias=bias))
+        yield SampleInput(*[None if t is None else draw(*t.shape) for t in like])
 
 
 def error_inputs(form, op_info, device, **_):
@@ -48,12 +46,13 @@ def error_inputs(form, op_info, device, **_):
         arguments[at] = change(arguments[at].detach())
         return ErrorInput(SampleInput(*arguments), error_type=error_type, error_regex=error_regex)
 
-    first_bias = 1 + len(support.tensors(form, seed=0)[1])
-    yield error(ValueError, r"to match x \(37, 4\)", at=0, change=lambda x: x.new_zeros(37, 4))
-    yield error(ValueError, "x must have at least one dimension", at=0, change=lambda x: x.new_zeros(()))
-    yield error(ValueError, r"did you mean \w+(\[0\])?\.T\?", at=1, change=lambda w: w.t())
-    yield error(ValueError, r"must be \(4,\) to match", at=first_bias, change=lambda b: b[:1])
-    yield error(TypeError, "must have the dtype of x", at=1, change=torch.Tensor.double)
+    first, weight, bias = form.names_of_inputs[0], form.inputs, 1 + len(support.tensors(form, seed=0)[1])
+    if weight == 1:
+        yield error(ValueError, rf"to match {first} \(37, 7\)", at=0, change=lambda x: x.new_zeros(37, 7))
+    yield error(ValueError, f"{first} must have at least one dimension", at=0, change=lambda x: x.new_zeros(()))
+    yield error(ValueError, r"did you mean \w+(\[0\])?\.T\?", at=weight, change=lambda w: w.t())
+    yield error(ValueError, r"must be \(\d,\) to match", at=bias, change=lambda b: b[:1])
+    yield error(TypeError, f"must have the dtype of {first}", at=1, change=torch.Tensor.double)
     yield error(TypeError, "complex layers are not supported", at=0, change=lambda x: x.to(torch.complex64))
 
 

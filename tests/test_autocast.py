@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import GELU, call_of, compiled, draw, each_form, run
-from support import assert_close, each, flatten, like
+from support import assert_close, each, flatten, like, unflatten
 from torch import nn
 
 import fastbp
@@ -24,14 +24,14 @@ def test_autocast_casts_inputs_and_returns_float32_gradients(form, dtype, how):
     tensors = draw(form, dtype=torch.float32)
     x, weights, biases = tensors
     with torch.autocast("cpu", dtype=dtype):
-        assert F.linear(x, weights[0], biases[0]).dtype == dtype
+        assert F.linear(x, weights[form.inputs - 1], biases[0]).dtype == dtype
         y = function(*tensors)
     gradients = torch.autograd.grad(y, flatten(*tensors), like(y, seed=1))
     assert y.dtype == dtype
     assert [g.dtype for g in gradients] == [torch.float32] * len(gradients)
 
     narrow = [t.detach().to(dtype).requires_grad_() for t in flatten(*tensors)]
-    expected = call(narrow[0], narrow[1 : 1 + len(weights)], narrow[1 + len(weights) :])
+    expected = call(*unflatten(form, narrow))
     assert torch.equal(y, expected)
     for mine, theirs in zip(gradients, torch.autograd.grad(expected, narrow, like(y, seed=1)), strict=True):
         assert torch.equal(mine, theirs.float())

@@ -37,13 +37,9 @@ def flat_call(form, activation, save):
 
 def sample_inputs(form, op_info, device, dtype, requires_grad, **_):
     draw = functools.partial(make_tensor, low=-2, high=2, device=device, dtype=dtype, requires_grad=requires_grad)
-    like, others_and_weights, _ = support.tensors(form, torch.float32, seed=0, features=SIZES)
-    shapes = [weight.shape for weight in others_and_weights[form.inputs - 1 :]]
     for leading, bias in [((5,), True), ((5,), False), ((), True), ((2, 2), True), ((0,), True)]:
-        inputs = [draw(*leading, like.shape[-1]) for _ in range(form.inputs)]
-        weights = [draw(*shape) for shape in shapes]
-        biases = [draw(shape[0]) if bias else None for shape in shapes]
-        yield SampleInput(*inputs, *weights, *biases)
+        like = support.flatten(*support.tensors(form, torch.float32, seed=0, rows=leading, features=SIZES, bias=bias))
+        yield SampleInput(*[None if t is None else draw(*t.shape) for t in like])
 
 
 def error_inputs(form, op_info, device, **_):
@@ -53,14 +49,13 @@ def error_inputs(form, op_info, device, **_):
         arguments[at] = change(arguments[at].detach())
         return ErrorInput(SampleInput(*arguments), error_type=error_type, error_regex=error_regex)
 
-    _, weights, biases = support.tensors(form, seed=0, features=SIZES)
-    x, first_bias, units = form.names_of_inputs[0], 1 + len(weights), len(biases[0])
-    mismatch = rf"to match {x} \(37, 5\)" if form.inputs == 1 else r"must have the same shape, got \(37, 5\)"
-    yield error(ValueError, mismatch, at=0, change=lambda x: x.new_zeros(37, 5))
-    yield error(ValueError, f"{x} must have at least one dimension", at=0, change=lambda x: x.new_zeros(()))
-    yield error(ValueError, r"did you mean \w+(\[0\])?\.T\?", at=form.inputs, change=lambda w: w.t())
-    yield error(ValueError, rf"must be \({units},\) to match", at=first_bias, change=lambda b: b[:1])
-    yield error(TypeError, f"must have the dtype of {x}", at=1, change=torch.Tensor.double)
+    first, weight, bias = form.names_of_inputs[0], form.inputs, 1 + len(support.tensors(form, seed=0)[1])
+    if weight == 1:
+        yield error(ValueError, rf"to match {first} \(37, 7\)", at=0, change=lambda x: x.new_zeros(37, 7))
+    yield error(ValueError, f"{first} must have at least one dimension", at=0, change=lambda x: x.new_zeros(()))
+    yield error(ValueError, r"did you mean \w+(\[0\])?\.T\?", at=weight, change=lambda w: w.t())
+    yield error(ValueError, r"must be \(\d,\) to match", at=bias, change=lambda b: b[:1])
+    yield error(TypeError, f"must have the dtype of {first}", at=1, change=torch.Tensor.double)
     yield error(TypeError, "complex layers are not supported", at=0, change=lambda x: x.to(torch.complex64))
 
 

@@ -190,8 +190,10 @@ class TestOperators(TestCase):
 
             every = tuple(range(1 + len(rest)))
             per_sample = torch.func.grad(loss, argnums=every)
-            batched = torch.vmap(per_sample, in_dims=(0, *(None for _ in rest)))(sample.input, *rest)
-            loop = [per_sample(x, *rest) for x in sample.input]
+            inputs = fastbp.forms.FORMS[op.name.removeprefix("fastbp.")].inputs  # those that have a batch
+            rows, rest = [sample.input, *rest[: inputs - 1]], rest[inputs - 1 :]
+            batched = torch.vmap(per_sample, in_dims=(*[0] * inputs, *[None] * len(rest)))(*rows, *rest)
+            loop = [per_sample(*row, *rest) for row in zip(*rows, strict=True)]
             self.assertEqual(batched, tuple(torch.stack(grads) for grads in zip(*loop, strict=True)))
 
 

@@ -98,7 +98,7 @@ def every_layout(form_name):
     """However the tensors lie, the numbers are those of stock: what cannot be divided is gathered."""
     form, mesh = FORMS[form_name], line()
     numbers = tensors(form, seed=0, rows=(4, 6), features=FEATURES)
-    count = len(numbers[1])
+    count = len(numbers[2])
     of_x = [R, Shard(0), Shard(1), Shard(2), Partial()]
     of_weights = {p for p in itertools.product([R, COLUMNS, ROWS], repeat=count) if len(set(p[:-1])) <= 1}
     of_biases = itertools.cycle([R, Shard(0)])  # beside an odd number of others, so each of them meets both
@@ -112,8 +112,9 @@ def every_layout(form_name):
 
 
 def lying_as(mesh, x, weights, biases, numbers):
-    """The numbers on a mesh, a tuple of placements for each."""
+    """The numbers on a mesh, a tuple of placements for each; what is given beside x lies as x does."""
     given, ws, bs = numbers
+    weights = [x] * (len(ws) - len(bs)) + list(weights)
     return (
         spread(given, mesh, *x),
         [spread(w, mesh, *p) for w, p in zip(ws, weights, strict=True)],
@@ -135,6 +136,9 @@ UNMOVED = {
         (Shard(0), Shard(0), R),
         Partial(),
     ),
+    "rows of what is given": ("gated_act_linear", Shard(1), (R,), (R,), Shard(1)),
+    "columns of what is given, then rows of weights": ("act_linear", Shard(2), (ROWS,), (R,), Partial()),
+    "gated columns of what is given": ("gated_act_linear", Shard(2), (ROWS,), (R,), Partial()),
 }
 
 
@@ -161,8 +165,8 @@ def a_mesh_of_two_dimensions(shape, form_name):
     """Rows along one dimension, columns along the other, though one of them is of size one."""
     form, mesh = FORMS[form_name], init_device_mesh("cpu", shape, mesh_dim_names=("data", "model"))
     numbers = tensors(form, seed=2, rows=(4, 6), features=(6, 10, 6) if form is MLP else FEATURES)
-    pws = [(R, COLUMNS)] * len(numbers[1])
-    pbs = [(R, Shard(0))] * len(numbers[1])
+    pws = [(R, COLUMNS)] * len(numbers[2])
+    pbs = [(R, Shard(0))] * len(numbers[2])
     if form.projected:
         pws[-1], pbs[-1] = (R, ROWS), (R, R)
     y, _ = assert_as_stock(form, numbers, lying_as(mesh, (Shard(0), R), pws, pbs, numbers))
@@ -175,7 +179,7 @@ def parts_of_other_sizes(form_name, rows, hidden):
     features = (3, hidden, 2) if form.projected else (3, hidden)
     numbers = tensors(form, seed=3, rows=(rows, 2), features=features if form is not GATED_MLP else (*features, 2))
     for px, cut in ((Shard(0), False), (R, True)):
-        pws = [(COLUMNS if cut else R,)] * len(numbers[1])
+        pws = [(COLUMNS if cut else R,)] * len(numbers[2])
         if cut and form.projected:
             pws[-1] = (ROWS,)
         assert_as_stock(form, numbers, lying_as(mesh, (px,), pws, [(R,)] * len(pws), numbers))
@@ -185,14 +189,14 @@ def compressed(form_name, save):
     """What is kept of a part is of that part alone: the numbers are those of the same policy without a mesh."""
     form, mesh = FORMS[form_name], line()
     numbers = tensors(form, torch.float32, seed=4, rows=(4, 3), features=(32, 128, 32, 32))
-    count = len(numbers[1])
+    count = len(numbers[2])
     expected = call(form, *numbers, activation=GELU, save=save)
     dy = like(expected, seed=5)
     by_hand = [expected, *grads(expected, flatten(*numbers), dy)]
     for px, cut in ((Shard(0), False), (R, True)):
         pws = [(COLUMNS if cut else R,)] * count
         if cut and form.projected:
-            pws[-1] = (ROWS if count == 1 + form.width else R,)
+            pws[-1] = (ROWS if form.hidden(count) == 1 else R,)
         lying = lying_as(mesh, (px,), pws, [(R,)] * count, numbers)
         y = call(form, *lying, activation=GELU, save=save)
         mine = [y, *grads(y, flatten(*lying), distribute_tensor(dy, mesh, [R]))]
@@ -204,7 +208,7 @@ def higher_derivatives(form_name, order):
     """A gradient penalty, through the gradient of a gradient; or a penalty on that one's gradient."""
     form, mesh = FORMS[form_name], line()
     numbers = tensors(form, seed=6, rows=(4,), features=(6, 10, 6) if form is MLP else FEATURES)
-    count = len(numbers[1])
+    count = len(numbers[2])
 
     def penalty(function, x, weights, biases):
         y = function(form, x, weights, biases, activation=TANH)
@@ -238,7 +242,7 @@ def compiled(form_name):
     probe = like(torch.empty(numbers[1][-1].shape[0], 6, dtype=torch.float64), seed=8)
     expected = loss_of(eager, probe, *numbers)
     for px, cut in ((Shard(1), False), (R, True)):
-        pws = [(COLUMNS if cut else R,)] * len(numbers[1])
+        pws = [(COLUMNS if cut else R,)] * len(numbers[2])
         if cut and form.projected:
             pws[-1] = (ROWS,)
         lying = lying_as(mesh, (px,), pws, [(R,)] * len(pws), numbers)
@@ -257,9 +261,9 @@ def transforms(form_name):
     """torch.func.grad hides the DTensors from the choice of a backend; then PyTorch's operations serve."""
     form, mesh = FORMS[form_name], line()
     numbers = tensors(form, seed=13, rows=(4,), features=FEATURES, requires_grad=False)
-    lying = lying_as(mesh, (Shard(0),), [(R,)] * len(numbers[1]), [(R,)] * len(numbers[1]), numbers)
-    flat, count = [t.detach() for t in flatten(*lying)], 1 + 2 * len(numbers[1])
-    for wanted in (tuple(range(count)), (0,), (1,)):
+    lying = lying_as(mesh, (Shard(0),), [(R,)] * len(numbers[2]), [(R,)] * len(numbers[2]), numbers)
+    flat = [t.detach() for t in flatten(*lying)]
+    for wanted in (tuple(range(len(flat))), (0,), (1,)):
 
         def total(function, *arguments):
             return on_flat(function, form, activation=GELU)(*arguments).square().sum()

@@ -193,10 +193,10 @@ class TestOperators(TestCase):
 
             every = tuple(range(1 + len(rest)))
             per_sample = torch.func.grad(loss, argnums=every)
-            others = getattr(op.op, "inputs", 1) - 1  # of the shape of x
-            in_dims = (0, *(0 if i < others else None for i in range(len(rest))))
-            batched = torch.vmap(per_sample, in_dims)(sample.input, *rest)
-            loop = [per_sample(*inputs, *rest[others:]) for inputs in zip(sample.input, *rest[:others], strict=True)]
+            inputs = fastbp.forms.FORMS[op.name.removeprefix("fastbp.")].inputs  # those that have a batch
+            rows, rest = [sample.input, *rest[: inputs - 1]], rest[inputs - 1 :]
+            batched = torch.vmap(per_sample, in_dims=(*[0] * inputs, *[None] * len(rest)))(*rows, *rest)
+            loop = [per_sample(*row, *rest) for row in zip(*rows, strict=True)]
             self.assertEqual(batched, tuple(torch.stack(grads) for grads in zip(*loop, strict=True)))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
@@ -250,7 +250,9 @@ def run(
     if not module.CHECKS_TENSORS:
         check(config.form, x, weights, biases, tensors[: config.form.inputs - 1])  # type: ignore[arg-type]
     try:
-        if is_grad_enabled():
+        if is_grad_enabled() and not is_inference_mode_enabled():  # which records nothing, whatever is within it
+            if config.form.given and _cannot_be_kept(config, x, tensors):
+                return _compose(config, x, tensors)
             return _DIRECT[config.form.name](config, x, *tensors)[0]  # type: ignore[no-any-return]
         return module.forward(_writing_nothing(config), x, tensors)[0]  # type: ignore[no-any-return]  # no backward
     except RuntimeError:  # say it in the words of the call, if it is the call that is wrong
@@ -262,21 +264,37 @@ def _run_transformed(config: Config, x: Tensor, tensors: tuple[Tensor | None, ..
     """``run`` in a transform of torch.func or in forward mode."""
     (_, *others), weights, biases = config.form.split((x, *tensors))
     check(config.form, x, weights, biases, others)  # type: ignore[arg-type]
+    # Nothing is recorded, but a Function saves for the tangent all the same, which inference tensors cannot be.
+    if is_inference_mode_enabled() or (forward_ad._current_level >= 0 and not is_grad_enabled()):
+        return _compose(config, x, tensors)
     if POLICIES[config.save].compressed:
         config = _writing_nothing(config)  # transforms do not look into bits
     if not functorch_active():
         return _DIRECT[config.form.name](config, x, *tensors)[0]  # type: ignore[no-any-return]
-    if _nested_forward_mode():
-        return reference.compose(config.form, config.value, (x, *others), weights, biases)  # type: ignore[arg-type]
+    if _hides_functions():
+        return _compose(config, x, tensors)
     return FUNCTIONS[config.form.name].apply(config, x, *tensors)[0]  # type: ignore[no-any-return]
 
 
-def _nested_forward_mode() -> bool:
-    """Whether forward mode runs inside forward mode, where PyTorch takes the jvp of a Function for a constant.
+def _compose(config: Config, x: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """``run`` by PyTorch's own operations."""
+    return reference.compose(config.form, config.value, *config.form.split((x, *tensors)))  # type: ignore[arg-type]
 
-    The second derivative would silently be 0; plain torch operations give the right one.
+
+def _cannot_be_kept(config: Config, x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether z, gate or up is of inference mode, and is what would be kept: PyTorch keeps what it makes of them."""
+    inputs, _, _ = config.form.split((x, *tensors))
+    return config.save == "preact" and any(t is not None and t.is_inference() for t in inputs)
+
+
+def _hides_functions() -> bool:
+    """Whether a transform does not look into a Function, where plain torch operations give what is right.
+
+    Forward mode inside forward mode takes the jvp of a Function for a constant, so that the second derivative would
+    silently be 0; functionalize has no rule for Functions.
     """
-    return sum(i.key() == TransformType.Jvp for i in retrieve_all_functorch_interpreters()) > 1
+    keys = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
+    return keys.count(TransformType.Jvp) > 1 or TransformType.Functionalize in keys
 
 
 @lru_cache(maxsize=4096)

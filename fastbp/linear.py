@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _is_any_autocast_enabled as any_autocast
 from torch._C import _is_torch_function_mode_enabled as function_mode
@@ -73,49 +73,53 @@ _UNSET: Settings = ("auto", None)
 _Found = tuple[Tensor | None, Outcome | None]  # y, or None where PyTorch is to compute it; and what to say of it
 
 
-def run(module: nn.Module, product: Product, x: Tensor, node: Node, latest: bool, weight: Any, bias: Any) -> Tensor:
-    """y = x Wᵀ + b of an x that ``node`` made, and in the module's ``OUTCOME`` what was done.
+def run(module: nn.Module, product: Product, x: Tensor, latest: bool, weight: Any, bias: Any) -> Tensor:
+    """y = x Wᵀ + b of an x that has a node, and in the module's ``OUTCOME`` what was done.
 
     The other arguments are those of F.linear, and not checked: ``product``, which computes y, refuses what it would.
-    ``latest`` as ``producers.is_latest`` has it, before anything was done with the weight.
+    ``latest`` as ``producers.is_latest`` has it of the node, before anything was done with the weight. The caller must
+    not hold the node: with it f(g) would live on.
     """
     own = module.__dict__
+    settings = own.get(SETTINGS, _UNSET)
+    if settings is None:  # unfused, of a class that others have made since
+        return product(x, weight, bias)
     if x.numel() < _size.smallest:
         own[OUTCOME] = _SMALL
         return product(x, weight, bias)
-    y, own[OUTCOME] = _linear(product, x, node, latest, weight, bias, own.get(SETTINGS, _UNSET))
+    y, own[OUTCOME] = _linear(product, x, latest, weight, bias, settings)
     return product(x, weight, bias) if y is None else y
 
 
-def _linear(
-    product: Product, x: Tensor, node: Node, latest: bool, weight: Any, bias: Any, settings: Settings
-) -> _Found:
-    if not is_grad_enabled():
+def _linear(product: Product, x: Tensor, latest: bool, weight: Any, bias: Any, settings: Settings) -> _Found:
+    if not is_grad_enabled() or is_inference_mode_enabled():  # which records nothing, whatever is within it
         return None, None
     device = x.device.type
     if any_autocast() and torch.is_autocast_enabled(device):
         x, weight, bias = cast_all((x, weight, bias), torch.get_autocast_dtype(device), device)
         torch.set_autocast_enabled(device, False)
         try:
-            y, outcome = _linear(product, x, x.grad_fn, latest, weight, bias, settings)
+            y, outcome = _linear(product, x, latest, weight, bias, settings)
             return product(x, weight, bias) if y is None else y, outcome
         finally:
             torch.set_autocast_enabled(device, True)
+    node = x.grad_fn
     name = type(node).__name__
     if name not in producers.READABLE and producers.own(node) is None:
         return None, _unread(node, name)
     reason = _obstacle(x, weight, bias)
     if reason is not None:
         return None, Outcome(False, reason)
-    free = _hooks_allow()
+    free = _hooks_allow(node)
     if free is None:
-        return None, Outcome(False, "saved-tensor hooks are active, of which nobody knows what unpacking twice does")
+        return None, Outcome(False, "there are saved-tensor hooks, of which nobody knows what unpacking twice does")
     try:
         found = producers.read_whole(x, node) if free and not dispatch_modes() else None
     except RuntimeError:  # PyTorch minds that in backward only, if that comes there
         return None, Outcome(False, "what its input was made of was written to in place")
     if found is not None:
-        return _of_producer(product, x, node, latest, weight, bias, settings, found)
+        del node
+        return _of_producer(product, x, latest, weight, bias, settings, found)
     if not producers.can_rebuild(node):
         return None, _unread(node, name)
     return _of_node(product, x, node, weight, bias)
@@ -124,7 +128,6 @@ def _linear(
 def _of_producer(
     product: Product,
     x: Tensor,
-    node: Node,
     latest: bool,
     weight: Any,
     bias: Any,
@@ -132,7 +135,7 @@ def _of_producer(
     producer: Producer,
 ) -> _Found:
     """``_linear`` of f(z), or of f(g) · u."""
-    bound, form, inputs, activated, _ = producer
+    bound, form, inputs, activated, *_ = producer
     save, backend = settings
     if save == "auto":
         save = defaults.both[0] or save
@@ -144,20 +147,22 @@ def _of_producer(
         return None, Outcome(False, str(error))
     unkept = _bytes_of(x)
     trains = weight.requires_grad
-    if activated is not None or (save == "fp8" and producers.own(node) is None):
-        # Who read x before sends its gradient to the old node, where hooks on x would not see it.
-        if not latest or x._backward_hooks is not None or x.retains_grad or x._is_view():
-            return _of_node(product, x, node, weight, bias)
+    anew = activated is not None or (save == "fp8" and producers.own(x.grad_fn) is None)
+    # Who read x before sends its gradient to the old node, where hooks on x would not see it.
+    if anew and (not latest or x._backward_hooks is not None or x.retains_grad or x._is_view()):
+        return _of_node(product, x, x.grad_fn, weight, bias)
+    if not anew and not trains:
+        return None, None
+    kept = rebuilt.codes_of(config, inputs)
+    if anew:
         hooks = top_hooks(True)
         if hooks is not None:
-            hooks[1].__self__._let_go(inputs[0] if activated is None else activated)  # type: ignore[attr-defined]
-        producer = rebuilt.make_anew(config, x, producer)
+            hooks[1].__self__._let_go(*inputs, *activated or ())  # type: ignore[attr-defined]
+        producer = rebuilt.make_anew(config, x, producer, kept)
         if not trains:
             return None, Outcome(True, f"{form.name}, {bound!r}; the weight is frozen", unkept)
         unkept *= 2
-    if not trains:
-        return None, None
-    y = rebuilt.act_linear(product, config, x, weight, bias, producer)
+    y = rebuilt.act_linear(product, config, x, weight, bias, producer, kept)
     return y, Outcome(True, f"{form.name}, {bound!r}", unkept)
 
 
@@ -199,6 +204,8 @@ def can_replace(x: Any) -> bool:
         and x.numel() >= _size.smallest
         and x.dtype in _DTYPES
         and is_grad_enabled()
+        and not is_inference_mode_enabled()
+        and not is_tracing()
         and not any_autocast()
         and not dispatch_modes()
         and _surroundings() is None
@@ -207,23 +214,32 @@ def can_replace(x: Any) -> bool:
 
 def _surroundings() -> str | None:
     """What is at work around a call that has to see PyTorch's own operations, or None."""
-    if functorch_active() or forward_ad._current_level >= 0 or is_tracing():
-        return "a transform, forward-mode differentiation or a tracer is at work"
+    if functorch_active() or forward_ad._current_level >= 0:
+        return "a transform or forward-mode differentiation is at work"
     if function_mode() and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
         return "a TorchFunctionMode is active"
     return None
 
 
-def _hooks_allow() -> bool | None:
-    """Whether tensors that nodes keep may be read now (True), or in backward only (False), or not (None).
+def _hooks_allow(node: Node) -> bool | None:
+    """Whether what the node and those below it keep may be read now (True), or in backward only (False), or not (None).
 
-    Saved-tensor hooks are asked for what they packed. Those of SavedBytes give the tensor itself. In backward it may be
-    asked for twice where unpacking is known to change nothing: that is save_on_cpu's, and what returns its argument.
+    Saved-tensor hooks are asked for what they packed: those that are active, and those that were when it was kept.
     """
     hooks = top_hooks(True)
-    if hooks is None:
+    unpacks = producers.unpacks(node)
+    if hooks is None and not unpacks:
         return True
-    unpack = hooks[1]
+    found = {_may_unpack(unpack) for unpack in (*unpacks, *(hooks[1:] if hooks is not None else ()))}
+    return None if None in found else False not in found
+
+
+def _may_unpack(unpack: Any) -> bool | None:
+    """``_hooks_allow`` of one hook.
+
+    Those of SavedBytes give the tensor itself. In backward it may be asked for twice where unpacking is known to change
+    nothing: that is save_on_cpu's, and what returns its argument.
+    """
     owner = getattr(unpack, "__self__", None)
     if isinstance(owner, SavedBytes):
         return owner._gives_at_once
@@ -287,8 +303,10 @@ class Linear(nn.Linear):
         own = self._parameters  # looking there first spares nn.Module's __getattr__
         weight, bias = (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (self.weight, self.bias)
         node = input.grad_fn if type(input) in READABLE_TENSORS else None
-        if node is not None and producers.is_near(node):
-            return run(self, _STOCK_LINEAR, input, node, producers.is_latest(node), weight, bias)
+        if node is not None and producers.is_near(node) and not is_tracing():
+            latest = producers.is_latest(node)
+            del node
+            return run(self, _STOCK_LINEAR, input, latest, weight, bias)
         self.__dict__[OUTCOME] = None
         return _STOCK_LINEAR(input, weight, bias)  # type: ignore[arg-type]
 

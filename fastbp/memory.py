@@ -69,9 +69,9 @@ class SavedBytes:
         if key not in self._excluded:
             into.setdefault(key, storage.nbytes())
 
-    def _let_go(self, tensor: Tensor) -> None:
-        """Count a storage only if it still is there when somebody asks, for a node that kept it goes now."""
-        self._doubtful.append(StorageWeakRef(tensor.untyped_storage()))
+    def _let_go(self, *tensors: Tensor) -> None:
+        """Count these storages only if they still are there when somebody asks, for a node that kept them goes now."""
+        self._doubtful += [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
 
     def _counted(self) -> dict[Any, int]:
         for key in self._doubtful:

@@ -35,13 +35,14 @@ def nobody() -> bool:
 class Producer(NamedTuple):
     """``f(z)``, or ``f(g) · u``: the activation, the form of a linear behind it, and z, or g and u.
 
-    ``activated`` is f(g), where a product still keeps it; ``seen`` tells whether somebody looks at it, where none does.
+    ``activated`` holds f(g), for one to take, where a product keeps it; ``seen`` tells whether somebody looks at it,
+    where none does.
     """
 
     bound: Bound
     form: Form
     inputs: tuple[Tensor, ...]
-    activated: Tensor | None = None
+    activated: list[Tensor] | None = None
     seen: Callable[[], bool] = nobody
 
 
@@ -106,6 +107,19 @@ def rebuild(node: Node) -> Tensor:
 def is_latest(node: Node) -> bool:
     """Whether this thread has made no node since, so that no other can be a reader of this one's output."""
     return _get_sequence_nr() == node._sequence_nr() + 1  # type: ignore[no-any-return]
+
+
+_RAW = ("_raw_saved_self", "_raw_saved_other", "_raw_saved_result1")
+
+
+def unpacks(node: Node, depth: int = 2) -> list[Any]:
+    """The hooks that give back what a node, and those that made its operands, keep; none where no hooks were active."""
+    raw = [getattr(node, name, None) for name in _RAW] if own(node) is None else node._raw_saved_tensors
+    found = [saved.unpack_hook for saved in raw if saved is not None and saved.unpack_hook is not None]
+    for below, _ in node.next_functions if depth else ():
+        if type(below).__name__ in READABLE or own(below) is not None:
+            found += unpacks(below, depth - 1)
+    return found
 
 
 def is_near(node: Node) -> bool:
@@ -235,13 +249,15 @@ def _read_product(node: Node) -> Producer | None:
     first, second = node.next_functions
     if one is None or other is None:
         return None
-    for a, (gate, _), up, up_edge in ((one, first, other, second), (other, second, one, first)):
+    pairs = (one, node._raw_saved_self), (other, node._raw_saved_other)
+    # What hooks give back is another tensor than was kept. Only those of SavedBytes are read here: they hold the first.
+    a, b = (t if raw.unpack_hook is None else raw.data for t, raw in pairs)
+    for activated, (gate, _), up, up_edge in ((a, first, other, second), (b, second, one, first)):
         of_gate = None if gate is None or type(gate).__name__ == PRODUCT else _read_node(gate)
-        if of_gate is not None and of_gate.form is ACT_LINEAR:
-            found = _connected(
-                of_gate.bound, GATED_ACT_LINEAR, (of_gate.inputs[0], gate.next_functions[0]), (up, up_edge)
-            )
-            return None if found is None else found._replace(activated=a)
+        if of_gate is not None and of_gate.form is ACT_LINEAR and activated.grad_fn is gate:
+            of_g = of_gate.inputs[0], gate.next_functions[0]
+            found = _connected(of_gate.bound, GATED_ACT_LINEAR, of_g, (up, up_edge))
+            return None if found is None else found._replace(activated=[activated])
     return None
 
 

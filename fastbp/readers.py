@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _is_tracing as is_tracing
 from torch.compiler import is_compiling
 
 from fastbp import elementwise, linear, producers
+from fastbp.casts import cast_weight
 from fastbp.copies import BASE, base_of, shown_class, stock_copy, stock_reduce
 from fastbp.known_acts import KnownAct, read_act
 from fastbp.linear import OUTCOME, READABLE_TENSORS, SETTINGS, Linear, Settings
@@ -123,9 +125,11 @@ def _conv1d_reader(base: type[nn.Module]) -> type[nn.Module]:
         if is_compiling() or base.forward is not stock:
             return base.forward(self, x)  # type: ignore[no-any-return]
         node = x.grad_fn if type(x) in READABLE_TENSORS else None
-        if node is not None and producers.is_near(node):
+        if node is not None and producers.is_near(node) and not is_tracing():
             latest = producers.is_latest(node)
-            return linear.run(self, _product, x, node, latest, self.weight.mT, self.bias)
+            del node
+            # Of the cast, where autocast makes one: that of a view would be made in every call.
+            return linear.run(self, _product, x, latest, cast_weight(self.weight).mT, self.bias)
         self.__dict__[OUTCOME] = None
         return stock(self, x)  # type: ignore[no-any-return]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ from fastbp.forms import FORMS
 from fastbp.problem import Config
 from fastbp.producers import Node, Producer, nobody
 from fastbp.residuals import kept_of_given, read_kept
-from fastbp.saving import POLICIES, kept
+from fastbp.saving import POLICIES
+from fastbp.saving import kept as kept_by
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Seen = Callable[[], bool]
@@ -72,10 +74,11 @@ def _again(make: Callable[[], Tensor], anchor: Tensor) -> Tensor:
 
 
 class Made(torch.autograd.Function):
-    """h = f(g) · u, or f(z): ``apply(config, seen, anchor, codes, h, a, *inputs)`` gives h this node.
+    """h = f(g) · u, or f(z): ``apply(config, seen, anchor, kept, h, a, *inputs)`` gives h this node.
 
-    It keeps the inputs, or where there are any, their codes by the policy of the config. The gradient goes to the
-    inputs, or to a = f(g) in place of g where somebody looks at that: ``seen`` tells, and ``anchor`` is a's.
+    It keeps ``kept``: the inputs, or their codes by the policy of the config. The gradient goes to the inputs, or to
+    a = f(g) in place of g where somebody looks at that: ``seen`` tells, and ``anchor`` is a's. Without an anchor
+    nobody held a when the linear ran, and nobody can look at it.
     """
 
     @staticmethod
@@ -90,19 +93,22 @@ class Made(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None) -> tuple[Tensor | None, ...]:
-        config = ctx.config
+        config: Config = ctx.config
         none = (None,) * 5
         if dh is None:
             return (*none, None, *[None] * config.form.inputs)
         _check_once(config)
         inputs = _inputs_of(config, ctx.saved_tensors, dh.dtype)
+        special = _is_special(dh)
+        grad: Any = partial(reference.formula_grad, config) if special else config.grad
         if not config.form.gated:
-            return (*none, None, config.grad(dh, inputs[0]))
+            return (*none, None, grad(dh, inputs[0]))
         g, u = inputs
         da, dg = dh * u, None
-        if not ctx.seen() and not _is_special(dh):
-            da, dg = None, config.grad(da, g)
-        return (*none, da, dg, dh * _again(lambda: config.value(g), ctx.anchor))
+        if ctx.anchor is None or not (special or ctx.seen()):
+            da, dg = None, grad(da, g)
+        a = config.value(g) if ctx.anchor is None else _again(lambda: config.value(g), ctx.anchor)
+        return (*none, da, dg, dh * a)
 
 
 class How(NamedTuple):
@@ -167,10 +173,18 @@ class ActLinear(torch.autograd.Function):
 _anchor, _act_linear, _made = c_apply(_Anchor), c_apply(ActLinear), c_apply(Made)  # where no transform is active
 
 
-def act_linear(product: Product, config: Config, h: Tensor, weight: Tensor, bias: Any, producer: Producer) -> Tensor:
-    """y of an h whose producer was read."""
+def act_linear(
+    product: Product,
+    config: Config,
+    h: Tensor,
+    weight: Tensor,
+    bias: Any,
+    producer: Producer,
+    kept: Sequence[Tensor],
+) -> Tensor:
+    """y of an h whose producer was read; ``kept`` are ``codes_of`` the producer's inputs."""
     of_h, of_a = watcher_of(h), producer.seen
-    how = How(product, None, config, _codes_of(config, producer.inputs), lambda: of_h() or of_a())
+    how = How(product, None, config, kept, lambda: of_h() or of_a())
     return _act_linear(how, _anchor(h), h, weight, bias, *producer.inputs)  # type: ignore[no-any-return]
 
 
@@ -179,14 +193,19 @@ def rebuilt_linear(product: Product, node: Node, h: Tensor, weight: Tensor, bias
     return _act_linear(How(product, node), _anchor(h), h, weight, bias)  # type: ignore[no-any-return]
 
 
-def make_anew(config: Config, h: Tensor, producer: Producer) -> Producer:
+def make_anew(config: Config, h: Tensor, producer: Producer, kept: Sequence[Tensor]) -> Producer:
     """Let h be the output of a ``Made``, and not of the nodes that made it and keep more; and what made it now."""
-    a = producer.activated
-    seen, anchor = (watcher_of(a), _anchor(a)) if a is not None else (nobody, None)
-    codes = _codes_of(config, producer.inputs)
-    h.detach_()
+    seen, anchor = nobody, None
+    if producer.activated is not None:
+        a = producer.activated.pop()
+        hooked = bool(a._backward_hooks)  # hooks outlive a
+        seen, anchor, alive = watcher_of(a), _anchor(a), weakref.ref(a)
+        del a
+    h.detach_()  # and the node of a product goes, and f(g) with it, if nobody else holds that
+    if anchor is not None and not hooked and alive() is None:
+        seen, anchor = nobody, None
     with _unsafe_preserve_version_counter(h):  # readers that kept h before kept what it still is
-        _made(config, seen, anchor, codes, h, a, *producer.inputs)
+        _made(config, seen, anchor, kept, h, anchor, *producer.inputs)
     return producer._replace(activated=None, seen=seen)
 
 
@@ -202,7 +221,7 @@ def watcher_of(h: Tensor) -> Seen:
     return lambda: bool(hooks) or alive() is not None
 
 
-def _codes_of(config: Config, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+def codes_of(config: Config, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     """What the policy keeps in place of the inputs; nothing where it keeps them."""
     if not POLICIES[config.save].compressed:
         return ()
@@ -253,7 +272,7 @@ producers.OWN["MadeBackward"] = producers.Own(
 def _keeps_z(node: Node) -> bool:
     """Whether the node of a layer keeps z, or g and u, for a gradient that is asked for."""
     config = node.config
-    return config.save == "preact" and all(kept(config.form, config.save, True, node.needs)[-config.form.width :])
+    return config.save == "preact" and all(kept_by(config.form, config.save, True, node.needs)[-config.form.width :])
 
 
 def _value_of_layer(node: Node) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -101,6 +101,26 @@ def of_known_module(module: nn.Module, where: str = "fastbp") -> Bound | None:
         if all(getattr(module, k) == v for k, v in row.module_attributes):
             return _checked(row, tuple(getattr(module, n) for n, _ in row.params), where)
     return None
+
+
+def of_known_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound | None:
+    """The activation of a call of one of PyTorch's activation functions, by its arguments after the input.
+
+    None for other functions, and for arguments that are no numbers or mean no activation. ``inplace`` is passed over.
+    """
+    if not is_known_function(function):
+        return None
+    try:
+        names = list(inspect.signature(function).parameters)[1:]
+    except ValueError:  # a builtin: its arguments are the row's parameters
+        names = [name for name, _ in _BY_FUNCTION[function].params]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if len(args) > len(names) or not {int, float, str, bool}.issuperset(map(type, given.values())):
+        return None
+    try:
+        return of_known_function(function, given)
+    except (TypeError, ValueError):
+        return None
 
 
 def _resolve_function(function: Callable[..., Tensor], where: str) -> Bound:

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastbp import functional
-from fastbp.fusion import known
+from fastbp import functional, known
 from fastbp.fusion.surgery import swap_in
 
 WIDTH, HIDDEN = 12, 20

@@ -11,8 +11,8 @@ from future_annotations import Block
 from reading import WIDTH, Written, act_module, assert_same, count_calls, method, pair, written
 from torch import nn
 
+from fastbp import known
 from fastbp.activations import TABLE
-from fastbp.fusion import known
 from fastbp.known_acts import KnownAct, read_act
 from fastbp.saving import POLICIES
 
@@ -150,6 +150,13 @@ def test_other_activations_are_not_known(act):
     assert isinstance(read_act(act), str)
 
 
+@pytest.mark.parametrize("text", [PLAIN, "return self.fc2(F.gelu(self.fc1(x)))"])
+def test_functions_patched_before_are_not_believed(text, monkeypatch):
+    assert not isinstance(known.read(written(text)), str)
+    monkeypatch.setattr(F, "gelu", lambda x, approximate="none": torch.tanh(x))
+    assert isinstance(known.read(written(text)), str)
+
+
 def test_spellings_look_at_what_names_stand_for():
     text = "return x * torch.sigmoid(1.702 * x)"
     assert isinstance(read_act(act_module(text)), KnownAct)
@@ -252,6 +259,7 @@ HEADS = {
     "def forward(self):\n    x = self": "takes",
     "def forward(x, self=None):\n    x, self = self, x": "x, self =",
     "def forward(self, x, /):": "takes",
+    "def forward(self, /, x, y=None):": "takes",
     "async def forward(self, x):": "await",
     "@torch.no_grad()\ndef forward(self, x):": "decorated",
     "@(lambda f: f)\ndef forward(self, x):": "lambda",

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 import fastbp
-from fastbp.fusion import known
+from fastbp import known
 from fastbp.fusion.surgery import base_of, set_save
 
 pytestmark = pytest.mark.usefixtures("seeded")

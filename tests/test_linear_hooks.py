@@ -1,10 +1,13 @@
 """fastbp.Linear: who looks at h, or at f(g), sees what PyTorch would show."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from linear_twins import MAKERS, assert_as_stock, outcome, twice
 
+import fastbp
 from fastbp import producers
 
 
@@ -103,8 +106,9 @@ def test_gradients_asked_of_h(maker):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("how", ["hook", "retain_grad", "asked", "reader"])
 @pytest.mark.parametrize("after", ["once", "twice"])
-def test_the_activation_in_a_gate_is_seen_too(how, when, after):
-    """f(g), which the product no longer keeps."""
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_activation_in_a_gate_is_seen_too(how, when, after, counted):
+    """f(g), which the product no longer keeps; also where SavedBytes looks at what is kept."""
 
     def program(fc, x, seen):
         g, u = fc[0](x), fc[1](x)
@@ -118,8 +122,9 @@ def test_the_activation_in_a_gate_is_seen_too(how, when, after):
             return a.sin().sum() if how == "reader" else 0
 
         other = look() if when == "before" else 0
-        h = a * u
-        y = fc[2](h)
+        with fastbp.SavedBytes() if counted else contextlib.nullcontext():
+            h = a * u
+            y = fc[2](h)
         y = y + (look() if when == "after" else other)
         if how != "hook":
             y.a = a

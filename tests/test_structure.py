@@ -22,12 +22,12 @@ GENERATED = ("_activations.py", "_activations_16.py", "activations.h")
 
 # From the ground up: a room imports rooms of the floors beneath it, and itself. Rooms of one floor are strangers.
 FLOORS = (
-    ("formulas", "version", "cache", "casts", "accumulation", "memory", "copies", "source"),
+    ("formulas", "version", "cache", "casts", "accumulation", "memory", "copies", "source", "flops"),
     ("side_formulas", "compression"),
     ("activations",),
     ("recognition", "forms"),
     ("saving", "known_acts"),
-    ("problem", "sharding"),
+    ("problem", "sharding", "shapes"),
     ("residuals", "producers"),
     ("reference",),
     ("tangents",),
@@ -39,7 +39,8 @@ FLOORS = (
     ("functional", "rebuilt"),
     ("linear", "elementwise"),
     ("readers",),
-    ("modules",),
+    ("modules", "compiler"),
+    ("known",),
     ("fusion",),
     ("doctor",),  # a leaf, as the planner: from here on up, nothing but the public face and the commands
     ("planner", "tuning"),

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastbp import backends, readers, saving
-from fastbp.fusion import known, sample, surgery
+from fastbp import backends, known, readers, saving
+from fastbp.fusion import sample, surgery
 from fastbp.fusion.sites import FUSED, LEFT, WOULD_FUSE, FusionReport, Site
 from fastbp.linear import OUTCOME, Settings
 from fastbp.modules import LAYERS

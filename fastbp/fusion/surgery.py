@@ -17,7 +17,7 @@ from fastbp.capture import refuse_torchscript
 from fastbp.copies import BASE, base_of, shown_class, stock_copy, stock_reduce
 
 if TYPE_CHECKING:
-    from fastbp.fusion.known import Plan
+    from fastbp.known import Plan
 
 PLAN = "_fastbp_plan"
 
@@ -65,9 +65,10 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         return plan.forward(self, base, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        if type(self) is not fused:  # a class that others made of this one
+        kind = base if type(self) is fused else type(self)  # a class that others made of this one stays
+        if kind is not base and not is_fused(self):
             return base.__reduce_ex__(self, protocol)
-        return stock_reduce(self, base, protocol, (PLAN,))
+        return stock_reduce(self, kind, protocol, (PLAN,))
 
     def copied(self: nn.Module, name: str, *memo: dict[int, Any]) -> Any:
         """A copy that runs by the same plan, made by the method of this name if the base has one."""

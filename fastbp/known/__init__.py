@@ -17,7 +17,7 @@ from torch import nn
 from fastbp.activations import Bound
 from fastbp.copies import base_of
 from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP
-from fastbp.fusion.calls import FusedCall, is_idle, looks_linear, make_call, may_idle
+from fastbp.known.calls import FusedCall, is_idle, looks_linear, make_call, may_idle
 from fastbp.known_acts import KnownAct, Names, function_of, kept, looks_plainly, read_act, read_resolved, unchanged
 from fastbp.source import ARGUMENT, Value, parts_of
 

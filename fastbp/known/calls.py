@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 
 from fastbp import functional, saving, sharding
 from fastbp.activations import Bound
+from fastbp.casts import cast_all, cast_weight
 from fastbp.copies import base_of
 from fastbp.forms import Form
 from fastbp.known_acts import KnownAct
@@ -39,7 +40,7 @@ class Transposed:
     forward: Any
 
     def parts(self, linears: Sequence[nn.Module | None]) -> Parts | None:
-        """The weights as (out, in) and the biases, if all are of the class and plain."""
+        """The weights as (out, in), cast where autocast is on, and the biases, if all are of the class and plain."""
         if self.kind.forward is not self.forward or plain_parts(()) is None:
             return None
         weights: tuple[Any, ...] = ()
@@ -49,7 +50,7 @@ class Transposed:
                 return None
             if type(linear.weight) not in PLAIN_TENSORS:
                 return None
-            weights, biases = (*weights, linear.weight.mT), (*biases, linear.bias)
+            weights, biases = (*weights, cast_weight(linear.weight).mT), (*biases, linear.bias)  # type: ignore[arg-type]
         return weights, biases
 
 
@@ -103,10 +104,8 @@ class FusedCall:
                 return None
         if (F.linear, nn.Linear.forward, Linear.forward) != _LINEAR:
             return None
-        if nn.Module.__call__ is not _CALL and not (
-            is_compiling() or type(x) is fx.Proxy
-        ):  # PyTorch's tracers patch it
-            return None
+        if nn.Module.__call__ is not _CALL and not is_compiling() and type(x) is not fx.Proxy:
+            return None  # somebody watches every call, who is none of PyTorch's tracers
         on_mesh = type(x) not in PLAIN_TENSORS
         linears: Any = [children.get(name) for name in self.linears]
         parts = self.transposed.parts(linears) if self.transposed else plain_parts(linears, on_mesh)
@@ -118,7 +117,7 @@ class FusedCall:
             return functional.call(self.form, x, *parts, self.activation, save, backend)
         except (TypeError, ValueError):
             try:
-                check(self.form, x, *parts)
+                check(self.form, *_as_autocast(x, *parts))
             except (TypeError, ValueError):
                 return None  # PyTorch speaks, of a call that is wrong or that only it can make
             raise
@@ -131,6 +130,15 @@ class FusedCall:
 
 # A default device, and what torch.export watches with: they leave the functions that are called as they are.
 _MODES = frozenset(("torch.utils._device", "torch._export.non_strict_utils", "torch.fx.experimental.proxy_tensor"))
+
+
+def _as_autocast(x: Tensor, weights: tuple[Any, ...], biases: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """The tensors of a call as it sees them."""
+    device = x.device.type
+    if any_autocast() and torch.is_autocast_enabled(device):
+        x, *cast = cast_all((x, *weights, *biases), torch.get_autocast_dtype(device), device)
+        weights, biases = tuple(cast[: len(weights)]), tuple(cast[len(weights) :])
+    return x, weights, biases
 
 
 def _only_known_modes() -> bool:

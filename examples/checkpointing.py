@@ -2,7 +2,8 @@
 
 ``torch.utils.checkpoint`` around whole layers (use_reentrant=False), and selectively, where attention is kept and all
 else computed again, fused MLPs too. Beside them ``fastbp.fuse(model, save="recompute")``: the MLPs alone keep nothing
-but their input, at the cost of one more product in each. It goes together with either.
+but their input, at the cost of one more product in each. It goes together with either. All of this is for blocks that
+run as one call, because their code is known; a linear elsewhere keeps z, and inside a checkpoint it is PyTorch's.
 """
 
 from __future__ import annotations

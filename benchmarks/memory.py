@@ -32,10 +32,10 @@ from benchmarks import model_memory
 from benchmarks.cases import Case
 from benchmarks.environment import NOT_MEASURED, results_of, write
 from benchmarks.model_memory import has_kernels, hidden_elements
-from benchmarks.rivals import RIVALS, Make, make_linears
+from benchmarks.rivals import KINDS, RIVALS, Make, make_linears
 from benchmarks.suites import MEMORY, MODEL_BLOCKS, SAVERS, STEPS
 from fastbp.activations import bind
-from fastbp.forms import LINEAR_ACT
+from fastbp.forms import FORMS
 from fastbp.saving import resolve
 
 SUITES = ("steps", "models")
@@ -120,7 +120,7 @@ def measure_block(
             found["risen"] = round(in_process("models", block, name) * 2**20)
         count = hidden_elements(case)
         rivals[name] = found | {f"{key}_per_hidden": round(size / count, 3) for key, size in found.items()}
-    auto = "preact" if case.kind.startswith("gated") else resolve("auto", bind(case.activation), LINEAR_ACT, "")
+    auto = resolve("auto", bind(case.activation), FORMS[KINDS[case.kind]], "")
     row: dict[str, object] = {"case": case.name, "block": block, "auto": f"fastbp {auto}", "rivals": rivals}
     return row | ({"left_out": left_out} if left_out else {})
 

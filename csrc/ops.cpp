@@ -19,10 +19,11 @@ STABLE_TORCH_LIBRARY(fastbp_native, m) {
   // What stands for a tensor that is absent. (PyTorch resolves lazy negation in lists of tensors, and not in lists of
   // optional ones.)
   m.def("absent() -> Tensor");
-  // `tensors` are the weights and then the biases; before them comes `up`, where the call is given that. `settings` is 1
-  // for a gated form, plus 2 for a projected one, plus 4 times the policy (in the order of saving.py), plus 32 times the
-  // activation, plus 4096 times one more than the way of computing that the call asks for (cpu/route.h, cuda/route.h),
-  // plus 32768 for a form that is given z in the place of x, or gate and up. Returns y and the residuals of the policy.
+  // `tensors` are the weights and then the biases; before them comes `up`, where the call is given that. `settings` is
+  // 1 for a gated form, plus 2 for a projected one, plus 4 times the policy (in the order of saving.py), plus 32 times
+  // the activation, plus 4096 times one more than the way of computing that the call asks for (cpu/route.h,
+  // cuda/route.h), plus 32768 for a form that is given z in the place of x, or gate and up. Returns y and the residuals
+  // of the policy.
   m.def("forward(Tensor x, Tensor[] tensors, int settings, float[] params) -> Tensor[]");
   // `saved` is x (or z, or gate and up), y, the weights, the biases, the residuals. Returns a gradient for each true
   // entry of needs, which is about x, the weights, the biases. With 2048 added to `settings` the residuals (policy

@@ -1,7 +1,9 @@
 """LoRA by PEFT on a small Llama, stock and fused, in both orders: LoRA and then fuse, fuse and then LoRA.
 
-The adapters sit in the attention of every layer and in the MLP of the first. That MLP runs as PEFT left it, the others
-run fused, in both orders. When the adapters are merged into the weights the first MLP can run fused again.
+The adapters sit in the attention of every layer and in the MLP of the first. There the down projection and its adapter
+take the same input, silu(gate) · up. Where ``fuse`` comes last, both read what that was made of, and it is not kept.
+Where PEFT comes last, its adapters are plain linears and keep it, until ``fuse`` is called again. The other MLPs run
+whole in both orders, and so does the first once the adapters are merged into its weights.
 """
 
 from __future__ import annotations
@@ -69,6 +71,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     variants = {"LoRA, then fuse": lora_then_fuse, "fuse, then LoRA": fuse_then_lora}
     result = compare(options, stock=stock, variants=variants, train=train, forward=forward)
+    kept_by = {name: run.kept for name, run in result["runs"].items()}
+    falls = kept_by["LoRA, then fuse"] < kept_by["fuse, then LoRA"] < kept_by["stock"]
+    require(result, falls, "both orders keep less than stock, and least where fuse comes last")
 
     result["merged"] = {}
     merged = {name: result["runs"][name].model.merge_and_unload() for name in ("stock", *variants)}

@@ -1,6 +1,6 @@
 """fastbp: faster and smaller backpropagation through linear layers, their activations, MLPs and gated blocks."""
 
-from fastbp import autograd
+from fastbp import autograd, compiler
 from fastbp.backends import available_backends
 from fastbp.functional import (
     act_linear,
@@ -20,6 +20,8 @@ from fastbp.planner import MemoryPlan, plan_memory
 from fastbp.settings import use
 from fastbp.tuning import TuningReport, tune
 from fastbp.version import __version__
+
+compiler.register()  # torch.compile(model, backend="fastbp")
 
 __all__ = [
     "MLP",

@@ -6,6 +6,7 @@ The formulas themselves are in ``formulas.py``.  Anything that needs a list of a
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +34,9 @@ class Activation:
     invalid: Callable[..., str | None] = lambda *params: None  # why these parameters mean no activation
     output_lost: Callable[..., str | None] = lambda *params: None  # why with these parameters y does not give the slope
     output_exact: bool = True  # False: legal, but y over- or underflows or its slope cancels, so `auto` keeps z
+    # Whether PyTorch's own activation keeps y, which then nobody may write to; where it keeps z, `y += x` and a dropout
+    # in place are allowed, and `auto` keeps z for a layer, whose y is the caller's.
+    torch_keeps_output: bool = False
     # Of an activation that falls to one minimum and rises from it: z and y of the minimum; dz from dy, y and the side
     # of it, as good as float32, and as results of 16 bits need it.
     minimum_at: float | None = None
@@ -47,7 +51,8 @@ class Activation:
     # the parameters, or None where it is another activation's.
     node: str = ""
     node_params: Callable[[Any], tuple[float, ...] | None] = lambda node: ()
-    spellings: tuple[str, ...] = ()  # of default parameters, in operations of torch, as forwards write it
+    # Of default parameters, in operations of torch, as people write it: the same up to rounding, kinks too.
+    spellings: tuple[str, ...] = ()
     # PyTorch's kernels for the same formulas: one pass over memory, and the numbers users have today.
     aten_value: Callable[..., Tensor] | None = None
     aten_grad: Callable[..., Tensor] | None = None
@@ -56,6 +61,12 @@ class Activation:
     def __fx_create_arg__(self, tracer: Any) -> Any:
         """How torch.fx writes a row into a graph: as the look-up that finds it."""
         return tracer.create_node("call_function", row_named, (self.name,), {})
+
+    @property
+    def spelled(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """The spellings as functions."""
+        names = {"F": F, "math": math, "torch": torch}
+        return tuple(eval(f"lambda z: {text}", names) for text in self.spellings)
 
     @property
     def grad_reads_output(self) -> bool:
@@ -175,7 +186,7 @@ TABLE: tuple[Activation, ...] = (
         aten_value=lambda z: z, aten_grad=lambda dy, z: dy, aten_grad_from_output=lambda dy, y: dy,
     ),
     Activation(
-        "relu", "max(z, 0)", f.relu, f.relu_grad, f.relu_grad_from_output,
+        "relu", "max(z, 0)", f.relu, f.relu_grad, f.relu_grad_from_output, torch_keeps_output=True,
         module=nn.ReLU, functions=(F.relu, torch.relu, F.relu_, torch.relu_),
         aten_value=torch.relu, aten_grad=lambda dy, z: _aten.threshold_backward.default(dy, z, 0),
         aten_grad_from_output=lambda dy, y: _aten.threshold_backward.default(dy, y, 0),
@@ -221,12 +232,12 @@ TABLE: tuple[Activation, ...] = (
     ),
     Activation(
         "sigmoid", "1 / (1 + e⁻ᶻ)", f.sigmoid_, f.sigmoid_grad, f.sigmoid_grad_from_output,
-        module=nn.Sigmoid, functions=(torch.sigmoid, F.sigmoid, torch.special.expit),
+        torch_keeps_output=True, module=nn.Sigmoid, functions=(torch.sigmoid, F.sigmoid, torch.special.expit),
         aten_value=torch.sigmoid, aten_grad_from_output=_aten.sigmoid_backward.default,
     ),
     Activation(
         "tanh", "tanh(z)", f.tanh_, f.tanh_grad, f.tanh_grad_from_output,
-        module=nn.Tanh, functions=(torch.tanh, F.tanh),
+        torch_keeps_output=True, module=nn.Tanh, functions=(torch.tanh, F.tanh),
         aten_value=torch.tanh, aten_grad_from_output=_aten.tanh_backward.default,
     ),
     Activation(
@@ -243,12 +254,13 @@ TABLE: tuple[Activation, ...] = (
     Activation(
         "silu", "z · sigmoid(z)", f.silu, f.silu_grad,
         module=nn.SiLU, functions=(F.silu,), aten_value=F.silu, aten_grad=_aten.silu_backward.default,
-        node="SiluBackward0",
+        node="SiluBackward0", spellings=("z * torch.sigmoid(z)",),
         **_sides("silu"),
     ),
     Activation(
         "gelu", "z · Φ(z), Φ the normal distribution function", f.gelu, f.gelu_grad,
         module=nn.GELU, module_attributes=(("approximate", "none"),), functions=(F.gelu,),
+        spellings=("z * 0.5 * (1.0 + torch.erf(z / math.sqrt(2.0)))",),
         aten_value=_gelu, aten_grad=_gelu_backward,
         node="GeluBackward0", node_params=lambda node: () if node._saved_approximate == "none" else None,
         **_sides("gelu"),
@@ -262,6 +274,7 @@ TABLE: tuple[Activation, ...] = (
         spellings=(
             "0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))",
             "0.5 * z * (1.0 + torch.tanh(z * 0.7978845608 * (1.0 + 0.044715 * z * z)))",
+            "0.5 * z * (1.0 + torch.tanh(z * math.sqrt(2.0 / math.pi) * (1.0 + 0.044715 * z * z)))",
         ),
         **_sides("gelu_tanh"),
     ),
@@ -272,7 +285,7 @@ TABLE: tuple[Activation, ...] = (
     Activation(
         "mish", "z · tanh(log(1 + eᶻ))", f.mish, f.mish_grad,
         module=nn.Mish, functions=(F.mish,), aten_value=F.mish, aten_grad=_aten.mish_backward.default,
-        node="MishBackward0",
+        node="MishBackward0", spellings=("z * torch.tanh(F.softplus(z))",),
         **_sides("mish"),
     ),
     Activation(

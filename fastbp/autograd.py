@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
@@ -95,6 +95,11 @@ class _Eager(torch.autograd.Function):
 
         outputs = torch.vmap(plain, in_dims=dims, randomness="error")(*tensors)
         return outputs, (0,) * len(outputs)
+
+
+def c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without the Python around it, which looks for transforms."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
 class _AtOnce(torch.autograd.Function):
@@ -201,18 +206,20 @@ FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
 }
 
 
-def _direct(function: type[torch.autograd.Function]) -> Callable[..., Outputs]:
-    """What to call where no functorch transform is active.
+def _at_once(function: type[torch.autograd.Function]) -> Any:
+    """The Function to apply where no functorch transform is active.
 
     Function.apply binds the signature on every call when setup_context is defined, 20 to 50 µs; the C-level apply
     beneath it does not. The node's own apply looks for the function's backward on every call; here it is the backward.
     """
     made = type(function.__name__, (_AtOnce,), {})  # the name is what grad_fn shows
     made._backward_cls.apply = _Eager.backward  # type: ignore[attr-defined]
-    return super(torch.autograd.Function, made).apply  # type: ignore[misc, no-any-return]
+    return made
 
 
-_DIRECT: dict[str, Callable[..., Outputs]] = {form: _direct(function) for form, function in FUNCTIONS.items()}
+_AT_ONCE = {form: _at_once(function) for form, function in FUNCTIONS.items()}
+NODES: dict[str, type] = {form: made._backward_cls for form, made in _AT_ONCE.items()}  # of eager calls, by form
+_DIRECT = {form: c_apply(made) for form, made in _AT_ONCE.items()}
 
 
 def run(
@@ -243,8 +250,10 @@ def run(
     if not module.CHECKS_TENSORS:
         check(config.form, x, weights, biases, tensors[: config.form.inputs - 1])  # type: ignore[arg-type]
     try:
-        if is_grad_enabled():
-            return _DIRECT[config.form.name](config, x, *tensors)[0]
+        if is_grad_enabled() and not is_inference_mode_enabled():  # which records nothing, whatever is within it
+            if config.form.given and _cannot_be_kept(config, x, tensors):
+                return _compose(config, x, tensors)
+            return _DIRECT[config.form.name](config, x, *tensors)[0]  # type: ignore[no-any-return]
         return module.forward(_writing_nothing(config), x, tensors)[0]  # type: ignore[no-any-return]  # no backward
     except RuntimeError:  # say it in the words of the call, if it is the call that is wrong
         check(config.form, x, weights, biases, tensors[: config.form.inputs - 1])  # type: ignore[arg-type]
@@ -255,21 +264,37 @@ def _run_transformed(config: Config, x: Tensor, tensors: tuple[Tensor | None, ..
     """``run`` in a transform of torch.func or in forward mode."""
     (_, *others), weights, biases = config.form.split((x, *tensors))
     check(config.form, x, weights, biases, others)  # type: ignore[arg-type]
+    # Nothing is recorded, but a Function saves for the tangent all the same, which inference tensors cannot be.
+    if is_inference_mode_enabled() or (forward_ad._current_level >= 0 and not is_grad_enabled()):
+        return _compose(config, x, tensors)
     if POLICIES[config.save].compressed:
         config = _writing_nothing(config)  # transforms do not look into bits
     if not functorch_active():
-        return _DIRECT[config.form.name](config, x, *tensors)[0]
-    if _nested_forward_mode():
-        return reference.compose(config.form, config.value, (x, *others), weights, biases)  # type: ignore[arg-type]
+        return _DIRECT[config.form.name](config, x, *tensors)[0]  # type: ignore[no-any-return]
+    if _hides_functions():
+        return _compose(config, x, tensors)
     return FUNCTIONS[config.form.name].apply(config, x, *tensors)[0]  # type: ignore[no-any-return]
 
 
-def _nested_forward_mode() -> bool:
-    """Whether forward mode runs inside forward mode, where PyTorch takes the jvp of a Function for a constant.
+def _compose(config: Config, x: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """``run`` by PyTorch's own operations."""
+    return reference.compose(config.form, config.value, *config.form.split((x, *tensors)))  # type: ignore[arg-type]
 
-    The second derivative would silently be 0; plain torch operations give the right one.
+
+def _cannot_be_kept(config: Config, x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether z, gate or up is of inference mode, and is what would be kept: PyTorch keeps what it makes of them."""
+    inputs, _, _ = config.form.split((x, *tensors))
+    return config.save == "preact" and any(t is not None and t.is_inference() for t in inputs)
+
+
+def _hides_functions() -> bool:
+    """Whether a transform does not look into a Function, where plain torch operations give what is right.
+
+    Forward mode inside forward mode takes the jvp of a Function for a constant, so that the second derivative would
+    silently be 0; functionalize has no rule for Functions.
     """
-    return sum(i.key() == TransformType.Jvp for i in retrieve_all_functorch_interpreters()) > 1
+    keys = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
+    return keys.count(TransformType.Jvp) > 1 or TransformType.Functionalize in keys
 
 
 @lru_cache(maxsize=4096)

@@ -18,6 +18,14 @@ from torch import nn
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+BASE = "_fastbp_base"  # of a class that was put in place of a module's own: that one
+
+
+def base_of(module: Any) -> Any:
+    """The class that a module came with."""
+    return getattr(type(module), BASE, type(module))
+
+
 class _Shown(threading.local):
     """The module that is being pickled, and the class that it is pickled as."""
 

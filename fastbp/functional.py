@@ -51,7 +51,8 @@ def linear_act(
     ``fastbp.available_backends()``, or None for the first that serves.
 
     ``save`` is what forward keeps for backward: ``"preact"`` z, ``"output"`` nothing but y, ``"recompute"`` nothing;
-    ``"auto"`` takes ``"output"`` where that is exact, else ``"preact"``. On request only, in at most 32 bits:
+    ``"auto"`` takes ``"output"`` where that is exact and PyTorch's own activation keeps y too (relu, sigmoid, tanh),
+    else ``"preact"``, so that ``y += r`` is allowed where it is with PyTorch. On request only, in at most 32 bits:
     ``"output_bits"`` half a byte a number besides y, ``"output_lsb"`` nothing, the lowest bit of a negative y being
     changed for it (both for activations with one minimum, like GELU), ``"fp8"`` about a byte in place of z. Their
     errors are in docs/numerics.md. They keep x, where a weight needs it, for gradients that are differentiated again,
@@ -239,12 +240,10 @@ def call(
                 return call(*inner)
             finally:
                 torch.set_autocast_enabled(device, True)
-    if accumulates is not False and torch.is_grad_enabled():
+    if accumulates is not False and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return _accumulated(form, x, weights, biases, activation, save, backend, accumulates, owners or weights, others)
     if type(activation) is not str and type(activation) is not Bound:  # a module's parameters may change between calls
-        check(
-            form, x, weights, biases, others
-        )  # before the activation is probed, so that the tensors' faults come first
+        check(form, x, weights, biases, others)  # before the activation is probed: the tensors' faults come first
         activation = recognition.resolve(activation, f"fastbp.{form.name}")
     settings = (form, activation, save, backend, defaults.both)
     if type(x) not in _PLAIN and sharding.applies(x, tensors):

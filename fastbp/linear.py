@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _is_any_autocast_enabled as any_autocast
 from torch._C import _is_torch_function_mode_enabled as function_mode
@@ -92,7 +92,7 @@ def run(module: nn.Module, product: Product, x: Tensor, latest: bool, weight: An
 
 
 def _linear(product: Product, x: Tensor, latest: bool, weight: Any, bias: Any, settings: Settings) -> _Found:
-    if not is_grad_enabled():
+    if not is_grad_enabled() or is_inference_mode_enabled():  # which records nothing, whatever is within it
         return None, None
     device = x.device.type
     if any_autocast() and torch.is_autocast_enabled(device):
@@ -193,6 +193,27 @@ def _obstacle(x: Tensor, weight: Any, bias: Any) -> str | None:
         return f"its input is {x.dtype}, its weight {weight.dtype} and {weight.layout}"
     if weight.device != x.device:
         return f"its input is on {x.device}, its weight on {weight.device}"
+    return _surroundings()
+
+
+def can_replace(x: Any) -> bool:
+    """Whether a Function of ours may stand for an operation of PyTorch's on x: worth it, and seen by nobody."""
+    return (
+        type(x) in READABLE_TENSORS
+        and x.requires_grad
+        and x.numel() >= _size.smallest
+        and x.dtype in _DTYPES
+        and is_grad_enabled()
+        and not is_inference_mode_enabled()
+        and not is_tracing()
+        and not any_autocast()
+        and not dispatch_modes()
+        and _surroundings() is None
+    )
+
+
+def _surroundings() -> str | None:
+    """What is at work around a call that has to see PyTorch's own operations, or None."""
     if functorch_active() or forward_ad._current_level >= 0:
         return "a transform or forward-mode differentiation is at work"
     if function_mode() and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):

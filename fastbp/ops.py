@@ -15,24 +15,25 @@ backend: the detour through the dispatcher into Python and back costs about 40 Â
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbp import reference
+from fastbp import flops, reference, shapes
 from fastbp.backends import REFERENCE, choose, module_of, with_backend
 from fastbp.backends.measured import EAGER
 from fastbp.forms import FORMS, Form
 from fastbp.problem import Config, Names, configure
 from fastbp.reference import Saved
-from fastbp.saving import find_residuals
 
 _CONFIG = "str activation, float[] params, str save, str backend"
 _library = torch.library.Library("fastbp", "DEF")
 _plain: dict[Any, Callable[..., Any]] = {}
 
-Kernels = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]  # its kernel, its fake, and in plain torch
+# Of an op: its kernel, its fake, itself in plain torch, and the operations of its products.
+Kernels = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any], Callable[..., int]]
 Biases = Sequence[Tensor | None]
 Grads = list[Tensor | None]
 
@@ -61,9 +62,17 @@ def traced_forward(
     names: Names, inputs: Sequence[Tensor], weights: Sequence[Any], biases: Biases
 ) -> tuple[Tensor, list[Tensor]]:
     """``forward`` as one op in a graph, given ``Config.names``."""
+    op, args = traced_call(names, inputs, weights, biases)
+    return op(*args)  # type: ignore[no-any-return]
+
+
+def traced_call(
+    names: Names, inputs: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any]
+) -> tuple[Any, tuple[Any, ...]]:
+    """The op of that call and its arguments, of tensors or of what stands for them in a graph."""
     form, *settings = names
     op = getattr(torch.ops.fastbp, form).default
-    return op(*inputs, *_packed(FORMS[form], weights, biases), *_listed(settings))  # type: ignore[no-any-return]
+    return op, (*inputs, *_packed(FORMS[form], weights, biases), *_listed(settings))
 
 
 def traced_backward(names: Names, dy: Tensor, saved: Saved, needs: tuple[bool, ...]) -> Grads:
@@ -116,16 +125,15 @@ def _kernels(form: Form) -> tuple[Kernels, Kernels]:
 
     def forward_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
         config, (x, *_), weights, _ = split_forward(*args)
-        leading = x.shape[:-1]
-        features = [x.shape[-1]] * count if form.given else [w.shape[0] for w in weights]
-        residuals = [
-            x.new_empty(*leading, r.features(features[r.linear]), dtype=r.dtype(x.dtype))
-            for r in find_residuals(form, config.save, len(weights))
-        ]
-        return x.new_empty(*leading, weights[-1].shape[0]), residuals
+        y, *residuals = shapes.new_results(form, config.save, x, [w.shape for w in weights])
+        return y, residuals
 
     def forward_plain(*args: Any) -> tuple[Tensor, list[Tensor]]:
         return reference.forward(*split_forward(*args))
+
+    def forward_flops(x: Tensor, *args: Any) -> int:
+        weights, *_ = unpacked(form, args[count - 1 :])
+        return shapes.forward_flops(prod(x.shape[:-1]), [w.shape for w in weights])
 
     def split_backward(dy: Tensor, *args: Any) -> tuple[Config, Tensor, Saved, tuple[bool, ...]]:
         inputs, y, rest = args[:count], args[count], args[count + 1 :]
@@ -138,14 +146,21 @@ def _kernels(form: Form) -> tuple[Kernels, Kernels]:
 
     def backward_fake(dy: Tensor, *args: Any) -> list[Tensor]:
         weights, _, (*_, needs) = unpacked(form, args[count + 1 :])
-        shapes: list[Sequence[int]] = [(*dy.shape[:-1], weights[0].shape[1])] * count
-        shapes += [w.shape for w in weights] + [w.shape[:1] for w in weights]
-        return [dy.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]
+        grads = shapes.gradient_shapes(dy.shape, [w.shape for w in weights], needs)
+        return [dy.new_empty(shape) for shape in grads if shape is not None]
 
     def backward_plain(dy: Tensor, *args: Any) -> list[Tensor]:
         return [_own(g, dy) for g in reference.backward(*split_backward(dy, *args)) if g is not None]
 
-    return (forward_kernel, forward_fake, forward_plain), (backward_kernel, backward_fake, backward_plain)
+    def backward_flops(dy: Tensor, *args: Any) -> int:
+        config, _, saved, needs = split_backward(dy, *args)
+        weights = [w.shape for w in saved.weights]
+        return shapes.backward_flops(form, config.save, prod(dy.shape[:-1]), weights, needs)
+
+    return (
+        (forward_kernel, forward_fake, forward_plain, forward_flops),
+        (backward_kernel, backward_fake, backward_plain, backward_flops),
+    )
 
 
 def _own(grad: Tensor, dy: Tensor) -> Tensor:
@@ -161,10 +176,11 @@ def _register(form: Form) -> None:
         f"{name}_backward": f"(Tensor dy, {kept}, Tensor? y, {tensors}, Tensor?[] residuals, {_CONFIG}, "
         "bool[] needs) -> Tensor[]",
     }
-    for (op, schema), (kernel, fake, plain) in zip(schemas.items(), _kernels(form), strict=True):
+    for (op, schema), (kernel, fake, plain, count) in zip(schemas.items(), _kernels(form), strict=True):
         _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(op, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastbp::{op}", fake, lib=_library)
+        flops.count_as(getattr(torch.ops.fastbp, op), count)
         _plain[getattr(torch.ops.fastbp, op).default] = plain
 
 

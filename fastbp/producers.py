@@ -56,9 +56,10 @@ def _activation(node: Node) -> Bound | None:
 
 
 class Own(NamedTuple):
-    """A node of a Function of ours: its class, and what it says of its output."""
+    """A node of a Function of ours: its class, whether its output can be made again, how, and of which tensors."""
 
     kind: type
+    can: Callable[[Node], bool]
     value: Callable[[Node], Tensor]
     read: Callable[[Node], Producer | None]
 
@@ -82,7 +83,8 @@ def can_rebuild(node: Node, depth: int = _DEPTH) -> bool:
     if name in _OF_ONE:
         inner = node.next_functions[0][0]
         return inner is not None and can_rebuild(inner, depth - 1)
-    return own(node) is not None
+    ours = own(node)
+    return ours is not None and ours.can(node)
 
 
 def rebuild(node: Node) -> Tensor:
@@ -176,7 +178,7 @@ def _of_activation(node: Node) -> Tensor:
 _OF_INPUT: dict[str, Callable[[Node], Tensor]] = {
     **dict.fromkeys(NODES, _of_activation),
     "EluBackward0": lambda n: _aten.elu.default(n._saved_self, n._saved_alpha, n._saved_scale, n._saved_input_scale),
-    # Not in the table: the gradients that PyTorch computes have 1 / alpha and 1 / 6 in float32, ours would be others.
+    # Not in the table: PyTorch's gradients have 1 / alpha and 1 / 6 in float32, and ours would be others.
     "CeluBackward0": lambda n: torch.celu(n._saved_self, n._saved_alpha),
     "HardsigmoidBackward0": lambda n: torch.nn.functional.hardsigmoid(n._saved_self),
     _POW: lambda n: torch.pow(n._saved_self, n._saved_exponent),
@@ -219,7 +221,12 @@ def _read_node(node: Node) -> Producer | None:
     if type(node).__name__ == _POW:
         return _read_square(node)
     bound = _activation(node)
-    return None if bound is None else _connected(bound, ACT_LINEAR, (node._saved_self, node.next_functions[0]))
+    return None if bound is None else of_activation(bound, node._saved_self, node)
+
+
+def of_activation(bound: Bound, z: Tensor, node: Node) -> Producer | None:
+    """The producer, of a node whose one input is z."""
+    return _connected(bound, ACT_LINEAR, (z, node.next_functions[0]))
 
 
 def _connected(bound: Bound, form: Form, *pairs: tuple[Tensor | None, Edge]) -> Producer | None:
@@ -246,10 +253,10 @@ def _read_product(node: Node) -> Producer | None:
     # What hooks give back is another tensor than was kept. Only those of SavedBytes are read here: they hold the first.
     a, b = (t if raw.unpack_hook is None else raw.data for t, raw in pairs)
     for activated, (gate, _), up, up_edge in ((a, first, other, second), (b, second, one, first)):
-        bound = _activation(gate)
-        if bound is not None and activated.grad_fn is gate:
-            g = gate._saved_self
-            found = _connected(bound, GATED_ACT_LINEAR, (g, gate.next_functions[0]), (up, up_edge))
+        of_gate = None if gate is None or type(gate).__name__ == PRODUCT else _read_node(gate)
+        if of_gate is not None and of_gate.form is ACT_LINEAR and activated.grad_fn is gate:
+            of_g = of_gate.inputs[0], gate.next_functions[0]
+            found = _connected(of_gate.bound, GATED_ACT_LINEAR, of_g, (up, up_edge))
             return None if found is None else found._replace(activated=[activated])
     return None
 

@@ -1,7 +1,8 @@
-"""Plain linears made into ones that read what their input was made of, and back: the object stays, its class changes.
+"""Modules whose class is changed for one that keeps less for backward, and back: the object stays what it is.
 
-A reader of nn.Linear is a ``fastbp.Linear``, one of transformers' Conv1D a Conv1D. Pickles and names are those of the
-class that was found; copies read too.
+nn.Linear and transformers' Conv1D read what their input was made of. A dropout keeps a byte a number of its mask, and
+an activation written in several operations keeps z alone. Pickles and names are those of the class that was found;
+copies are changed as the module is.
 """
 
 from __future__ import annotations
@@ -11,42 +12,41 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _is_tracing as is_tracing
 from torch.compiler import is_compiling
 
-from fastbp import linear, producers
-from fastbp.copies import shown_class, stock_copy, stock_reduce
+from fastbp import elementwise, linear, producers
+from fastbp.casts import cast_weight
+from fastbp.copies import BASE, base_of, shown_class, stock_copy, stock_reduce
+from fastbp.known_acts import KnownAct, read_act
 from fastbp.linear import OUTCOME, READABLE_TENSORS, SETTINGS, Linear, Settings
 
-BASE = "_fastbp_found"  # of a reader's class: the class that it was made of
-_OWN = (SETTINGS, OUTCOME)
+_ACT = "_fastbp_activation"  # of a module's __dict__: the activation that it was read as
+_OWN = (SETTINGS, OUTCOME, _ACT)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module reads in every call what its input was made of, or can be made to."""
+    return isinstance(module, Linear) or base_of(module) is nn.Linear or base_of(module) is _conv1d()
 
 
 def reads(module: nn.Module) -> bool:
-    """Whether a module reads in every call what its input was made of."""
-    return (isinstance(module, Linear) or hasattr(type(module), BASE)) and module.__dict__.get(SETTINGS, ()) is not None
-
-
-def base_of(module: nn.Module) -> type[nn.Module]:
-    """The class that a linear was found with."""
-    return getattr(type(module), BASE, type(module))
-
-
-def reader_of(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that plain linears of this class become; None for what is none."""
-    if kind is nn.Linear:
-        return ReadingLinear
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return _conv1d_reader(kind) if kind is conv1d else None
+    """Whether a linear reads in every call what its input was made of."""
+    swapped = isinstance(module, Linear) or (hasattr(type(module), BASE) and base_of(module) is _conv1d())
+    return swapped and module.__dict__.get(SETTINGS, ()) is not None
 
 
 def swap_in(module: nn.Module, settings: Settings) -> None:
-    """Make the linear read its input, or change the settings of one that does."""
-    reader = reader_of(type(module))
-    if reader is not None:
+    """Let a module of a kind that is known here keep less, or change the settings of a linear that does."""
+    reader, act = _reader_for(module)
+    if reader is not None and type(module) is not reader:
         module.__class__ = reader
-    module.__dict__[SETTINGS] = settings
+    if act is not None:
+        module.__dict__[_ACT] = act
+    if is_linear(module):
+        module.__dict__[SETTINGS] = settings
 
 
 def swap_out(module: nn.Module) -> bool:
@@ -56,31 +56,54 @@ def swap_out(module: nn.Module) -> bool:
     """
     for name in _OWN:
         module.__dict__.pop(name, None)
-    base = base_of(module)
+    base: Any = base_of(module)
     if base is type(module):
         return False
-    if type(module) is reader_of(base):
+    made: Any = type(module).__dict__.get(BASE)
+    if made is base:
         module.__class__ = base
     else:
         module.__dict__[SETTINGS] = None
     return True
 
 
-def _reduce(self: nn.Module, protocol: Any) -> Any:
-    base = base_of(self)
-    if type(self) is not reader_of(base):  # a class that others made of the reader
+def _conv1d() -> Any:
+    """transformers' Conv1D, where somebody has imported it."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def _reader_for(module: nn.Module) -> tuple[type[nn.Module] | None, KnownAct | None]:
+    """The class that serves a module, and what it is read as if it is an activation; None for what is left alone."""
+    kind: Any = base_of(module)
+    if kind is nn.Linear:
+        return ReadingLinear, None
+    if kind is nn.Dropout:
+        return ThriftyDropout, None
+    if kind is _conv1d():
+        return _conv1d_reader(kind), None
+    # An activation of PyTorch's is one node already.
+    act = None if kind.__module__.startswith("torch.") or next(module.children(), None) else read_act(module)
+    if isinstance(act, KnownAct) and act.spelled:
+        return _thrifty_activation(kind), act
+    return None, None
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    base: Any = base_of(self)
+    made: Any = type(self).__dict__.get(BASE)
+    if made is not base:  # a class that others made of it
         return base.__reduce_ex__(self, protocol)
     return stock_reduce(self, base, protocol, _OWN)
 
 
 def _copied(self: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    new = stock_copy(self, base_of(self), memo, _OWN)
-    swap_in(new, self.__dict__.get(SETTINGS, ("auto", None)))
+    new: nn.Module = stock_copy(self, base_of(self), memo, _OWN)
+    swap_in(new, self.__dict__.get(SETTINGS) or ("auto", None))
     return new
 
 
 def _body(base: type[nn.Module]) -> dict[str, Any]:
-    """What the class of a reader has besides its forward."""
+    """What a class has besides its forward."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, BASE: base, "__class__": shown_class}
     return {**names, "__reduce_ex__": _reduce, "__copy__": _copied, "__deepcopy__": _copied}
 
@@ -105,8 +128,35 @@ def _conv1d_reader(base: type[nn.Module]) -> type[nn.Module]:
         if node is not None and producers.is_near(node) and not is_tracing():
             latest = producers.is_latest(node)
             del node
-            return linear.run(self, _product, x, latest, self.weight.mT, self.bias)
+            # Of the cast, where autocast makes one: that of a view would be made in every call.
+            return linear.run(self, _product, x, latest, cast_weight(self.weight).mT, self.bias)
         self.__dict__[OUTCOME] = None
         return stock(self, x)  # type: ignore[no-any-return]
+
+    return type(base.__name__, (base,), {"forward": forward, **_body(base)})
+
+
+_DROPOUT, _F_DROPOUT = nn.Dropout.forward, F.dropout  # before anybody patched them
+
+
+def _drop(self: Any, input: Tensor) -> Tensor:
+    p = self.p
+    if not self.training or is_compiling() or nn.Dropout.forward is not _DROPOUT or F.dropout is not _F_DROPOUT:
+        return nn.Dropout.forward(self, input)
+    if self.inplace or not linear.can_replace(input) or not input.is_cpu or not 0.0 < p < 1.0:
+        return nn.Dropout.forward(self, input)  # on a GPU the mask is a byte a number already
+    return elementwise.dropped(input, p)
+
+
+ThriftyDropout: type[nn.Module] = type("Dropout", (nn.Dropout,), {"forward": _drop, **_body(nn.Dropout)})
+
+
+@cache
+def _thrifty_activation(base: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        act: KnownAct | None = self.__dict__.get(_ACT)
+        if act is None or is_compiling() or kwargs or len(args) != 1 or not linear.can_replace(args[0]):
+            return base.forward(self, *args, **kwargs)
+        return elementwise.activated(act.activation, args[0]) if act.holds(self) else base.forward(self, *args)
 
     return type(base.__name__, (base,), {"forward": forward, **_body(base)})

@@ -25,13 +25,16 @@ from torch._C import _is_any_autocast_enabled as any_autocast
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import _unsafe_preserve_version_counter  # type: ignore[attr-defined]
 
-from fastbp import producers, reference
+from fastbp import autograd, producers, reference
 from fastbp.activations import Bound
+from fastbp.autograd import c_apply
 from fastbp.backends import BACKENDS
+from fastbp.forms import FORMS
 from fastbp.problem import Config
 from fastbp.producers import Node, Producer, nobody
 from fastbp.residuals import kept_of_given, read_kept
 from fastbp.saving import POLICIES
+from fastbp.saving import kept as kept_by
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Seen = Callable[[], bool]
@@ -80,11 +83,11 @@ class Made(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, config: Config, seen: Seen, anchor: Tensor, kept: Sequence[Tensor], h: Tensor, *others: Tensor
+        ctx: Any, config: Config, seen: Seen, anchor: Tensor, codes: Sequence[Tensor], h: Tensor, *others: Tensor
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.config, ctx.seen, ctx.anchor = config, seen, anchor
-        ctx.save_for_backward(*(kept or others[1:]))
+        ctx.save_for_backward(*(codes or others[1:]))
         ctx.mark_dirty(h)
         return h
 
@@ -115,7 +118,7 @@ class How(NamedTuple):
     product: Product
     node: Node = None
     config: Config | None = None
-    kept: Sequence[Tensor] = ()
+    codes: Sequence[Tensor] = ()
     seen: Seen = lambda: True
 
 
@@ -133,13 +136,13 @@ class ActLinear(torch.autograd.Function):
         with _AutoDispatchBelowADInplaceOrView():  # a view in the eyes of autograd would forbid ``y += residual``
             y = how.product(h, weight, bias)
         ctx.set_materialize_grads(False)
-        ctx.how, ctx.anchor = how._replace(kept=()), anchor
-        ctx.save_for_backward(weight, *(how.kept or inputs))
+        ctx.how, ctx.anchor = how._replace(codes=()), anchor
+        ctx.save_for_backward(weight, *(how.codes or inputs))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        how, config, (weight, *kept) = ctx.how, ctx.how.config, ctx.saved_tensors
+        how, config, (weight, *saved) = ctx.how, ctx.how.config, ctx.saved_tensors
         count = 0 if config is None else config.form.inputs
         if dy is None:
             return (None,) * (5 + count)
@@ -149,20 +152,25 @@ class ActLinear(torch.autograd.Function):
         _, need_weight, need_bias = ctx.needs_input_grad[2:5]
         if count and not how.seen() and not _is_special(dy):
             needs = (*[True] * count, need_weight, need_bias)
-            given = (*kept, None, weight, None)
-            saved = given if config.save == "preact" else (*[None] * (count + 1), weight, None, *kept)
-            *dinputs, dw, db = BACKENDS[config.backend].backward(config, dy, saved, needs, False)  # type: ignore[union-attr]
+            codes = config.save != "preact"
+            flat = (*[None] * (count + 1), weight, None, *saved) if codes else (*saved, None, weight, None)
+            *dinputs, dw, db = BACKENDS[config.backend].backward(config, dy, flat, needs, False)  # type: ignore[union-attr]
             return (None, None, None, dw, db, *dinputs)
         dw = None
         rows = dy.reshape(-1, dy.shape[-1])
         if need_weight:
             _check_once(config)
             made = (
-                (lambda: producers.rebuild(how.node)) if config is None else (lambda: _value_of(config, kept, dy.dtype))
+                (lambda: producers.rebuild(how.node))
+                if config is None
+                else (lambda: _value_of(config, saved, dy.dtype))
             )
             h = _again(made, ctx.anchor)
             dw = reference.weight_grad(rows, h.reshape(-1, h.shape[-1]), weight)
         return (None, None, dy.matmul(weight), dw, rows.sum(0) if need_bias else None, *[None] * count)
+
+
+_anchor, _act_linear, _made = c_apply(_Anchor), c_apply(ActLinear), c_apply(Made)  # where no transform is active
 
 
 def act_linear(
@@ -177,12 +185,12 @@ def act_linear(
     """y of an h whose producer was read; ``kept`` are ``codes_of`` the producer's inputs."""
     of_h, of_a = watcher_of(h), producer.seen
     how = How(product, None, config, kept, lambda: of_h() or of_a())
-    return ActLinear.apply(how, _Anchor.apply(h), h, weight, bias, *producer.inputs)  # type: ignore[no-any-return]
+    return _act_linear(how, _anchor(h), h, weight, bias, *producer.inputs)  # type: ignore[no-any-return]
 
 
 def rebuilt_linear(product: Product, node: Node, h: Tensor, weight: Tensor, bias: Any) -> Tensor:
     """y of an h that its node makes again."""
-    return ActLinear.apply(How(product, node), _Anchor.apply(h), h, weight, bias)  # type: ignore[no-any-return]
+    return _act_linear(How(product, node), _anchor(h), h, weight, bias)  # type: ignore[no-any-return]
 
 
 def make_anew(config: Config, h: Tensor, producer: Producer, kept: Sequence[Tensor]) -> Producer:
@@ -191,13 +199,13 @@ def make_anew(config: Config, h: Tensor, producer: Producer, kept: Sequence[Tens
     if producer.activated is not None:
         a = producer.activated.pop()
         hooked = bool(a._backward_hooks)  # hooks outlive a
-        seen, anchor, alive = watcher_of(a), _Anchor.apply(a), weakref.ref(a)
+        seen, anchor, alive = watcher_of(a), _anchor(a), weakref.ref(a)
         del a
     h.detach_()  # and the node of a product goes, and f(g) with it, if nobody else holds that
     if anchor is not None and not hooked and alive() is None:
         seen, anchor = nobody, None
     with _unsafe_preserve_version_counter(h):  # readers that kept h before kept what it still is
-        Made.apply(config, seen, anchor, kept, h, anchor, *producer.inputs)
+        _made(config, seen, anchor, kept, h, anchor, *producer.inputs)
     return producer._replace(activated=None, seen=seen)
 
 
@@ -221,13 +229,13 @@ def codes_of(config: Config, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return kept_of_given(config, inputs)
 
 
-def _inputs_of(config: Config, kept: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Any]:
-    return read_kept(config, None, kept, dtype)[0] if POLICIES[config.save].compressed else kept
+def _inputs_of(config: Config, saved: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Any]:
+    return read_kept(config, None, saved, dtype)[0] if POLICIES[config.save].compressed else saved
 
 
-def _value_of(config: Config, kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _value_of(config: Config, saved: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """f(z), or f(g) · u."""
-    inputs = _inputs_of(config, kept, dtype)
+    inputs = _inputs_of(config, saved, dtype)
     h = config.value(inputs[0])
     return h * inputs[1] if config.form.gated else h
 
@@ -246,7 +254,7 @@ def _is_special(dy: Tensor) -> bool:
     return is_grad_enabled() or functorch_active() or is_legacy_batchedtensor(dy) or forward_ad._current_level >= 0
 
 
-def _read(node: Node) -> Producer | None:
+def _read_made(node: Node) -> Producer | None:
     config = node.config
     if POLICIES[config.save].compressed:
         return None
@@ -255,6 +263,24 @@ def _read(node: Node) -> Producer | None:
 
 producers.OWN["MadeBackward"] = producers.Own(
     Made._backward_cls,
+    lambda node: True,
     lambda node: _value_of(node.config, node.saved_tensors, node._input_metadata[0].dtype),
-    _read,
+    _read_made,
 )
+
+
+def _keeps_z(node: Node) -> bool:
+    """Whether the node of a layer keeps z, or g and u, for a gradient that is asked for."""
+    config = node.config
+    return config.save == "preact" and all(kept_by(config.form, config.save, True, node.needs)[-config.form.width :])
+
+
+def _value_of_layer(node: Node) -> Tensor:
+    form = node.config.form
+    return _value_of(node.config, node.saved_tensors[-form.width :], node._input_metadata[0].dtype)
+
+
+for _form in FORMS.values():
+    if not _form.projected:
+        _node = autograd.NODES[_form.name]
+        producers.OWN[_node.__name__] = producers.Own(_node, _keeps_z, _value_of_layer, lambda node: None)

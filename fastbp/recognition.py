@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -103,6 +103,26 @@ def of_known_module(module: nn.Module, where: str = "fastbp") -> Bound | None:
     return None
 
 
+def of_known_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound | None:
+    """The activation of a call of one of PyTorch's activation functions, by its arguments after the input.
+
+    None for other functions, and for arguments that are no numbers or mean no activation. ``inplace`` is passed over.
+    """
+    if not is_known_function(function):
+        return None
+    try:
+        names = list(inspect.signature(function).parameters)[1:]
+    except ValueError:  # a builtin: its arguments are the row's parameters
+        names = [name for name, _ in _BY_FUNCTION[function].params]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if len(args) > len(names) or not {int, float, str, bool}.issuperset(map(type, given.values())):
+        return None
+    try:
+        return of_known_function(function, given)
+    except (TypeError, ValueError):
+        return None
+
+
 def _resolve_function(function: Callable[..., Tensor], where: str) -> Bound:
     if isinstance(function, Hashable) and function in _DEFAULT_FUNCTIONS:
         return _DEFAULT_FUNCTIONS[function]
@@ -117,20 +137,19 @@ def of_known_function(function: object, keywords: Mapping[str, Any], where: str 
     """The activation of one of PyTorch's functions called with these keywords; None for other functions or keywords."""
     if not is_known_function(function) or not _takes(function, tuple(keywords)):
         return None
-    first = _BY_FUNCTION[function]
-    assert first.module is not None, first.name
+    row = _BY_FUNCTION[function]
     # Rows of one module class differ in an attribute, which is the function's keyword too.
-    attributes = {k: keywords.get(k, v) for k, v in first.module_attributes}
-    row = next((r for r in _BY_MODULE[first.module] if dict(r.module_attributes) == attributes), None)
+    attributes = {k: keywords.get(k, v) for k, v in row.module_attributes}
+    found = next((r for r in TABLE if r.module is row.module and dict(r.module_attributes) == attributes), None)
     rest = {k: v for k, v in keywords.items() if k not in attributes and k != "inplace"}
-    if row is None or not set(rest) <= {n for n, _ in row.params}:
+    if found is None or not set(rest) <= {n for n, _ in found.params}:
         return None
-    return _checked(row, tuple(rest.get(n, default) for n, default in row.params), where)
+    return _checked(found, tuple(rest.get(n, default) for n, default in found.params), where)
 
 
 def is_known_function(function: object) -> TypeGuard[Callable[..., Tensor]]:
     """Whether this is one of PyTorch's activation functions, as they were when fastbp was imported."""
-    return isinstance(function, Hashable) and function in _BY_FUNCTION
+    return callable(function) and isinstance(function, Hashable) and function in _BY_FUNCTION
 
 
 @functools.lru_cache(maxsize=256)

@@ -119,11 +119,20 @@ def check_dtype(save: str, dtype: torch.dtype, form: Form) -> None:
         raise ValueError(f"fastbp.{form.name}: save={save!r} is for {served}, got {dtype}; use {safe_policies(form)}")
 
 
+def _output_serves(activation: Bound, form: Form) -> bool:
+    """Whether the output is as good as z, and where it is the caller's, as free to be written to as PyTorch's own."""
+    row = activation.row
+    unseen = form.projected or not row.grad_reads_output
+    return row.output_exact and (unseen or row.torch_keeps_output) and _output_illegal(activation, form) is None
+
+
 def resolve(save: str, activation: Bound, form: Form, where: str) -> str:
-    """The policy that serves: the one asked for, or for ``auto`` the exact one that keeps least without recomputing."""
+    """The policy that serves: the one asked for, or for ``auto`` one that is exact and that nobody notices.
+
+    That is the one that keeps least without recomputing, but z where PyTorch lets the caller write to the output.
+    """
     if check_name(save, where) == "auto":
-        exact = activation.row.output_exact and _output_illegal(activation, form) is None
-        return "output" if exact else "preact"
+        return "output" if _output_serves(activation, form) else "preact"
     reason = POLICIES[save].illegal(activation, form)
     if reason:
         raise ValueError(

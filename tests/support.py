@@ -214,6 +214,16 @@ def unflatten(form: Form, flat: Sequence[Any]) -> tuple[Any, Sequence[Any], Sequ
     return flat[0], flat[1:half], flat[half:]
 
 
+def with_others(form: Form, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """``weights`` and before them the inputs after x, made of x: for models that have parameters and one input."""
+    return [*[x.flip(-1)] * (form.inputs - 1), *weights]
+
+
+def saved_row(form: Form, flat: Sequence[Maybe], y: Maybe, residuals: Sequence[Maybe]) -> list[Maybe]:
+    """What backends take as saved, of a call's tensors and what forward returned."""
+    return [*flat[: form.inputs], y, *flat[form.inputs :], *residuals]
+
+
 def like(tensor: Tensor, seed: int) -> Tensor:
     """A random gradient for a tensor."""
     numbers = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

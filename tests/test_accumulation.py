@@ -3,9 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import support
 import torch
 from routes import TRITON_DEVICE, each_triton_route
-from support import FEW, assert_close, cases, each, eager, flatten, formula, like, tensors, widened
+from support import FEW, assert_close, cases, each, eager, flatten, formula, like, widened, with_others
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +24,14 @@ FORM_CASES = cases(FEW[3:4])
 needs_triton = pytest.mark.skipif(triton.unavailable is not None, reason=f"triton: {triton.unavailable}")
 
 
+def tensors(form, *arguments, **options):
+    """x, the weights and the biases of a call, without the inputs after x, which ``call`` makes."""
+    x, weights, biases = support.tensors(form, *arguments, **options)
+    return x, weights[form.inputs - 1 :], biases
+
+
 def call(form, x, weights, biases, *, activation="gelu", flag=True, **settings):
+    weights = with_others(form, x.detach(), weights)
     arguments = (*weights, *biases) if form.parts else (weights, biases)
     settings |= dict(activation=activation, gradient_accumulation_fusion=flag)
     return getattr(fastbp, form.name)(x, *arguments, **settings)
@@ -263,7 +271,9 @@ def test_autocast_adds_to_the_weights_that_were_cast(form):
     x, weights, biases = tensors(form, F32, seed=93)
     wide = widened([t.to(BF16) for t in flatten(x, weights, biases)])
     count = len(weights)
-    y = eager(form, wide[0], wide[1 : 1 + count], wide[1 + count :], formula(FEW[3]))
+    y = eager(
+        form, wide[0], with_others(form, wide[0].detach(), wide[1 : 1 + count]), wide[1 + count :], formula(FEW[3])
+    )
     exact = torch.autograd.grad(y.sum(), wide[1 : 1 + count])
     for weight in weights:
         weight.main_grad = torch.zeros(weight.shape)

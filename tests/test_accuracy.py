@@ -19,7 +19,7 @@ from support import (
 
 from fastbp import saving
 from fastbp.activations import bind
-from fastbp.forms import GATED_LINEAR_ACT, LINEAR_ACT
+from fastbp.forms import GATED_LINEAR_ACT, LINEAR_ACT, MLP
 
 
 @each("dtype", DTYPES)
@@ -88,8 +88,9 @@ def test_limits_that_the_dtype_rounds_inwards(save, dtype):
 
 
 @each("activation", ACTIVATIONS)
-def test_auto_keeps_least_of_what_is_exact(activation):
-    legal = "output" in saving.legal_policies(activation)
-    save = "output" if legal and activation.row.output_exact else "preact"
-    assert saving.resolve("auto", activation, LINEAR_ACT, "") == save
-    assert activation.name != "relu2" or save == "preact"
+def test_auto_keeps_least_of_what_is_exact_and_may_be_written_to(activation):
+    exact = "output" in saving.legal_policies(activation) and activation.row.output_exact
+    assert saving.resolve("auto", activation, MLP, "") == ("output" if exact else "preact")
+    seen = exact and activation.name in ("identity", "relu", "sigmoid", "tanh")
+    assert saving.resolve("auto", activation, LINEAR_ACT, "") == ("output" if seen else "preact")
+    assert activation.name != "relu2" or not exact

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import GELU, call_of, compiled, draw, each_form, run
-from support import assert_close, each, flatten, like
+from support import assert_close, each, flatten, like, unflatten
+from torch import nn
 
+import fastbp
 from fastbp.forms import MLP
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -22,14 +24,14 @@ def test_autocast_casts_inputs_and_returns_float32_gradients(form, dtype, how):
     tensors = draw(form, dtype=torch.float32)
     x, weights, biases = tensors
     with torch.autocast("cpu", dtype=dtype):
-        assert F.linear(x, weights[0], biases[0]).dtype == dtype
+        assert F.linear(x, weights[form.inputs - 1], biases[0]).dtype == dtype
         y = function(*tensors)
     gradients = torch.autograd.grad(y, flatten(*tensors), like(y, seed=1))
     assert y.dtype == dtype
     assert [g.dtype for g in gradients] == [torch.float32] * len(gradients)
 
     narrow = [t.detach().to(dtype).requires_grad_() for t in flatten(*tensors)]
-    expected = call(narrow[0], narrow[1 : 1 + len(weights)], narrow[1 + len(weights) :])
+    expected = call(*unflatten(form, narrow))
     assert torch.equal(y, expected)
     for mine, theirs in zip(gradients, torch.autograd.grad(expected, narrow, like(y, seed=1)), strict=True):
         assert torch.equal(mine, theirs.float())
@@ -94,3 +96,17 @@ def test_a_compiled_call_follows_autocast_as_it_comes_and_goes(form):
     for enabled in (False, True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             assert run_compiled(*tensors).dtype == (torch.bfloat16 if enabled else torch.float32)
+
+
+@each("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_fused_block_refuses_in_a_region_is_said(dtype, monkeypatch):
+    """x may have the dtype of the region already, where the weights have not."""
+
+    def refuse(*arguments):
+        raise ValueError("fastbp.mlp: this backend cannot take this call")
+
+    block = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
+    fastbp.fuse(block)
+    monkeypatch.setattr(fastbp.functional, "call", refuse)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="this backend cannot take this call"):
+        block(torch.randn(3, 6, dtype=dtype))

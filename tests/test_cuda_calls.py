@@ -100,9 +100,8 @@ def test_every_choice_of_what_is_needed(on_gpu, form, save, dtype, route):
 
 
 @each("dtype", SIXTEEN)
-@each("save", ["preact", "recompute"])
 @each("activation", [bind("gelu_tanh"), GELU])
-@each("form", FORMS.values())
+@each(("form", "save"), [(form, save) for form, _, save in cases([GELU])])
 def test_epilogues_of_the_library(on_gpu, form, activation, save, dtype):
     """Where cuBLASLt has one, where it has none, and where it turns out not to know a product (one in three)."""
     on_gpu("cublaslt")
@@ -146,11 +145,14 @@ def test_sizes_of_zero(on_gpu, form, empty, dtype, route):
     inputs = flatten(*given)
     y = call(form, *unflatten(form, inputs), activation=GELU, backend="native")
     expected = eager(form, *given, stock(GELU))
-    torch.testing.assert_close(y, expected)
+    near = dict(
+        rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+    )  # where no size is 0: no "in" is given
+    torch.testing.assert_close(y, expected, **near)
     for got, want in zip(
         grads(y, inputs, torch.ones_like(y)), grads(expected, inputs, torch.ones_like(y)), strict=True
     ):
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(got, want, **near)
 
 
 def test_a_route_that_is_not_there(on_gpu):

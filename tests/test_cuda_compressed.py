@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from standin import VIEWS
-from support import compressed_cases, each, like, tensors
+from support import compressed_cases, each, like, saved_row, tensors
 
 from fastbp.activations import bind
 from fastbp.backends import native, reference
@@ -52,13 +52,14 @@ def test_what_is_kept(on_gpu, form, activation, save, dtype, route):
     """The bytes of the first layer as the reference has them, and what the others stand for; nothing is left out."""
     on_gpu(route)
     config, given, ours, theirs = both_forwards(form, activation, save, dtype)
-    kinds = find_residuals(form, save, len(given) // 2)
+    kinds = find_residuals(form, save, form.linears(len(given)))
     assert len(ours) == len(theirs) == 1 + len(kinds)
     for (kind, linear), mine, its in zip(kinds, ours[1:], theirs[1:], strict=True):
         assert (mine.dtype, mine.shape) == (its.dtype, its.shape) and mine.is_contiguous()
         if linear < form.width and kind != "h":
             assert unlike(kind, mine, its) == 0, (kind, linear)
-        if kind == "bits" and given[1 + linear].shape[0] % 2:
+        features = given[linear].shape[-1] if form.given else given[1 + linear].shape[0]
+        if kind == "bits" and features % 2:
             assert (mine[..., -1] < 16).all()
     for mine, its in zip(*(read_kept(config, r[0], r[1:], dtype)[0] for r in (ours, theirs)), strict=True):
         torch.testing.assert_close(mine, its, rtol=0.13 if save == "fp8" else NEAR[dtype], atol=NEAR[dtype])
@@ -68,7 +69,7 @@ def test_what_is_kept(on_gpu, form, activation, save, dtype, route):
 def assert_same_gradients(config, given, results, needs, view=lambda t: t):
     """From what the reference kept, by both ways."""
     keep = find_kept(config.form, config.save, config.row.grad_reads_output, needs)
-    row = [given[0], results[0], *given[1:], *results[1:]]
+    row = saved_row(config.form, given, results[0], results[1:])
     saved = [view(t) if k else None for t, k in zip(row, keep, strict=True)]
     dy = view(like(results[0], seed=89))
     before = [None if t is None else t.clone() for t in saved]
@@ -144,7 +145,7 @@ def test_sizes_of_zero_kept(on_gpu, form, save, empty, dtype, route):
     )
     for mine, its in zip(ours, theirs, strict=True):
         assert (mine.dtype, mine.shape) == (its.dtype, its.shape)
-    saved = [given[0], theirs[0], *given[1:], *theirs[1:]]
+    saved = saved_row(form, given, theirs[0], theirs[1:])
     needs = (True,) * len(given)
     dy = torch.ones_like(theirs[0])
     found = (backend.backward(config, dy, saved, needs) for backend in (native, reference))

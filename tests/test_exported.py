@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from graphs import CASES, GELU, all_modules, call_of, draw, each_form
-from support import assert_close, compressed_cases, each, flatten, grads, like
+from support import assert_close, compressed_cases, each, flatten, grads, like, unflatten, with_others
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -28,12 +28,12 @@ class Residual(nn.Module):
 
     def __init__(self, form, **settings):
         super().__init__()
-        self.call = call_of(form, **settings)
+        self.form, self.call = form, call_of(form, **settings)
         _, weights, biases = draw(form, seed=3)
-        self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
+        self.weights, self.biases = nn.ParameterList(weights[form.inputs - 1 :]), nn.ParameterList(biases)
 
     def forward(self, x):
-        return x.sum(-1, keepdim=True) + self.call(x, [*self.weights], [*self.biases])
+        return x.sum(-1, keepdim=True) + self.call(x, with_others(self.form, x, self.weights), [*self.biases])
 
 
 def capture(model, x, **options):
@@ -146,27 +146,27 @@ def test_decomposed_backward(form, activation, save):
     """In a graph of forward and backward, as AOTAutograd makes one, for other numbers of rows too."""
     dtype = dtype_for(save)
     tensors = draw(form, (2, 3), dtype=dtype)
-    inputs, half = flatten(*tensors), 1 + len(tensors[1])
+    inputs = flatten(*tensors)
     op = getattr(torch.ops.fastbp, form.name).default
     settings = [activation.name, list(activation.params), save, "auto"]
 
+    def packed(inputs):
+        x, weights, biases = unflatten(form, inputs)
+        return inputs if form.parts else (x, [*weights], [*biases])
+
     def forward_and_backward(dy, *inputs):
-        packed = inputs[1:] if form.parts else (list(inputs[1:half]), list(inputs[half:]))
-        y = op(inputs[0], *packed, *settings)[0]
+        y = op(*packed(inputs), *settings)[0]
         return [y, *grads(y, inputs, dy)]
 
-    dy = like(op(inputs[0], *(inputs[1:] if form.parts else (inputs[1:half], inputs[half:])), *settings)[0], seed=1)
+    dy = like(op(*packed(inputs), *settings)[0], seed=1)
     symbolic = dict(tracing_mode="symbolic")
     whole = make_fx(forward_and_backward, **symbolic)(dy, *inputs)
     assert [node.target._opname for node in ops_in(whole.graph)] == [form.name, f"{form.name}_backward"]
     plain = make_fx(forward_and_backward, decomposition_table=fastbp.decompositions(), **symbolic)(dy, *inputs)
     assert not ops_in(plain.graph)
-    x = torch.cat([tensors[0], tensors[0].cos()])
-    for mine, expected in zip(
-        plain(torch.cat([dy, dy.sin()]), x, *inputs[1:]),
-        forward_and_backward(torch.cat([dy, dy.sin()]), x, *inputs[1:]),
-        strict=True,
-    ):
+    more = [torch.cat([t, t.cos()]) for t in inputs[: form.inputs]] + inputs[form.inputs :]
+    dy = torch.cat([dy, dy.sin()])
+    for mine, expected in zip(plain(dy, *more), forward_and_backward(dy, *more), strict=True):
         assert_close(mine, expected, **close(dtype))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DTYPES, FEW, assert_accurate, call, cases, compressed_cases, each, flatten, grads, like
+from support import DTYPES, FEW, assert_accurate, call, cases, compressed_cases, each, flatten, grads, like, unflatten
 from support import tensors as draw
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -111,8 +111,7 @@ def test_every_tile_of_this_architecture(kind, tile, dtype, sizes):
 
 
 def step(form, inputs, backend, activation=GELU):
-    half = 1 + len(inputs) // 2
-    y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, backend=backend)
+    y = call(form, *unflatten(form, inputs), activation=activation, backend=backend)
     return [y, *grads(y, inputs, like(y, 52))]
 
 
@@ -128,11 +127,10 @@ BLOCKS = [LINEAR_ACT, MLP, GATED_MLP]
 def test_cuda_graph(form, forced):
     inputs = flatten(*tensors(form, torch.bfloat16, seed=53, rows=256, features=(128, 512, 512, 128)))
     expected = step(form, inputs, forced)
-    half = 1 + len(inputs) // 2
     dy = like(expected[0], 52)
 
     def run():
-        y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, backend=forced)
+        y = call(form, *unflatten(form, inputs), activation=GELU, backend=forced)
         return [y, *grads(y, inputs, dy)]
 
     side = torch.cuda.Stream()
@@ -155,11 +153,10 @@ def test_cuda_graph(form, forced):
 @each("form", BLOCKS)
 def test_nothing_waits_for_the_gpu(form, forced):
     inputs = flatten(*tensors(form, torch.bfloat16, seed=54, rows=256, features=(128, 512, 512, 128)))
-    half = 1 + len(inputs) // 2
     dy = like(step(form, inputs, forced)[0], 52)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=GELU, backend=forced)
+        y = call(form, *unflatten(form, inputs), activation=GELU, backend=forced)
         grads(y, inputs, dy)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -207,10 +204,9 @@ def test_deterministic_mode(form, forced):
 @each("form", FORMS.values())
 def test_compiled(form, forced, fresh_dynamo):
     inputs = flatten(*tensors(form, torch.bfloat16, seed=58, rows=256, features=(128, 512, 512, 128)))
-    half = 1 + len(inputs) // 2
 
-    def function(x, *rest):
-        return call(form, x, rest[: half - 1], rest[half - 1 :], activation="gelu", backend=forced)
+    def function(*inputs):
+        return call(form, *unflatten(form, inputs), activation="gelu", backend=forced)
 
     y = torch.compile(function, fullgraph=True)(*inputs)
     equal([y, *grads(y, inputs, like(y, 52))], step(form, inputs, forced))
@@ -219,10 +215,9 @@ def test_compiled(form, forced, fresh_dynamo):
 @each("form", FORMS.values())
 def test_gradients_of_gradients(form, forced):
     inputs = flatten(*tensors(form, torch.float64, seed=59, rows=3, features=(4, 5, 3, 2)))
-    half = 1 + len(inputs) // 2
 
-    def function(*args):
-        return call(form, args[0], args[1:half], args[half:], activation="gelu", backend=forced)
+    def function(*inputs):
+        return call(form, *unflatten(form, inputs), activation="gelu", backend=forced)
 
     assert gradcheck(function, inputs) and gradgradcheck(function, inputs)
 
@@ -244,10 +239,9 @@ def test_every_policy(form, activation, save, rows, features, dtype, forced):
 def test_every_compressed_policy(form, activation, save, rows, features, dtype, forced):
     """The gradients are those of the reference with the same policy, but for roundings and what they do to a code."""
     inputs = flatten(*tensors(form, dtype, seed=62, rows=rows, features=features))
-    half = 1 + len(inputs) // 2
 
     def run(backend):
-        y = call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save, backend=backend)
+        y = call(form, *unflatten(form, inputs), activation=activation, save=save, backend=backend)
         return [y, *grads(y, inputs, like(y, 63))]
 
     near = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype] * (3 if save == "fp8" else 1)

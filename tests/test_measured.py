@@ -6,6 +6,7 @@ import sys
 import timeit
 
 import pytest
+import support
 import torch
 from support import each
 from tuning_cases import CPU, KEYS, put, with_native
@@ -28,10 +29,11 @@ def test_calls_of_these_sizes_take_what_was_measured(form):
     """Told by the node of autograd that they leave, and by the config that it was given."""
     job = parse("x", KEYS[form], CPU)
     call = race._draw(job)
-    parts = (call.x, call.weights, call.biases, (*call.weights, *call.biases))
+    first, *others = call.inputs
 
-    def taken(x=call.x):
-        config = backends.choose(job.config, x, parts[3], call.weights)
+    def taken(change=lambda t: t, config=job.config):
+        tensors = (*map(change, others), *call.weights, *call.biases)
+        config = backends.choose(config, change(first), tensors, call.weights)
         return config.backend, config.route
 
     rule = taken()
@@ -42,9 +44,9 @@ def test_calls_of_these_sizes_take_what_was_measured(form):
     ):
         put(job.key, fastest)
         assert taken() == expected
-        assert taken(call.x.view(2, 3, -1)) == expected, "rows are what counts, however they are arranged"
-        assert taken(call.x[:5]) == rule, "other sizes were not measured"
-        assert backends.choose(backends.with_backend(job.config, "reference"), *parts[::3], call.weights).route == ""
+        assert taken(lambda x: x.view(2, 3, -1)) == expected, "rows are what counts, however they are arranged"
+        assert taken(lambda x: x[:5]) == rule, "other sizes were not measured"
+        assert taken(config=backends.with_backend(job.config, "reference"))[1] == ""
     put(job.key, "native")
     assert taken() == rule
 
@@ -59,10 +61,11 @@ def test_what_is_refused_is_refused_where_sizes_were_measured(form, fastest):
     weights, biases = list(call.weights), list(call.biases)
     put(job.key, "reference" if fastest == "native" and native.unavailable else fastest)
 
-    def made(x=call.x, weights=weights, biases=biases):
+    name, (first, *others) = FORMS[form].names_of_inputs[0], call.inputs
+
+    def made(x=first, weights=weights, biases=biases):
         names = dict(activation=job.config.row.name, save=job.config.save)
-        function = getattr(fastbp, form)
-        return function(x, weights, biases, **names) if form == "mlp" else function(x, *weights, *biases, **names)
+        return support.call(FORMS[form], x, [*others, *weights], biases, **names)
 
     def refused(words, error=ValueError, **spoilt):
         with pytest.raises(error, match=words) as caught:
@@ -73,18 +76,20 @@ def test_what_is_refused_is_refused_where_sizes_were_measured(form, fastest):
         refused(r"must be \(16,\)", biases=[biases[0].detach()[:1], *biases[1:]])
         refused(r"must be \(16,\)", biases=[biases[0].detach().expand(6, 16), *biases[1:]])
         refused(r"must be \(out_features, 8\)", weights=[weights[0].detach()[0], *weights[1:]])
-        refused("at least one dimension", x=call.x.detach()[0, 0])
+        refused("at least one dimension", x=first.detach()[0, 0])
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             for words, error, spoil in (
-                ("must have the dtype of x", TypeError, torch.Tensor.double),
-                ("must be on the device of x", ValueError, lambda t: t.to("meta")),
+                (f"must have the dtype of {name}", TypeError, torch.Tensor.double),
+                (f"must be on the device of {name}", ValueError, lambda t: t.to("meta")),
                 ("must be a dense tensor", TypeError, torch.Tensor.to_sparse),
             ):
                 refused(words, error, weights=[*weights[:i], spoil(weight.detach()), *weights[i + 1 :]])
                 refused(words, error, biases=[*biases[:i], spoil(bias.detach()), *biases[i + 1 :]])
-        refused("must be a dense tensor", TypeError, x=call.x.detach().to_sparse())
-        refused("nested", TypeError, x=torch.nested.nested_tensor([call.x.detach()]))
-        if job.config.form.gated:
+        refused("must be a dense tensor", TypeError, x=first.detach().to_sparse())
+        refused("nested", TypeError, x=torch.nested.nested_tensor([first.detach()]))
+        if others:
+            refused("must have the same shape", x=first.detach()[:1])
+        if len(weights) > 1 and job.config.form.gated:
             narrow = [biases[0], biases[1].detach()[:1], *biases[2:]]  # would be spread over the gate's
             refused(
                 "must have the same shape", weights=[weights[0], weights[1].detach()[:1], *weights[2:]], biases=narrow
@@ -98,9 +103,9 @@ def test_a_backward_call_does_not_vouch_for_the_shapes_of_a_forward_one():
     eager = backends.with_choice(job.config, measured.Choice(EAGER))
     choice = measured.by_sizes(job.config, {job.sizes: eager})
     (weight,), bias = call.weights, call.biases[0][:1]
-    assert choice(call.x, (weight.clone(), bias), (weight,)) is eager
+    assert choice(*call.inputs, (weight.clone(), bias), (weight,)) is eager
     with pytest.raises(ValueError, match=r"must be \(16,\)"):
-        choice(call.x, (weight, bias), (weight,))
+        choice(*call.inputs, (weight, bias), (weight,))
 
 
 def results(layer, x, dy):
@@ -190,7 +195,7 @@ def test_an_entry_that_says_nothing_usable_is_as_if_not_there(entry, capsys):
     job = parse("x", key, CPU)
     call = race._draw(job)
     rule = "native" if native.unavailable is None else "reference"
-    taken = backends.choose(job.config, call.x, (*call.weights, *call.biases), call.weights)
+    taken = backends.choose(job.config, call.inputs[0], (*call.weights, *call.biases), call.weights)
     assert (taken.backend, taken.route) == (rule, "")
     assert cli.main(["tune", "--list"]) == 0
     assert f"{key}: cannot be read" in capsys.readouterr().out
@@ -222,7 +227,7 @@ def test_a_warm_cache_costs_nothing_at_import_and_little_a_call(own_choices):
 
     def nanoseconds():
         def look():
-            backends.choose(job.config, call.x, tensors, call.weights)
+            backends.choose(job.config, call.inputs[0], tensors, call.weights)
 
         return min(timeit.repeat(look, number=20_000, repeat=7)) / 20_000 * 1e9
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bits import whole
 from routes import ROWS, each_route_of
-from support import assert_as_good_as_eager, compressed_cases, each, like, places, roundings, tensors
+from support import assert_as_good_as_eager, compressed_cases, each, like, places, roundings, saved_row, tensors
 
 from fastbp.activations import ROWS as ACTIVATIONS
 from fastbp.activations import Bound, bind
@@ -38,31 +38,38 @@ def exact(config, dy, saved, residuals):
     """The gradients in float64 of what the residuals say."""
     form, count = config.form, len(saved.weights)
     inputs, slopes = read_kept(config, saved.y, residuals, dy.dtype)
-    x, d = saved.x.double(), dy.double()
+    x, d = saved.inputs[0], dy.double()
+    x = None if x is None else x.double()
     weights = [w.double() for w in saved.weights]
     value, grad = config.row.value, config.row.grad
-    grads = [None] * (1 + 2 * count)
+    first, of_given = form.inputs, int(form.given)  # of a given form the first layer has no linear
+    grads = [None] * (first + 2 * count)
 
     def take(i, d, h):
-        grads[1 + i], grads[1 + count + i] = d.mT @ h, d.sum(0)
+        grads[first + i], grads[first + count + i] = d.mT @ h, d.sum(0)
 
     if form.gated:
         g, u = (z.double() for z in inputs)
         if form.projected:
-            take(2, d, value(g, *config.params) * u)
-            d = d @ weights[2]
+            take(count - 1, d, value(g, *config.params) * u)
+            d = d @ weights[-1]
         dg, du = grad(d * u, g, *config.params), d * value(g, *config.params)
+        if form.given:
+            return [dg, du, *grads[2:]]
         take(0, dg, x)
         take(1, du, x)
         return [dg @ weights[0] + du @ weights[1], *grads[1:]]
-    for i in reversed(range(count)):
-        if i < len(inputs):
+    for layer in reversed(range(count + of_given)):
+        i = layer - of_given
+        if layer < len(inputs):
             if config.save == "fp8":
-                d = grad(d, inputs[i].double(), *config.params)
+                d = grad(d, inputs[layer].double(), *config.params)
             else:
-                d = config.row.grad_from_side(d, *(t.double() for t in sides(config, *slopes[i])))
-        below = inputs[i - 1].double() if i else x
-        take(i, d, value(below, *config.params) if i and config.save == "fp8" else below)
+                d = config.row.grad_from_side(d, *(t.double() for t in sides(config, *slopes[layer])))
+        if i < 0:
+            break
+        below = inputs[layer - 1].double() if layer else x
+        take(i, d, value(below, *config.params) if layer and config.save == "fp8" else below)
         d = d @ weights[i]
     return [d, *grads[1:]]
 
@@ -71,6 +78,7 @@ def check_kept(config, tensors, y, residuals):
     """y, and what is kept of every layer, beside the preact policy's y and z."""
     form, activation, save = config.form, Bound(config.row, config.params), config.save
     plain, *zs = native.forward(config_of(form, activation, "preact"), *tensors)
+    zs = [tensors[0], *tensors[1][: form.inputs - 1]] if form.given else zs
     if save == "fp8":
         assert torch.equal(y, plain)
         for found, expected in zip(residuals, [t for z in zs for t in encode_fp8(z)], strict=True):
@@ -80,7 +88,7 @@ def check_kept(config, tensors, y, residuals):
     if save == "output_lsb":
         outputs = residuals if form.projected else [y]
         kept_z = zs if not form.projected else zs[:1]  # of the layers above, z is that of another input
-        h = native.forward(config_of(LINEAR_ACT, activation, "preact"), tensors[0], first_linear(tensors))[0]
+        h = first_output(config, activation, tensors)
         assert same_bits(outputs[0], encode_lsb(kept_z[0], h, at))
         return
     assert torch.equal(y, plain)
@@ -103,9 +111,14 @@ def check_kept(config, tensors, y, residuals):
         assert near.float().mean() > 0.9 and ((found - wide).abs() <= step + (4e-5 * z).abs())[near].all()
 
 
-def first_linear(tensors):
-    flat = tensors[1]
-    return [flat[0], flat[len(flat) // 2]]
+def first_output(config, activation, tensors):
+    """Of the first hidden layer, as the kernels compute it."""
+    x, flat = tensors
+    if config.form.given:
+        one = torch.eye(x.shape[-1], dtype=x.dtype)
+        return native.forward(config_of(MLP, activation, "output"), x, [one, one, None, None])[1]
+    linear = [flat[0], flat[len(flat) // 2]]
+    return native.forward(config_of(LINEAR_ACT, activation, "preact"), x, linear)[0]
 
 
 def same_bits(a, b):
@@ -114,7 +127,7 @@ def same_bits(a, b):
 
 def saved_for(config, x, flat, y, residuals, needs):
     """What autograd would hand to backward, and None in the place of the rest."""
-    everything = [x, y, *flat, *residuals]
+    everything = saved_row(config.form, [x, *flat], y, residuals)
     kept = find_kept(config.form, config.save, config.row.grad_reads_output, needs)
     return [t if k else None for t, k in zip(everything, kept, strict=True)]
 
@@ -127,7 +140,7 @@ def check(form, activation, save, x, flat):
     saved = saved_for(config, x, flat, y, residuals, needs)
     ours = native.backward(config, dy, saved, needs)
     theirs = reference.backward(config, dy, saved, needs)
-    whole = reference.reference.unflatten([x, y, *flat, *residuals], len(flat) // 2)
+    whole = reference.reference.unflatten(form, saved_row(form, [x, *flat], y, residuals), len(needs))
     assert_as_good_as_eager(ours, theirs, exact(config, dy, whole, residuals), roundings(save, x.dtype))
 
 
@@ -153,7 +166,7 @@ def test_every_choice_of_what_is_needed(form, activation, save, dtype, route):
     config = config_of(form, activation, save)
     y, *residuals = native.forward(config, x, flat)
     dy = like(y, 56)
-    complete = native.backward(config, dy, [x, y, *flat, *residuals], (True,) * (1 + len(flat)))
+    complete = native.backward(config, dy, saved_row(form, [x, *flat], y, residuals), (True,) * (1 + len(flat)))
     for some in range(1, 2 ** (1 + len(flat)), 7):
         needs = tuple(bool(some >> i & 1) for i in range(1 + len(flat)))
         found = native.backward(config, dy, saved_for(config, x, flat, y, residuals, needs), needs)
@@ -229,7 +242,10 @@ def test_nothing_in_it(form, save, dtype, route):
         config = config_of(form, GELU, save)
         y, *residuals = native.forward(config, x, flat)
         needs = (True,) * (1 + len(flat))
-        ours, theirs = (b.backward(config, like(y, 61), [x, y, *flat, *residuals], needs) for b in (native, reference))
+        ours, theirs = (
+            b.backward(config, like(y, 61), saved_row(form, [x, *flat], y, residuals), needs)
+            for b in (native, reference)
+        )
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 

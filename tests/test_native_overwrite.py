@@ -19,7 +19,7 @@ GELU = bind("gelu")
 
 @each_route
 @each("save", ["preact", "recompute"])
-@each("form", FORMS.values())
+@each("form", [form for form in FORMS.values() if not form.given])  # z that is given is the caller's
 def test_the_same_gradients(form, save, dtype, route):
     """Every subset of the gradients, with and without, over rows of more than one block."""
     x, weights, biases = tensors(form, dtype, seed=21, rows=ROWS.get(route, 1100), features=(20, 33, 18, 24))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fusible import WIDTH, Gated, TwoLinears, sequential
 from graphs import all_modules
-from support import ACTIVATIONS, call, each, eager, tensors
+from support import ACTIVATIONS, call, each, eager, tensors, with_others
 from torch import nn
 
 import fastbp
@@ -29,10 +29,11 @@ class Everything(nn.Module):
         super().__init__()
         self.form = form
         _, weights, biases = tensors(form, torch.float32, seed=3)
-        self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
+        self.weights, self.biases = nn.ParameterList(weights[form.inputs - 1 :]), nn.ParameterList(biases)
 
     def forward(self, x):
-        return [call(self.form, x, [*self.weights], [*self.biases], activation=f) for f in IN_FORM[self.form]]
+        weights = with_others(self.form, x, self.weights)
+        return [call(self.form, x, weights, [*self.biases], activation=f) for f in IN_FORM[self.form]]
 
 
 def draw(rows, features):
@@ -76,7 +77,7 @@ def exported():
 def test_every_activation_in_every_form(exported, form, activation):
     model, x, outputs = exported(form)
     y = dict(zip(IN_FORM[form], outputs, strict=True))[activation]
-    expected = eager(form, x, [*model.weights], [*model.biases], activation).detach()
+    expected = eager(form, x, with_others(form, x, model.weights), [*model.biases], activation).detach()
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 

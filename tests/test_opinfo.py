@@ -10,6 +10,8 @@ import itertools
 import support
 import torch
 from support import on_flat
+from torch._prims_common import compare_tensor_meta
+from torch._subclasses import CrossRefFakeMode, FakeTensorMode
 from torch.testing import make_tensor
 from torch.testing._internal import composite_compliance
 from torch.testing._internal.common_device_type import OpDTypes, instantiate_device_type_tests, ops
@@ -19,6 +21,7 @@ from torch.testing._internal.opinfo.core import ErrorInput, OpInfo, SampleInput
 
 import fastbp
 from fastbp.activations import bind
+from fastbp.backends import native
 from fastbp.forms import FORMS, LINEAR_ACT
 from fastbp.saving import exact_policies
 
@@ -26,7 +29,7 @@ SIZES = (3, 4, 2, 3)  # in, hidden, hidden of mlp, out
 
 
 def flat_call(form, activation, save):
-    """A function of x, weights and biases, all one tensor each."""
+    """A function of the inputs, weights and biases, all one tensor each."""
     if form.name == "linear_act":
         return functools.partial(fastbp.linear_act, activation=activation, save=save)
     return on_flat(support.call, form, activation=activation, save=save)
@@ -34,11 +37,9 @@ def flat_call(form, activation, save):
 
 def sample_inputs(form, op_info, device, dtype, requires_grad, **_):
     draw = functools.partial(make_tensor, low=-2, high=2, device=device, dtype=dtype, requires_grad=requires_grad)
-    shapes = support.tensors(form, torch.float32, seed=0, features=SIZES)[1]
     for leading, bias in [((5,), True), ((5,), False), ((), True), ((2, 2), True), ((0,), True)]:
-        weights = [draw(*weight.shape) for weight in shapes]
-        biases = [draw(weight.shape[0]) if bias else None for weight in shapes]
-        yield SampleInput(draw(*leading, SIZES[0]), *weights, *biases)
+        like = support.flatten(*support.tensors(form, torch.float32, seed=0, rows=leading, features=SIZES, bias=bias))
+        yield SampleInput(*[None if t is None else draw(*t.shape) for t in like])
 
 
 def error_inputs(form, op_info, device, **_):
@@ -48,12 +49,13 @@ def error_inputs(form, op_info, device, **_):
         arguments[at] = change(arguments[at].detach())
         return ErrorInput(SampleInput(*arguments), error_type=error_type, error_regex=error_regex)
 
-    first_bias = 1 + len(support.tensors(form, seed=0)[1])
-    yield error(ValueError, r"to match x \(37, 4\)", at=0, change=lambda x: x.new_zeros(37, 4))
-    yield error(ValueError, "x must have at least one dimension", at=0, change=lambda x: x.new_zeros(()))
-    yield error(ValueError, r"did you mean \w+(\[0\])?\.T\?", at=1, change=lambda w: w.t())
-    yield error(ValueError, r"must be \(4,\) to match", at=first_bias, change=lambda b: b[:1])
-    yield error(TypeError, "must have the dtype of x", at=1, change=torch.Tensor.double)
+    first, weight, bias = form.names_of_inputs[0], form.inputs, 1 + len(support.tensors(form, seed=0)[1])
+    if weight == 1:
+        yield error(ValueError, rf"to match {first} \(37, 7\)", at=0, change=lambda x: x.new_zeros(37, 7))
+    yield error(ValueError, f"{first} must have at least one dimension", at=0, change=lambda x: x.new_zeros(()))
+    yield error(ValueError, r"did you mean \w+(\[0\])?\.T\?", at=weight, change=lambda w: w.t())
+    yield error(ValueError, r"must be \(\d,\) to match", at=bias, change=lambda b: b[:1])
+    yield error(TypeError, f"must have the dtype of {first}", at=1, change=torch.Tensor.double)
     yield error(TypeError, "complex layers are not supported", at=0, change=lambda x: x.to(torch.complex64))
 
 
@@ -191,8 +193,10 @@ class TestOperators(TestCase):
 
             every = tuple(range(1 + len(rest)))
             per_sample = torch.func.grad(loss, argnums=every)
-            batched = torch.vmap(per_sample, in_dims=(0, *(None for _ in rest)))(sample.input, *rest)
-            loop = [per_sample(x, *rest) for x in sample.input]
+            others = getattr(op.op, "inputs", 1) - 1  # of the shape of x
+            in_dims = (0, *(0 if i < others else None for i in range(len(rest))))
+            batched = torch.vmap(per_sample, in_dims)(sample.input, *rest)
+            loop = [per_sample(*inputs, *rest[others:]) for inputs in zip(sample.input, *rest[:others], strict=True)]
             self.assertEqual(batched, tuple(torch.stack(grads) for grads in zip(*loop, strict=True)))
 
 
@@ -243,5 +247,44 @@ class TestCompositeCompliance(TestCase):
         composite_compliance.check_forward_ad_formula(*sample, assert_equal_fn=self.assertEqual)
 
 
-for test_class in (TestOperators, TestOperatorGradients, TestCompositeCompliance):
+class TestFakeTensor(TestCase):
+    """Every operation that runs, forward and backward, against its fake; and calls of fake tensors."""
+
+    def crossref(self, device, dtype, op):
+        for sample in op.sample_inputs(device, dtype, requires_grad=True):
+            seen = []
+            with CrossRefFakeMode(lambda func, seen=seen: bool(seen.append(func))):
+                composite_compliance.compute_expected_grads(op.get_op(), [sample.input, *sample.args], sample.kwargs)
+            self.assertTrue(any(func.namespace != "aten" for func in seen) or native.unavailable)
+
+    @all_ops
+    def test_fake_crossref_backward_no_amp(self, device, dtype, op):
+        self.crossref(device, dtype, op)
+
+    @ops(OPS, dtypes=OpDTypes.supported, allowed_dtypes=[torch.float32])
+    def test_fake_crossref_backward_amp(self, device, dtype, op):
+        for cast_to in (torch.bfloat16, torch.float16):
+            with torch.autocast(device, cast_to):
+                self.crossref(device, dtype, op)
+
+    def of_fakes(self, device, dtype, op):
+        for sample in op.sample_inputs(device, dtype, requires_grad=True):
+            mode = FakeTensorMode()
+            fake = sample.transform(lambda t, mode=mode: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t)
+            real = run(op, sample)
+            with mode:
+                for found, expected in zip(run(op, fake), real, strict=True):
+                    compare_tensor_meta(found, expected, check_strides=True)
+
+    @all_ops
+    def test_fake(self, device, dtype, op):
+        self.of_fakes(device, dtype, op)
+
+    @ops(OPS, dtypes=OpDTypes.supported, allowed_dtypes=[torch.float32])
+    def test_fake_autocast(self, device, dtype, op):
+        with torch.autocast(device):
+            self.of_fakes(device, dtype, op)
+
+
+for test_class in (TestOperators, TestOperatorGradients, TestCompositeCompliance, TestFakeTensor):
     instantiate_device_type_tests(test_class, globals(), only_for="cpu")

@@ -22,9 +22,11 @@ def op_case(form, activation, save, tensors, needs=None):
     y, residuals = getattr(torch.ops.fastbp, form.name)(*forward)
     needs = [t is not None for t in flatten(*tensors)] if needs is None else needs
     kept = find_kept(form, save, activation.row.grad_reads_output, tuple(needs))
-    residuals = [r if k else None for r, k in zip(residuals, kept[2 + 2 * len(weights) :], strict=True)]
+    residuals = [r if k else None for r, k in zip(residuals, kept[1 + len(needs) :], strict=True)]
+    first, packed = form.inputs, [x, *packed]
+    there = [t if k else None for t, k in zip([*packed[:first], y], kept, strict=False)]
     dy = like(y, seed=1)
-    backward = [dy, x if kept[0] else None, y if kept[1] else None, *packed, residuals, *settings, needs]
+    backward = [dy, *there, *packed[first:], residuals, *settings, needs]
     return forward, backward
 
 
@@ -87,8 +89,10 @@ def test_opcheck_of_other_strides(form):
     """A transposed x, weights that are slices, a dy of stride zero."""
     x, weights, biases = draw(form, (3, 4), requires_grad=False)
     weights = [torch.stack([w, w], -1)[..., 0] for w in weights]
+    x = x.transpose(0, 1)
+    weights[: form.inputs - 1] = [t.transpose(0, 1) for t in weights[: form.inputs - 1]]
     for activation in (TANH, GELU, IDENTITY):
-        forward, backward = op_case(form, activation, "preact", (x.transpose(0, 1), weights, biases))
+        forward, backward = op_case(form, activation, "preact", (x, weights, biases))
         check_ops(form, forward, backward)
         check_ops(form, forward, [torch.ones((), dtype=x.dtype).expand_as(backward[0]), *backward[1:]])
 

@@ -50,7 +50,8 @@ def test_partial(activation):
     for function in row.functions:
         if function not in (torch.celu, torch.celu_):  # whose first argument, too, is keyword-only
             assert resolve(functools.partial(function, **keywords)) == activation
-    assert resolve(functools.partial(row.functions[0], **keywords, inplace=True)) == activation
+    if hasattr(row.functions[0], "__code__"):  # those of C++ have no such argument
+        assert resolve(functools.partial(row.functions[0], **keywords, inplace=True)) == activation
 
 
 class _Stranger(nn.Module):

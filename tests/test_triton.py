@@ -6,18 +6,7 @@ import pytest
 import torch
 from routes import TRITON_DEVICE, each_triton_route
 from special_points import EXACT, assert_one_of, at_special_points
-from support import (
-    ACTIVATIONS,
-    FEW,
-    assert_accurate,
-    call,
-    cases,
-    each,
-    flatten,
-    grads,
-    like,
-    places,
-)
+from support import ACTIVATIONS, FEW, assert_accurate, call, cases, each, flatten, grads, like, places, unflatten
 from support import tensors as draw
 
 from fastbp.activations import bind
@@ -119,10 +108,9 @@ def test_the_same_bits_again_with_and_without_keeping_the_graph(
     """A retained graph is left as it was; without one, dz may be written over z."""
     monkeypatch.setattr("fastbp.autograd._WORTH_ASKING", 1)
     inputs = flatten(*tensors(form, dtype, seed=38, features=ALIGNED))
-    half = 1 + len(inputs) // 2
 
     def step():
-        return call(form, inputs[0], inputs[1:half], inputs[half:], activation=activation, save=save, backend="triton")
+        return call(form, *unflatten(form, inputs), activation=activation, save=save, backend="triton")
 
     y = step()
     dy = like(y, 37)
@@ -134,15 +122,15 @@ def test_the_same_bits_again_with_and_without_keeping_the_graph(
         assert all(torch.equal(first, other) for other in others)
 
 
+# Of inputs, weights and biases, those that take a gradient.
 NEEDS = {
-    "x alone": lambda count: [True] + [False] * (2 * count),
-    "weights alone": lambda count: [False] + [True] * count + [False] * count,
-    "biases alone": lambda count: [False] + [False] * count + [True] * count,
-    "the last weight": lambda count: [False] + [False] * (count - 1) + [True] + [False] * count,
-    "the first weight": lambda count: [False, True] + [False] * (2 * count - 1),
-    "the second bias": lambda count: (
-        [False] * (count + 2) + [True] + [False] * (count - 2) if count > 1 else [True] * 3
-    ),
+    "x alone": lambda inputs, weights, biases: inputs[:1],
+    "the last input": lambda inputs, weights, biases: inputs[-1:],
+    "weights alone": lambda inputs, weights, biases: weights,
+    "biases alone": lambda inputs, weights, biases: biases,
+    "the last weight": lambda inputs, weights, biases: weights[-1:],
+    "the first weight": lambda inputs, weights, biases: weights[:1],
+    "the second bias": lambda inputs, weights, biases: biases[1:2] or (*inputs, *weights, *biases),
 }
 
 
@@ -153,10 +141,10 @@ NEEDS = {
 def test_frozen_inputs(form, activation, save, needs, dtype, triton_route):
     """Of identity's output nothing is read, so it may not be there."""
     inputs = flatten(*tensors(form, dtype, seed=39, features=ALIGNED))
-    for tensor, need in zip(inputs, NEEDS[needs](len(inputs) // 2), strict=True):
-        tensor.requires_grad_(need)
-    half = 1 + len(inputs) // 2
-    accurate(form, activation, save, (inputs[0], inputs[1:half], inputs[half:]))
+    chosen = NEEDS[needs](*form.split(range(len(inputs))))
+    for i, tensor in enumerate(inputs):
+        tensor.requires_grad_(i in chosen)
+    accurate(form, activation, save, unflatten(form, inputs))
 
 
 @each("dtype", [torch.float16, torch.float32])

@@ -12,6 +12,8 @@ KEYS = {
     "gated_linear_act": "gated_linear_act 6x8x16 silu bfloat16 preact",
     "mlp": "mlp 6x8x16x4 relu float32 output",
     "gated_mlp": "gated_mlp 6x8x16x4 silu float32 recompute",
+    "act_linear": "act_linear 6x8x16 gelu float32 preact",
+    "gated_act_linear": "gated_act_linear 6x8x16 silu bfloat16 preact",
 }
 with_native = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
 

@@ -73,8 +73,9 @@ Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std:
   const int64_t route = settings / kRoute;
   STD_TORCH_CHECK(route <= kMostRoutes, "fastbp_native: no such route");
   Call call;
-  call.settings = {(settings & 1) != 0,     (settings & 2) != 0, given, static_cast<int>(activation), {0, 0},
-                   static_cast<Save>(save), overwrites,          static_cast<int>(route)};
+  call.settings = {
+      (settings & 1) != 0, (settings & 2) != 0,    given, static_cast<int>(activation), {0, 0}, static_cast<Save>(save),
+      overwrites,          static_cast<int>(route)};
   for (size_t i = 0; i < params.size(); ++i) call.settings.params[i] = params[i];
   STD_TORCH_CHECK(
       call.settings.gated ? linears == 2 + call.settings.projected : call.settings.projected || linears == 1,

@@ -119,7 +119,8 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
     for (int part = 0; part < call.parts(layer); ++part) {
       if (!needs.weight(first + part)) continue;
       if (!h) h = input(layer);
-      grads[call.weight_place(first + part)] = outer(matrix(*keep[part], call.rows), *h, call.weights[first + part].by_columns());
+      grads[call.weight_place(first + part)] =
+          outer(matrix(*keep[part], call.rows), *h, call.weights[first + part].by_columns());
     }
     if (!dx) return grads;
     dh = std::move(dx);

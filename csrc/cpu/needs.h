@@ -25,9 +25,7 @@ class Needs {
   bool below(int64_t layer) const { return below_[layer]; }
   // Whether dz of a linear is wanted for anything; and whether as a tensor.
   bool slope(int64_t linear) const { return slope_kept(linear) || bias(linear); }
-  bool slope_kept(int64_t linear) const {
-    return below(call_.layer_of(linear)) || weight(linear) || input(linear);
-  }
+  bool slope_kept(int64_t linear) const { return below(call_.layer_of(linear)) || weight(linear) || input(linear); }
 
  private:
   bool is_given(int64_t linear) const { return linear < call_.given(); }

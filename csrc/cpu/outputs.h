@@ -7,14 +7,15 @@
 namespace fastbp::cpu {
 
 // f(z), or f(g) · u, in one pass; to `out`, which may be z itself. In forward with what the layer keeps in other forms.
+// `panels`: computed in S and rounded then, as panels of a product are, and not by the loops of the dtype.
 template <class S>
-void outputs(const Call& call, const Rows* z, const Out& out, const Kept* kept) {
+void outputs(const Call& call, const Rows* z, const Out& out, const Kept* kept, bool panels = false) {
   const Settings& settings = call.settings;
-  const Rows &rows = z[0], &up_rows = z[1];
+  const Rows &rows = z[0], &up_rows = z[call.width() - 1];
   const bool up = settings.gated, sides = settings.from_side();
   const int64_t size = rows.size, bytes = bits_size(size);
   const auto bits_at = [&](int64_t r) { return kept ? kept->bits.over(r, 0) : nullptr; };
-  if (rows.dense() && (!up || up_rows.dense())) {
+  if (!panels && rows.dense() && (!up || up_rows.dense())) {
     const Elementwise& loops = call.loops<S>(call.dtype);
     const int activation = settings.activation;
     const bool contiguous =

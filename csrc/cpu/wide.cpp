@@ -24,7 +24,7 @@ std::vector<Tensor> forward_wide(Call& call) {
     if (settings.save != Save::preact) {  // in the pass that writes what is kept
       if (!settings.keeps_h()) between.push_back(call.make(call.weights[0].out));
       const Out h = settings.keeps_h() ? results[0].h : Out(between.back());
-      outputs<S>(call, call.residuals.data(), h, &results[0]);
+      outputs<S>(call, call.residuals.data(), h, &results[0], call.rounds<S>());
       chain.settings.save = Save::output;
       chain.residuals = {Rows(h, call.rows)};
     }
@@ -219,8 +219,8 @@ struct Gradients {
 };
 
 template <class S>
-void backward_block(Call call, const Rows& dy, const Needs& needs, Gradients<S>& grads,
-                    const std::vector<Out>& dinputs, bool first_block) {
+void backward_block(Call call, const Rows& dy, const Needs& needs, Gradients<S>& grads, const std::vector<Out>& dinputs,
+                    bool first_block) {
   if (call.settings.save == Save::recompute) replay<S>(call);
   std::optional<Slopes<S>> slopes;  // dz of the layer at hand
   std::vector<Rows> d;

@@ -76,6 +76,12 @@ std::vector<Maybe> run_backward(Call& call, const Tensor& dy, const Maybe& x, co
     h_below = slope.h;
   };
 
+  const auto with_leading = [&](const Tensor& rows) {
+    std::vector<int64_t> sizes = call.leading;
+    sizes.push_back(rows.size(1));
+    return torch::stable::view(rows, {sizes.data(), sizes.size()});
+  };
+
   int64_t layer = call.layers() - 1;
   if (layer < call.hidden()) {
     take(layers.chain_rule(*dz[0], layer, wanted_of(layer, false), false));
@@ -104,16 +110,17 @@ std::vector<Maybe> run_backward(Call& call, const Tensor& dy, const Maybe& x, co
     for (int part = 0; part < parts; ++part) {
       if (!own[part]) continue;
       if (needs.weight(first + part)) {
-        grads[1 + first + part] = mm(torch::stable::transpose(*own[part], 0, 1), matrix(*h, call.rows));
+        grads[call.weight_place(first + part)] = mm(torch::stable::transpose(*own[part], 0, 1), matrix(*h, call.rows));
       }
-      if (needs.bias(first + part)) grads[1 + linears + first + part] = own_db[part];
+      if (needs.bias(first + part)) grads[call.bias_place(first + part)] = own_db[part];
     }
-    if (layer == 0 && wanted[0]) {
+    if (layer == 0 && needs.below(0)) {
       Tensor dx = mm(*own[0], *weights[0]);
       if (parts == 2) add_product(dx, *own[1], *weights[1]);
-      std::vector<int64_t> sizes = call.leading;
-      sizes.push_back(call.weights[0].in);
-      grads[0] = torch::stable::view(dx, {sizes.data(), sizes.size()});
+      grads[0] = with_leading(dx);
+    }
+    for (int64_t i = 0; i < call.given() && layer == 0; ++i) {
+      if (wanted[i]) grads[i] = with_leading(*own[i]);
     }
     if (!needs.below(layer)) break;
   }
@@ -125,9 +132,8 @@ std::vector<Maybe> run_backward(Call& call, const Tensor& dy, const Maybe& x, co
 std::vector<Tensor> forward(const Tensor& x, std::vector<Tensor> tensors, int64_t settings,
                             std::vector<double> params) {
   const Call call = cpu::forward_call(x, tensors, settings, params);
-  tensors.resize(call.linears());
   const OnDevice here(call.device.index);
-  const auto results = run_forward(call, x, tensors);
+  const auto results = run_forward(call, x, cpu::weights_of(call, tensors));
   check_launches();
   return results;
 }

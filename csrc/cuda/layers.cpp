@@ -164,12 +164,14 @@ bool Layers::forward_fused(const Tensor& x, const Tensor* weights, const Maybe* 
 
 Layers::Forward Layers::forward(const Tensor& x, const Tensor* weights, const Maybe* biases) const {
   Forward found;
-  if (route_ != Route::library && forward_fused(x, weights, biases, found)) return found;
+  const bool given = call_.settings.given;
+  if (route_ != Route::library && !given && forward_fused(x, weights, biases, found)) return found;
   // Where PyTorch uses cuBLASLt the bias is added in its epilogue, and the pass need not read and write z for it.
   const bool gated = call_.settings.gated, keep = call_.settings.keeps_z();
-  const Tensor z = dense(linear(x, weights[0], biases[0]));
-  const Maybe up = gated ? Maybe(dense(linear(x, weights[1], biases[1]))) : std::nullopt;
-  found.y = keep ? like(z) : z;
+  const auto made = [&](int part) { return dense(given ? *call_.kept[part] : linear(x, weights[part], biases[part])); };
+  const Tensor z = made(0);
+  const Maybe up = gated ? Maybe(made(1)) : std::nullopt;
+  found.y = keep || given ? like(z) : z;  // over z, where that is the call's own
   const auto sizes = z.sizes();
   make_kept({sizes.begin(), sizes.end()}, found);
   if (call_.settings.compressed()) {
@@ -180,7 +182,7 @@ Layers::Forward Layers::forward(const Tensor& x, const Tensor* weights, const Ma
       value.beside[part] = data(found.beside[part]);
     }
     launch_rows(value, sizes.back());
-  } else if (keep || gated || !is_identity()) {
+  } else if (keep || given || gated || !is_identity()) {
     launch(activation_, Value{z.const_data_ptr(), data(up), found.y.mutable_data_ptr(), z.numel()}, stream_);
   }
   if (keep) found.kept[0] = z, found.kept[1] = up;

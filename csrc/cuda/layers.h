@@ -25,8 +25,8 @@ class Layers {
  public:
   explicit Layers(const Call& call);
 
-  // y = f(x Wᵀ + b), or f(g) · u; x (..., K), y (..., N). And what the policy keeps of each linear: z or its codes, or
-  // y; and bits or scales beside it.
+  // y = f(x Wᵀ + b), or f(g) · u; x (..., K), y (..., N); of a call that is given z, or g and u, from these. And what
+  // the policy keeps of each linear: z or its codes, or y; and bits or scales beside it.
   struct Forward {
     Tensor y;
     Maybe kept[2], beside[2];

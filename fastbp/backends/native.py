@@ -9,14 +9,19 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _AutoDispatchBelowADInplaceOrView
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-from fastbp.activations import TABLE, rounded
-from fastbp.problem import Config, Problem
+from fastbp import flops, reference, shapes
+from fastbp.activations import TABLE, Activation, rounded
+from fastbp.forms import FORMS, Form
+from fastbp.problem import Config, Problem, check, configure
 from fastbp.saving import POLICIES
 from fastbp.version import __version__, fingerprint
 
@@ -158,9 +163,114 @@ def backward(
 def _codes(config: Config, dtype: torch.dtype, cuda: bool) -> tuple[int, list[float]]:
     """A config as the ops take it (csrc/ops.cpp), with the parameters as y of this dtype shows them."""
     params = rounded(config.params, dtype) if config.save == "output" and config.row.limits else config.params
-    form = config.form.gated + 2 * config.form.projected + _GIVEN * config.form.given
     route = 1 + (CUDA_ROUTES if cuda else _cpu_routes()).index(config.route) if config.route else 0
-    return form + 4 * _SAVES.index(config.save) + 32 * TABLE.index(config.row) + _ROUTE * route, list(params)
+    return _code_of(config.form) + 4 * _SAVES.index(config.save) + 32 * TABLE.index(config.row) + _ROUTE * route, list(
+        params
+    )
+
+
+def _code_of(form: Form) -> int:
+    return form.gated + 2 * form.projected + _GIVEN * form.given
+
+
+def _decoded(settings: int) -> tuple[Form, str, Activation, str]:
+    """Form, policy, activation and way of computing of a call, from what ``_codes`` makes of them on a CPU."""
+    code = settings % 4 + (settings & _GIVEN)
+    (form,) = [f for f in FORMS.values() if _code_of(f) == code]
+    route = settings % _GIVEN // _ROUTE
+    return (
+        form,
+        _SAVES[settings // 4 % 8],
+        TABLE[settings % _OVERWRITE // 32],
+        _cpu_routes()[route - 1] if 0 < route <= len(_cpu_routes()) else "",
+    )
+
+
+def _forward_fake(x: Tensor, tensors: list[Tensor], settings: int, params: list[float]) -> list[Tensor]:
+    """What ``forward`` returns, unwritten."""
+    form, save, *_ = _decoded(settings)
+    (_, *others), weights, biases = form.split((x, *tensors))
+    check(form, x, weights, [None if _may_be_absent(b) else b for b in biases], others)
+    return shapes.new_results(form, save, x, [w.shape for w in weights])
+
+
+def _may_be_absent(tensor: Tensor) -> bool:
+    """Whether it is what stands for none; as a fake it is not itself, and a bias of one number looks the same."""
+    return tensor.shape == (1,) and tensor.dtype is torch.float32 and tensor.device.type == "cpu"
+
+
+def _forward_flops(x: Tensor, tensors: list[Tensor], settings: int, params: list[float]) -> int:
+    _, weights, _ = _decoded(settings)[0].split((x, *tensors))
+    return shapes.forward_flops(prod(x.shape[:-1]), [w.shape for w in weights])
+
+
+def _weights_of(dy: Tensor, saved: list[Tensor], settings: int, needs: tuple[bool, ...]) -> list[shapes.Shape]:
+    """The shapes of a backward call's weights, those too that it does not read."""
+    form, save, row, _ = _decoded(settings)
+    inputs, _, weights, _, residuals = reference.unflatten(form, saved, len(needs))
+    return shapes.find_weights(
+        form,
+        save,
+        row.grad_reads_output,
+        needs,
+        dy.shape,
+        [t.shape for t in inputs],
+        [w.shape if w.dim() == 2 else None for w in weights],
+        [r.shape for r in residuals],
+    )
+
+
+def _backward_fake(
+    dy: Tensor, saved: list[Tensor], settings: int, params: list[float], needs: list[bool]
+) -> list[Tensor]:
+    """What ``backward`` returns, unwritten."""
+    for tensor in saved:
+        if tensor.device != dy.device and not _may_be_absent(tensor):
+            raise RuntimeError(f"fastbp_native: tensors on {tensor.device} and {dy.device} in one call")
+    weights = _weights_of(dy, saved, settings, tuple(needs))
+    grads = [None if s is None else dy.new_empty(s) for s in shapes.gradient_shapes(dy.shape, weights, needs)]
+    form, *_, route = _decoded(settings)
+    if dy.device.type == "cpu" and route in ("", "library", "row") and all(map(all, (dy.shape, *weights))):
+        for i, weight in enumerate(reference.unflatten(form, saved, len(needs)).weights, start=form.inputs):
+            grad = grads[i]
+            if grad is not None and weight.dim() == 2 and weight.stride(0) == 1 != weight.stride(1):
+                grads[i] = grad.new_empty(grad.shape[::-1]).mT  # it lies as the weight does
+    return [grad for grad in grads if grad is not None]
+
+
+def _recorded_forward(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """A call that make_fx records, as PyTorch's operations: this op has no derivative, and its settings no meaning
+    in another process."""
+    x, tensors, settings, params = args
+    config = _config(settings, params)
+    with mode, _AutoDispatchBelowADInplaceOrView():
+        y, residuals = reference.forward(config, *config.form.split((x, *_present(tensors))))
+    return [y, *residuals]
+
+
+def _recorded_backward(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The same of backward."""
+    dy, saved, settings, params, needs = args
+    config = _config(settings, params)
+    parts = reference.unflatten(config.form, _present(saved), len(needs))
+    with mode, _AutoDispatchBelowADInplaceOrView():
+        grads = reference.backward(config, dy, parts, tuple(needs))
+    return [grad for grad in grads if grad is not None]
+
+
+def _config(settings: int, params: list[float]) -> Config:
+    form, save, row, _ = _decoded(settings)
+    return configure(form.name, row.name, tuple(params), save, "reference")
+
+
+def _present(tensors: list[Tensor]) -> list[Tensor | None]:
+    return [None if t is _ABSENT else t for t in tensors]
+
+
+def _backward_flops(dy: Tensor, saved: list[Tensor], settings: int, params: list[float], needs: list[bool]) -> int:
+    form, save, *_ = _decoded(settings)
+    weights = _weights_of(dy, saved, settings, tuple(needs))
+    return shapes.backward_flops(form, save, prod(dy.shape[:-1]), weights, tuple(needs))
 
 
 unavailable = load()
@@ -175,3 +285,12 @@ if unavailable is None:
     _beneath_autograd = torch.library.Library("fastbp_native", "IMPL", "Autograd")
     for _op in ("forward", "backward"):
         _beneath_autograd.impl(_op, torch.library.fallthrough_kernel)
+    _more = torch.library.Library("fastbp_native", "FRAGMENT")
+    for _packet, _fake, _flops, _recorded in (
+        (_ops().forward, _forward_fake, _forward_flops, _recorded_forward),
+        (_ops().backward, _backward_fake, _backward_flops, _recorded_backward),
+    ):
+        _name = f"fastbp_native::{_packet.__name__}"
+        torch.library.register_fake(_name, _fake, lib=_more)
+        torch.library.register_torch_dispatch(_name, ProxyTorchDispatchMode, _recorded, lib=_more)
+        flops.count_as(_packet, _flops)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fastbp import backends, readers, saving
-from fastbp.fusion import known, sample, surgery
+from fastbp import backends, known, readers, saving
+from fastbp.fusion import sample, surgery
 from fastbp.fusion.sites import FUSED, LEFT, WOULD_FUSE, FusionReport, Site
-from fastbp.linear import OUTCOME, Linear, Settings
+from fastbp.linear import OUTCOME, Settings
 from fastbp.modules import LAYERS
 
 __all__ = ["FusionReport", "fuse", "report", "unfuse"]
@@ -136,16 +136,13 @@ def _swap(
     """Change every linear and known block, and note it; what takes each change back."""
     undo: list[Callable[[], None]] = []
     for name, module in list(_candidates(model)):
-        linear = readers.reader_of(readers.base_of(module)) is not None or isinstance(module, Linear)
-        plan = None if linear else known.read(module)
-        if isinstance(plan, str):
-            found.sites += _sites_of_experts(name, module)
-            continue
+        linear = readers.is_linear(module)
+        read = "" if linear else known.read(module)
+        plan = None if isinstance(read, str) else read
         reason = plan.refuses(settings[0]) if plan is not None else None
         if reason is None and filter_fn is not None and not filter_fn(module, name):
             reason = "filter_fn said no"
-        if plan is not None:
-            found.sites += _sites_of_block(name, module, plan, reason)
+        found.sites += _sites_of_experts(name, module) if plan is None else _sites_of_block(name, module, plan, reason)
         if reason is not None:
             continue
         found.linears += linear
@@ -184,6 +181,7 @@ def _undo_of(module: nn.Module) -> Callable[[], None]:
 def _run(model: nn.Module, sample_inputs: Any, found: FusionReport, strict: bool) -> None:
     """Run the changed model on the sample and note what it did; RuntimeError where ``strict`` forbids that."""
     sample.watch(model, sample_inputs)
+    found.ran = True  # also where every linear is part of a block, and none was called
     _add_outcomes(model, found)
     if strict and found.left:
         raise RuntimeError(f"fastbp.fuse(strict=True): not everything was fused; the model is as it was\n{found}")
@@ -208,6 +206,10 @@ def _sites_of_block(name: str, module: nn.Module, plan: known.Plan, reason: str 
 
 
 def _sites_of_experts(name: str, module: nn.Module) -> list[Site]:
-    """A row for what nobody else would name: weights of three dimensions, the experts of a mixture."""
-    experts = sum(p.ndim == 3 for p in module._parameters.values() if p is not None) >= 2
+    """A row for what nobody else would name: weights of three dimensions, the experts of a mixture.
+
+    The token and the positions of a vision transformer, (1, n, width), have one expert each, which is none.
+    """
+    counts = [p.shape[0] for p in module._parameters.values() if p is not None and p.ndim == 3 and p.shape[0] > 1]
+    experts = len(counts) > len(set(counts))
     return [Site(name, type(module).__name__, "", LEFT, "weights of three dimensions, one per expert")] * experts

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from fastbp.capture import refuse_torchscript
-from fastbp.copies import shown_class, stock_copy, stock_reduce
+from fastbp.copies import BASE, base_of, shown_class, stock_copy, stock_reduce
 
 if TYPE_CHECKING:
-    from fastbp.fusion.known import Plan
+    from fastbp.known import Plan
 
 PLAN = "_fastbp_plan"
-_BASE = "_fastbp_base"  # of a fused class: the class it was made of
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -31,18 +30,13 @@ def is_fused(module: nn.Module) -> bool:
 def swap_in(module: nn.Module, plan: Plan) -> None:
     """Make the module run by the plan, in place of the one it has if it has one."""
     module.__dict__[PLAN] = plan
-    if not issubclass(type(module), _fused_class(base_of(module))):  # type: ignore[arg-type]  # a class is not Hashable
+    if not issubclass(type(module), _fused_class(base_of(module))):
         module.__class__ = _fused_class(type(module))  # type: ignore[arg-type]
 
 
 def plan_of(module: nn.Module) -> Plan:
     """How a fused module runs."""
     return module.__dict__[PLAN]  # type: ignore[no-any-return]
-
-
-def base_of(module: nn.Module) -> type[nn.Module]:
-    """The class that a module came with."""
-    return getattr(type(module), _BASE, type(module))
 
 
 def set_save(module: nn.Module, save: str) -> None:
@@ -57,7 +51,7 @@ def swap_out(module: nn.Module) -> None:
     plan it runs the module's own forward.
     """
     del module.__dict__[PLAN]
-    if _BASE in type(module).__dict__:
+    if BASE in type(module).__dict__:
         module.__class__ = base_of(module)
 
 
@@ -71,9 +65,10 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         return plan.forward(self, base, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        if type(self) is not fused:  # a class that others made of this one
+        kind = base if type(self) is fused else type(self)  # a class that others made of this one stays
+        if kind is not base and not is_fused(self):
             return base.__reduce_ex__(self, protocol)
-        return stock_reduce(self, base, protocol, (PLAN,))
+        return stock_reduce(self, kind, protocol, (PLAN,))
 
     def copied(self: nn.Module, name: str, *memo: dict[int, Any]) -> Any:
         """A copy that runs by the same plan, made by the method of this name if the base has one."""
@@ -87,7 +82,7 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         refuse_torchscript("fuse", "torch.jit.script")
 
     body: dict[str, Any] = {
-        _BASE: base,
+        BASE: base,
         "forward": forward,
         "__class__": shown_class,
         "__reduce_ex__": reduce,

@@ -162,9 +162,14 @@ def _find_layers(
 
 def _is_exact(form: Form, activation: Bound, policy: str) -> bool:
     """Whether a policy's gradients are as good as those of ``auto``'s."""
+    return not POLICIES[policy].compressed and (policy != "output" or activation.row.output_exact)
+
+
+def _is_unnoticed(form: Form, activation: Bound, policy: str) -> bool:
+    """Whether it is exact, and nothing that PyTorch allows is forbidden by it (``saving.resolve``)."""
     if policy == "output":
         return resolve("auto", activation, form, WHERE) == "output"
-    return not POLICIES[policy].compressed
+    return _is_exact(form, activation, policy)
 
 
 def _is_lossy(layer: Layer, policy: str) -> bool:
@@ -176,7 +181,8 @@ def _options(layer: Layer, approximate: bool) -> list[Option]:
     calls = layer.calls
     found = []
     for rank, policy in enumerate(POLICIES, start=1):
-        if not all(policy in call.own for call in calls) or (not approximate and _is_lossy(layer, policy)):
+        unasked = all(_is_unnoticed(call.form, call.activation, policy) for call in calls)
+        if not all(policy in call.own for call in calls) or not (approximate or unasked):
             continue
         again = sum(call.repeated for call in calls) if policy == "recompute" else 0
         error = sum(_ERROR_UNITS * call.numbers * _error(call, policy) ** 2 for call in calls)

@@ -60,8 +60,6 @@ def interpreting() -> bool:
 def supports(problem: Problem) -> str | None:
     """Why this backend cannot serve the problem, or None."""
     device = problem.device
-    if problem.config.form.given:
-        return "pending"
     if interpreting():
         if device.type != "cpu":
             return f"TRITON_INTERPRET interprets the kernels on the CPU, and x is on {device}; unset it"
@@ -126,7 +124,7 @@ def backward(
     overwrite: bool = False,
     into: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask.
+    """The gradients of the inputs, of every weight and of every bias; None where ``needs`` does not ask.
 
     With ``overwrite`` the residuals of policy preact are used up. ``into`` as in ``reference.backward``.
     """

@@ -35,11 +35,14 @@ def _left_to_pytorch(config: Config, given: Tensor, weights: Sequence[Maybe]) ->
 
 def forward(config: Config, x: Tensor, tensors: Sequence[Maybe]) -> list[Tensor]:
     """y and the residuals of the policy, none of them a view in the eyes of autograd."""
-    half = len(tensors) // 2
-    weights, biases = tensors[:half], tensors[half:]
+    inputs, weights, biases = config.form.split((x, *tensors))
     with _AutoDispatchBelowADInplaceOrView(), layers.on(x.device):
         if _left_to_pytorch(config, x, weights):
-            y, residuals = reference.forward(config, (x,), weights, biases)  # type: ignore[arg-type]
+            y, residuals = reference.forward(config, inputs, weights, biases)  # type: ignore[arg-type]
+        elif config.form.given:
+            h, *residuals = layers.output_of(config, inputs)  # type: ignore[arg-type]
+            residuals = [h, *residuals] if POLICIES[config.save].from_output else residuals
+            y = F.linear(h, weights[0], biases[0])  # type: ignore[arg-type]
         elif config.form.gated:
             y, residuals = _gated_forward(config, x, weights, biases)  # type: ignore[arg-type]
         else:
@@ -73,7 +76,7 @@ def backward(
     overwrite: bool,
     into: Sequence[Maybe] | None,
 ) -> list[Maybe]:
-    """The gradients of x, of every weight and of every bias; None where ``needs`` does not ask.
+    """The gradients of the inputs, of every weight and of every bias; None where ``needs`` does not ask.
 
     Where ``into`` has a tensor for a weight, its gradient is added there instead.
     """
@@ -82,17 +85,23 @@ def backward(
     with _AutoDispatchBelowADInplaceOrView(), layers.on(dy.device):
         if _left_to_pytorch(config, dy, parts.weights):
             return reference.backward(config, dy, parts, needs, into=into)
-        (x,), y, weights, biases, residuals = parts
-        if config.save == "recompute":
+        inputs, y, weights, biases, residuals = parts
+        if config.form.given and config.save == "preact":
+            residuals = inputs
+        elif config.save == "recompute":
             replay = reference.replay if config.form.gated else _replay
             residuals, overwrite = replay(config, parts, needs), True
         elif POLICIES[config.save].from_output and not config.form.projected:
             residuals = (y, *residuals)
         flat = [None if r is None else layers.rows_of(r).contiguous() for r in residuals]
-        given = Saved([None if x is None else layers.rows_of(x)], None, weights, biases, _by_linear(config, flat))
+        rows = [None if t is None else layers.rows_of(t) for t in inputs]
         run = _gated_backward if config.form.gated else _backward
-        dx, *grads = run(config, layers.rows_of(dy), given, needs, overwrite, into)
-        return [None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), *grads]
+        there = Saved(rows, None, weights, biases, _by_linear(config, flat))
+        grads = run(config, layers.rows_of(dy), there, needs, overwrite, into)
+        for i in range(len(inputs)):
+            d = grads[i]
+            grads[i] = None if d is None else d.view(*dy.shape[:-1], d.shape[-1])
+        return grads
 
 
 def _by_linear(config: Config, residuals: Sequence[Maybe]) -> list[Kept]:
@@ -105,8 +114,12 @@ def _by_linear(config: Config, residuals: Sequence[Maybe]) -> list[Kept]:
 def _backward(
     config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...], overwrite: bool, into: Sequence[Maybe] | None
 ) -> list[Maybe]:
-    """linear_act and mlp: dz_{l-1} = (dz_l W_l) · f'(z_{l-1}), from the last linear to the first."""
+    """linear_act, mlp and act_linear: dz_{l-1} = (dz_l W_l) · f'(z_{l-1}), from the last linear to the first.
+
+    Layer 0 of act_linear, which is given z, has no linear: layer i has linear i - 1.
+    """
     (x,), _, weights, _, residuals = saved
+    given = int(config.form.given)
     count, from_output = len(weights), POLICIES[config.save].from_output
     overwrite = overwrite and not from_output
     below = needed_below(config.form, needs)
@@ -115,20 +128,25 @@ def _backward(
     if not config.form.projected:
         over = residuals[0].main if overwrite else None
         d, _, db = layers.chain_rule(config, dy, residuals[0], False, needs[1 + count], over)
-    for i in range(count - 1, -1, -1):
+    for layer in range(count - 1 + given, -1, -1):
+        i = layer - given
+        if i < 0:
+            grads[0] = d
+            break
         if needs[1 + count + i]:
             grads[1 + count + i] = d.sum(0) if db is None else db
-        h: Maybe = x if i == 0 else residuals[i - 1].main if from_output else None
+        h: Maybe = x if layer == 0 else residuals[layer - 1].main if from_output else None
         following: layers.Slope | None = None
         rebuild = needs[1 + i] and h is None
-        if i > 0 and below[i]:
-            following = layers.dgrad(config, d, weights[i], residuals[i - 1], rebuild, needs[count + i], overwrite)
+        if layer > 0 and below[layer]:
+            bias = i > 0 and needs[count + i]  # of the linear beneath
+            following = layers.dgrad(config, d, weights[i], residuals[layer - 1], rebuild, bias, overwrite)
             h = following.h if rebuild else h
         elif rebuild:
-            h = layers.value(config, d.dtype, residuals[i - 1])
+            h = layers.value(config, d.dtype, residuals[layer - 1])
         if needs[1 + i]:
             grads[1 + i] = d.mT.mm(h) if into is None else add_product(into[i], d, h)  # type: ignore[arg-type]
-        if i == 0 and needs[0]:
+        if layer == 0 and needs[0]:
             grads[0] = d.mm(weights[0])
         if following is None:
             break
@@ -139,24 +157,27 @@ def _backward(
 def _gated_backward(
     config: Config, dy: Tensor, saved: Saved, needs: tuple[bool, ...], overwrite: bool, into: Sequence[Maybe] | None
 ) -> list[Maybe]:
-    """gated_linear_act and gated_mlp: dg = dh · u · f'(g), du = dh · f(g)."""
-    (x,), _, weights, _, (gate, up) = saved
-    count = len(weights)
+    """gated_linear_act, gated_mlp and gated_act_linear: dg = dh · u · f'(g), du = dh · f(g)."""
+    (x, *_), _, weights, _, (gate, up) = saved
+    form, count, last = config.form, len(weights), len(weights) - 1
     grads: list[Maybe] = [None] * len(needs)
-    biases = needs[1 + count : 3 + count]
-    wanted = tuple(needs[0] or needs[1 + i] or biases[i] for i in range(2))
-    if config.form.projected:
-        rebuild = needs[3]
+    biases = (False, False) if form.given else needs[1 + count : 3 + count]
+    wanted = needs[:2] if form.given else tuple(needs[0] or needs[1 + i] or biases[i] for i in range(2))
+    if form.projected:
+        place = form.inputs + last
+        rebuild = needs[place]
         if any(wanted):
-            slope = layers.gated_dgrad(config, dy, weights[2], gate, up, wanted, biases, rebuild, overwrite)
+            slope = layers.gated_dgrad(config, dy, weights[last], gate, up, wanted, biases, rebuild, overwrite)
             h = slope.h
         elif rebuild:
             h = layers.value(config, dy.dtype, gate, up)
         if rebuild:
-            grads[3] = dy.mT.mm(h) if into is None else add_product(into[2], dy, h)  # type: ignore[arg-type]
-        if needs[6]:
-            grads[6] = dy.sum(0)
-        if not any(wanted):
+            grads[place] = dy.mT.mm(h) if into is None else add_product(into[last], dy, h)  # type: ignore[arg-type]
+        if needs[-1]:
+            grads[-1] = dy.sum(0)
+        if form.given and any(wanted):
+            grads[:2] = slope.dgate, slope.dup
+        if form.given or not any(wanted):
             return grads
     else:
         over = (gate.main, up.main) if overwrite else (None, None)

@@ -87,14 +87,32 @@ def forward(config: Config, x: Tensor, weight: Tensor, bias: Maybe, keep: bool) 
     z = F.linear(x, weight, bias)  # where cuBLASLt is used, it adds the bias in its epilogue
     if _is_identity(config):
         return [z.clone(), z] if keep else [z]  # one tensor must not be returned twice
-    if how.code:
-        kept, flat = _kept_of(how.code, shape, x, keep), z.view(m, n)
-        strip = configs.strip(m, n, z.itemsize, processors)
-        launch.compress(how, strip, flat, None, flat, *(_as_matrix(t, m) for t in kept))()
-        return [z, *_listed([kept])]
     y = new(shape, x) if keep else z
-    launch.activation(how, z, None, y)()
-    return [y, z] if keep else [y]
+    compressed = _activate(how, [z], y)
+    return [y, z] if keep else [y, *compressed]
+
+
+def _activate(how: launch.Arithmetic, zs: Sequence[Tensor], y: Tensor) -> list[Tensor]:
+    """y = f(z), or f(g) · u, where y may be z or g, and what a compressed policy keeps of them; all (..., N), dense."""
+    if not how.code:
+        launch.activation(how, zs[0], zs[1] if len(zs) > 1 else None, y)()
+        return []
+    z, *up = (rows_of(t) for t in zs)
+    m, n = z.shape
+    kept = [_kept_of(how.code, y.shape, y, keep=False) for _ in zs]
+    strip = configs.strip(m, n, y.itemsize, device_of(y.device).processors)
+    matrices = (_as_matrix(t, m) for each in kept for t in each)
+    launch.compress(how, strip, z, up[0] if up else None, y.view(m, n), *matrices)()
+    return _listed(kept)
+
+
+def output_of(config: Config, zs: Sequence[Tensor]) -> list[Tensor]:
+    """f(z), or f(g) · u, of what the caller has, (..., N), and what a compressed policy keeps of that."""
+    zs = [z.contiguous() for z in zs]
+    if len(zs) == 1 and _is_identity(config):
+        return [zs[0].clone() if config.save == "output" else zs[0]]  # an input must not be returned
+    y = new(zs[0].shape, zs[0])
+    return [y, *_activate(launch.arithmetic(config, y.dtype), zs, y)]
 
 
 def gated_forward(
@@ -106,22 +124,17 @@ def gated_forward(
     how, shape = launch.arithmetic(config, x.dtype), (*x.shape[:-1], n)
     tile = tile_for("gated_forward", config, (m, n, k), rows, *weights, code=how.code)
     processors = device_of(x.device).processors
-    if tile is not None or how.code:
+    if tile is not None:
         kept = [_kept_of(how.code, shape, x, keep) for _ in range(2)]
         (gate, gate_scales), (up, up_scales) = ((_as_matrix(t, m) for t in pair) for pair in kept)
-    if tile is not None:
         y = new(shape, x)
         packed, out = [_packed(bias) for bias in biases], (gate, up, gate_scales, up_scales)
         launch.gated_forward(how, tile, processors, rows, weights, packed, y.view(m, n), *out)()
         return [y, *_listed(kept)]
     g, u = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    if how.code:
-        strip, flat = configs.strip(m, n, g.itemsize, processors), g.view(m, n)
-        launch.compress(how, strip, flat, u.view(m, n), flat, gate, gate_scales, up, up_scales)()
-        return [g, *_listed(kept)]
     y = new(shape, x) if keep else g
-    launch.activation(how, g, u, y)()
-    return [y, g, u] if keep else [y]
+    compressed = _activate(how, [g, u], y)
+    return [y, g, u] if keep else [y, *compressed]
 
 
 class Slope(NamedTuple):

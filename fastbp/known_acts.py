@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 from types import CodeType, FunctionType
@@ -16,8 +16,9 @@ from torch import nn
 
 from fastbp import recognition
 from fastbp.activations import TABLE, Bound, bind
-from fastbp.fusion.source import ARGUMENT, Reading, Value, look_up, parts_of, read, read_expression
+from fastbp.copies import base_of
 from fastbp.recognition import has_hooks
+from fastbp.source import ARGUMENT, Reading, Value, look_up, parts_of, read, read_expression
 
 _FORWARDS = {row.module: row.module.forward for row in TABLE if row.module is not None}  # before anybody patches them
 _HOME = {"F": F, "math": math, "nn": nn, "torch": torch}  # where the spellings of the table look
@@ -84,8 +85,12 @@ def _bound(function: Any, keywords: dict[str, Any]) -> Bound | None:
 
 
 def _is_scalar(value: object) -> bool:
-    """Whether a value cannot change in place."""
     return isinstance(value, (float, int, str, type(None)))
+
+
+def _may_change(value: object) -> bool:
+    """Whether a value can change in place, unseen by ``unchanged``."""
+    return not _is_scalar(value) and not callable(value)
 
 
 def function_of(value: object) -> Bound | None:
@@ -126,6 +131,11 @@ def looks_plainly(kind: type[nn.Module]) -> bool:
     return kind.__getattr__ is nn.Module.__getattr__ and kind.__getattribute__ is object.__getattribute__
 
 
+def is_called_plainly(kind: type[nn.Module]) -> bool:
+    """Whether calling such modules means what calling any nn.Module does."""
+    return kind.__call__ is nn.Module.__call__
+
+
 @dataclass(frozen=True, eq=False)
 class KnownAct:
     """A child that is an activation, by its class's forward and the attributes and globals that this reads."""
@@ -140,7 +150,7 @@ class KnownAct:
 
     def holds(self, child: nn.Module | None) -> bool:
         """Whether this child is that activation now."""
-        if type(child) is not self.kind or has_hooks(child):
+        if child is None or base_of(child) is not self.kind or has_hooks(child) or not is_called_plainly(self.kind):
             return False
         forward: Any = self.kind.forward
         if forward is not self.forward or forward.__code__ is not self.code:
@@ -153,35 +163,38 @@ class KnownAct:
 
 def read_act(child: nn.Module) -> KnownAct | str:
     """The activation that a child is, or why it is not known to be one."""
-    kind, own = type(child), child.__dict__
+    kind, own = base_of(child), child.__dict__
     forward: Any = inspect.getattr_static(kind, "forward")
-    found = "it has hooks or a forward of its own" if has_hooks(child) else read_resolved(forward)
+    apart = has_hooks(child) or not is_called_plainly(kind)
+    found = "it has hooks or is called in a way of its own" if apart else read_resolved(forward)
     if isinstance(found, str):
         return f"{kind.__name__}: {found}"
     reading, names, value = found
     settings: dict[str, Any] = {}
-    activation = _SPELLINGS.get(value) if _is_hashable(value) else None
+    activation = _spelled(value)
     spelled = activation is not None
     match value:
         case _ if forward is _FORWARDS.get(kind):
             if all(recognition.is_known_function(f) for f in names.found):
                 activation = _of_module(child)
             if activation is not None:
-                settings = {
-                    n: getattr(child, n) for n, _ in (*activation.row.module_attributes, *activation.row.params)
-                }
+                row = activation.row
+                settings = {name: getattr(child, name) for name, _ in (*row.module_attributes, *row.params)}
         case ("call", ("constant", Bound() as bound), (inner,), ()) if inner == ARGUMENT:
             activation = bound
         case ("call", ("own", name), (inner,), ()) if inner == ARGUMENT and looks_plainly(kind):
             activation = None if hasattr(kind, name) else function_of(own.get(name))
             settings = {name: kept(own.get(name))}
-    if activation is None or activation.name == "identity":
+    if activation is None or activation.name == "identity" or any(map(_may_change, settings.values())):
         return f"{kind.__name__} is no activation whose code is known"
     return KnownAct(kind, forward, reading.code, names, tuple(settings.items()), activation, spelled)
 
 
-def _is_hashable(value: Value) -> bool:
-    return all(isinstance(part[1], Hashable) for part in parts_of(value) if part[0] == "constant")
+def _spelled(value: Value) -> Bound | None:
+    try:
+        return _SPELLINGS.get(value)
+    except TypeError:  # a global in it is not hashable
+        return None
 
 
 def _of_module(child: nn.Module) -> Bound | None:

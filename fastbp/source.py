@@ -8,7 +8,6 @@ where it compiles to the method's very code. The value that is returned is writt
 """
 
 from __future__ import annotations
-import __future__
 
 import ast
 import inspect
@@ -24,7 +23,6 @@ ARGUMENT: Value = ("argument",)
 _SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
 _STRANGE = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR
 _STRANGE |= inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
-_FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})  # bits of co_flags
 _LONGEST = 200  # parts of a value; one that is used twice counts twice
 
 
@@ -106,19 +104,19 @@ def _read(method: FunctionType) -> Reading:
         raise _has(node.decorator_list[0])
     owner, argument = _names_of(node.args)
     value = _Reader(owner, argument, frozenset(code.co_varnames)).run(node.body)
-    if not any(_traits(compiled) == _traits(code) for compiled in _compiled(node, code.co_flags & _FUTURE, value)):
+    if not any(_traits(compiled) == _traits(code) for compiled in _compiled(node, value)):
         raise _Unknown("its forward is not what its source says")
     return Reading(argument, value, code)
 
 
-def _compiled(node: ast.FunctionDef, flags: int, value: Value) -> Iterator[CodeType]:
+def _compiled(node: ast.FunctionDef, value: Value) -> Iterator[CodeType]:
     """The code of a definition; Python writes calls on a module otherwise where the file imports that, so all ways."""
     modules = sorted({part[1].split(".")[0] for part in parts_of(value) if part[0] == "global"})
     for count in range(len(modules) + 1 if len(modules) < 5 else 0):
         for imported in combinations(modules, count):
             imports: list[ast.stmt] = [ast.parse(f"import {name}").body[0] for name in imported]
             module = ast.Module([*imports, node], [])
-            yield _code_in(compile(module, "<source>", "exec", flags, dont_inherit=True), node.name)
+            yield _code_in(compile(module, "<source>", "exec", dont_inherit=True), node.name)
 
 
 def _names_of(given: ast.arguments) -> tuple[str, str]:

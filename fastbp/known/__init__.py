@@ -7,146 +7,21 @@ the code reads. Where one of them stands for something else now, the module's ow
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._C import _is_any_autocast_enabled as any_autocast
-from torch.utils._device import DeviceContext
+from torch import nn
 
-from fastbp import functional, readers, saving, sharding
 from fastbp.activations import Bound
-from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
-from fastbp.fusion.elementwise import (
-    KnownAct,
-    Names,
-    function_of,
-    kept,
-    looks_plainly,
-    read_act,
-    read_resolved,
-    unchanged,
-)
-from fastbp.fusion.source import ARGUMENT, Value, parts_of
-from fastbp.fusion.surgery import base_of
-from fastbp.linear import Linear
-from fastbp.modules import PLAIN_TENSORS, plain_parts
-from fastbp.problem import DTYPES, check
-from fastbp.recognition import has_hooks
+from fastbp.copies import base_of
+from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP
+from fastbp.known.calls import FusedCall, is_idle, looks_linear, make_call, may_idle
+from fastbp.known_acts import KnownAct, Names, function_of, kept, looks_plainly, read_act, read_resolved, unchanged
+from fastbp.source import ARGUMENT, Value, parts_of
 
-Parts = tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]
-
-# As they were before anybody patched them.
-_SEQUENTIAL = nn.Sequential.forward, nn.Sequential.__iter__
-_LINEAR = F.linear, nn.Linear.forward, Linear.forward
-_IDLE = F.dropout, nn.Dropout.forward, nn.Identity.forward
-
-
-@dataclass(frozen=True, eq=False)
-class Transposed:
-    """The class of transformers' Conv1D, whose weight is (in, out)."""
-
-    kind: type[nn.Module]
-    forward: Any
-
-    def parts(self, linears: Sequence[nn.Module | None]) -> Parts | None:
-        """The weights as (out, in) and the biases, if all are of the class and plain."""
-        if self.kind.forward is not self.forward or plain_parts(()) is None:
-            return None
-        weights: tuple[Any, ...] = ()
-        biases: tuple[Any, ...] = ()
-        for linear in linears:
-            if linear is None or readers.base_of(linear) is not self.kind or has_hooks(linear):
-                return None
-            if type(linear.weight) not in PLAIN_TENSORS:
-                return None
-            weights, biases = (*weights, linear.weight.mT), (*biases, linear.bias)
-        return weights, biases
-
-
-def transposed() -> Transposed | None:
-    """transformers' Conv1D, where somebody has imported it."""
-    kind: Any = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    own = kind is not None and getattr(kind.forward, "__qualname__", "") == "Conv1D.forward"
-    return Transposed(kind, kind.forward) if own and kind.forward.__module__ == kind.__module__ else None
-
-
-def may_idle(child: nn.Module | None) -> bool:
-    """Whether a child is of a kind that can be idle."""
-    return type(child) in (nn.Identity, nn.Dropout)
-
-
-def is_idle(child: nn.Module | None) -> bool:
-    """Whether a child hands on what it gets: an nn.Identity, or a dropout that does not drop now."""
-    if child is None or not may_idle(child) or has_hooks(child):
-        return False
-    now = F.dropout, nn.Dropout.forward, nn.Identity.forward
-    return now == _IDLE and (not isinstance(child, nn.Dropout) or not child.training or child.p == 0)
-
-
-@dataclass(frozen=True, eq=False)
-class FusedCall:
-    """Children of a module as one fused call."""
-
-    form: Form
-    linears: tuple[str, ...]
-    activation: Bound
-    acts: tuple[tuple[str, KnownAct], ...]  # the children that are the activation; none where a function is
-    idle: tuple[str, ...]  # the children that have to be idle
-    transposed: Transposed | None
-
-    @property
-    def words(self) -> tuple[tuple[str, ...], str]:
-        """The names of the linears, and the call."""
-        return self.linears, f"{self.form.name}, {self.activation!r}"
-
-    def refuses(self, save: str) -> str | None:
-        """Why a policy cannot serve, or None."""
-        return None if save == "auto" else saving.POLICIES[save].illegal(self.activation, self.form)
-
-    def run(self, children: Mapping[str, nn.Module | None], x: Any, save: str, backend: str | None) -> Tensor | None:
-        """y, or None where children, tensors or surroundings are not what the call needs."""
-        for name, act in self.acts:
-            if not act.holds(children.get(name)):
-                return None
-        for name in self.idle:
-            if not is_idle(children.get(name)):
-                return None
-        on_mesh = type(x) not in PLAIN_TENSORS
-        if (F.linear, nn.Linear.forward, Linear.forward) != _LINEAR or (on_mesh and not sharding.is_dtensor(x)):
-            return None
-        linears: Any = [children.get(name) for name in self.linears]
-        parts = self.transposed.parts(linears) if self.transposed else plain_parts(linears, on_mesh)
-        if parts is None or (on_mesh and not sharding.applies(x, (*parts[0], *parts[1]))):
-            return None
-        if not _only_device_modes() or (self._widened and any_autocast()):
-            return None
-        try:
-            return functional.call(self.form, x, *parts, self.activation, save, backend)
-        except (TypeError, ValueError):
-            try:
-                check(self.form, x, *parts)
-            except (TypeError, ValueError):
-                return None  # PyTorch speaks, of a call that is wrong or that only it can make
-            raise
-
-    @property
-    def _widened(self) -> bool:
-        """Whether under autocast PyTorch gives the result in float32, where fastbp gives it as a linear does."""
-        return not self.form.projected and (self.activation.name == "softplus" or any(a.spelled for _, a in self.acts))
-
-
-def _only_device_modes() -> bool:
-    """Whether no mode looks at the functions that are called, but for a default device."""
-    for i in range(torch._C._len_torch_function_stack()):
-        if type(torch._C._get_function_stack_at(i)) is not DeviceContext:
-            return False
-    return True
+_SEQUENTIAL = nn.Sequential.forward, nn.Sequential.__iter__  # as they were before anybody patched them
 
 
 class _Plan:
@@ -313,7 +188,7 @@ class _Block:
             return reason or _NO_BLOCK, ()
         idle = tuple(part[1] for part in parts_of(value) if part[0] == "own" and self.roles[part[1]] == _IDLE_ROLE)
         found = tuple(acts.items()), tuple(dict.fromkeys(idle))
-        return _make_call(form, self._children, linears, bounds.pop(), *found), tuple(reversed(after))
+        return make_call(form, self._children, linears, bounds.pop(), *found), tuple(reversed(after))
 
     def _strangers(self, value: Value) -> Iterator[str]:
         for part in parts_of(value):
@@ -372,35 +247,6 @@ class _Block:
         return "", value
 
 
-def looks_linear(child: nn.Module | None) -> bool:
-    """Whether a child is a linear layer, or what somebody put around one."""
-    like = hasattr(child, "in_features") and hasattr(child, "out_features")
-    return isinstance(child, nn.Linear) or like or type(child).__name__ == "Conv1D"
-
-
-def _make_call(
-    form: Form,
-    children: Mapping[str, nn.Module | None],
-    names: Sequence[str],
-    activation: Bound,
-    acts: tuple[tuple[str, KnownAct], ...],
-    idle: tuple[str, ...],
-) -> FusedCall | str:
-    linears: Any = [children[name] for name in names]
-    kind = transposed()
-    parts = plain_parts(linears, on_mesh=True)
-    if parts is None and kind is not None:
-        parts = kind.parts(linears)
-    else:
-        kind = None
-    if parts is None:
-        return f"{', '.join(names)} are not all plain nn.Linears (a subclass, hooks, or a wrapped weight)"
-    kinds = {(t.dtype, t.device, t.layout) for t in (*parts[0], *parts[1]) if t is not None}
-    if len(kinds) > 1 or kinds.pop()[0] not in DTYPES or parts[0][0].layout is not torch.strided:
-        return "its weights are on several devices, of several dtypes, or no dense floating-point numbers"
-    return FusedCall(form, tuple(names), activation, acts, idle, kind)
-
-
 def _read_sequential(module: nn.Module) -> SequentialPlan | str:
     """Runs of linears with one activation between them, or after one linear; idle children may stand before a linear.
 
@@ -435,7 +281,7 @@ def _run_at(
         behind = end + 1
         while behind < len(names) and may_idle(children[names[behind]]):
             behind += 1
-        if behind == len(names) or isinstance(_make_call(MLP, children, [names[behind]], activation, (), ()), str):
+        if behind == len(names) or isinstance(make_call(MLP, children, [names[behind]], activation, (), ()), str):
             break
         linears.append(names[behind])
         end = behind + 1
@@ -443,5 +289,5 @@ def _run_at(
     run = names[:end]
     form = LINEAR_ACT if len(linears) == 1 else MLP
     idle = tuple(name for name in run if may_idle(children[name]))
-    call = _make_call(form, children, linears, activation, tuple((n, acts[n]) for n in run if n in acts), idle)
+    call = make_call(form, children, linears, activation, tuple((n, acts[n]) for n in run if n in acts), idle)
     return alone if isinstance(call, str) else (tuple(run), call)

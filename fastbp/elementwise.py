@@ -1,0 +1,90 @@
+"""Dropouts and activation modules with one node that keeps least: a byte a number of a mask, z of an activation.
+
+PyTorch's dropout keeps its mask in the dtype of its input on a CPU, and an activation written in several operations
+keeps what each of them made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, is_grad_enabled
+
+from fastbp import producers, reference
+from fastbp.activations import Bound
+from fastbp.autograd import c_apply
+from fastbp.forms import LINEAR_ACT
+from fastbp.problem import Config, configure
+
+
+class Dropped(torch.autograd.Function):
+    """``y = x · noise``, noise 0 or 1 / (1 - p): ``apply(x, p)`` draws and computes as F.dropout does on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        noise = torch.empty_like(x).bernoulli_(1 - p)
+        ctx.set_materialize_grads(False)
+        ctx.p = p
+        ctx.save_for_backward(noise != 0)
+        return x * noise.div_(1 - p)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None]:
+        (mask,) = ctx.saved_tensors
+        return None if dy is None else dy * _noise(mask, ctx.p, dy.dtype), None
+
+
+def _noise(mask: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """What forward multiplied by, to the bit."""
+    return mask.to(dtype).div_(1 - p)
+
+
+class Activated(torch.autograd.Function):
+    """``y = f(z)``: ``apply(config, z)`` keeps z alone."""
+
+    @staticmethod
+    def forward(ctx: Any, config: Config, z: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.config = config
+        ctx.save_for_backward(z)
+        return config.value(z)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[None, Tensor | None]:
+        (z,) = ctx.saved_tensors
+        if dy is None:
+            return None, None
+        return None, reference.formula_grad(ctx.config, dy, z) if is_grad_enabled() else ctx.config.grad(dy, z)
+
+
+_dropped, _activated = c_apply(Dropped), c_apply(Activated)  # where no transform is active
+
+
+def dropped(x: Tensor, p: float) -> Tensor:
+    """F.dropout(x, p), 0 < p < 1, on a CPU."""
+    return _dropped(x, p)  # type: ignore[no-any-return]
+
+
+def activated(bound: Bound, z: Tensor) -> Tensor:
+    """f(z)."""
+    return _activated(configure(LINEAR_ACT.name, bound.name, bound.params, "preact", "auto"), z)  # type: ignore[no-any-return]
+
+
+def _value_of_dropped(node: Any) -> Tensor:
+    x = producers.rebuild(node.next_functions[0][0])
+    return x * _noise(node.saved_tensors[0], node.p, x.dtype)
+
+
+producers.OWN["DroppedBackward"] = producers.Own(
+    Dropped._backward_cls,
+    lambda node: producers.can_rebuild(node.next_functions[0][0]),
+    _value_of_dropped,
+    lambda node: None,
+)
+producers.OWN["ActivatedBackward"] = producers.Own(
+    Activated._backward_cls,
+    lambda node: True,
+    lambda node: node.config.value(node.saved_tensors[0]),
+    lambda node: producers.of_activation(Bound(node.config.row, node.config.params), node.saved_tensors[0], node),
+)

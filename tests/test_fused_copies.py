@@ -1,0 +1,189 @@
+"""Copies and pickles of fused linears; transformers' Conv1D."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastbp
+from fastbp.fusion.surgery import is_fused
+from fastbp.linear import OUTCOME, SETTINGS, of_any_size
+from fastbp.readers import reads
+
+WIDTH = 12
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+def fused_net(**options) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH), nn.LayerNorm(WIDTH))
+    fastbp.fuse(model, **options)
+    with of_any_size():
+        model(torch.randn(2, WIDTH)).sum().backward()
+    return model
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_read_and_are_apart(how):
+    model = fused_net(save="fp8")
+    twin = COPIES[how](model)
+    assert is_fused(twin) and reads(twin[0]) and reads(twin[2])
+    assert twin[0].__dict__[SETTINGS] == ("fp8", None)
+    x = torch.randn(4, WIDTH)
+    assert torch.equal(twin(x), model(x))
+    if how != "copy":
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        assert not torch.equal(twin(x), model(x))
+    fastbp.unfuse(twin)
+    assert reads(model[0]) == (how != "copy") and type(twin[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy])
+def test_a_copied_linear(how):
+    layer = nn.Linear(WIDTH, WIDTH)
+    fastbp.fuse(layer)
+    with of_any_size():
+        layer(F.silu(torch.randn(3, WIDTH, requires_grad=True)))
+    twin = how(layer)
+    assert type(twin) is type(layer) and OUTCOME not in twin.__dict__
+    assert (twin.weight is layer.weight) == (how is copy.copy)
+    by_hand = fastbp.Linear(WIDTH, WIDTH)
+    assert type(how(by_hand)) is fastbp.Linear
+
+
+def test_pickles_are_those_of_the_model_that_came():
+    model = fused_net()
+    stock = copy.deepcopy(model)
+    fastbp.unfuse(stock)
+    for module in (stock, model):
+        for p in module.parameters():
+            p.grad = None
+    loaded = pickle.loads(pickle.dumps(model))
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in stock.modules()]
+    assert not any(name.startswith("_fastbp") for m in loaded.modules() for name in m.__dict__)
+    assert type(model[0]) is not nn.Linear and reads(model[0])  # saving changes nothing
+    x = torch.randn(3, WIDTH)
+    assert torch.equal(loaded(x), stock(x))
+
+
+def test_pickles_load_without_fastbp():
+    buffer = io.BytesIO()
+    torch.save(fused_net(), buffer)
+    program = (
+        "import io, sys, torch; sys.modules['fastbp'] = None\n"
+        "model = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False)\n"
+        "print([type(m).__name__ for m in model])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], input=buffer.getvalue(), capture_output=True, check=True)
+    assert run.stdout.decode().strip() == "['Linear', 'GELU', 'Linear', 'LayerNorm']"
+
+
+def test_weights_only():
+    """A whole model, with the classes allowed that the model which came would need."""
+    buffer = io.BytesIO()
+    torch.save(fused_net(), buffer)
+    buffer.seek(0)
+    allowed = [nn.Sequential, nn.Linear, nn.GELU, nn.LayerNorm, set]
+    with torch.serialization.safe_globals(allowed):
+        loaded = torch.load(buffer, weights_only=True)
+    assert type(loaded[0]) is nn.Linear
+    state = io.BytesIO()
+    torch.save(fused_net().state_dict(), state)
+    state.seek(0)
+    fastbp.Linear(WIDTH, 16).load_state_dict(
+        {k.removeprefix("0."): v for k, v in torch.load(state, weights_only=True).items() if k.startswith("0.")}
+    )
+
+
+def test_own_state_is_honoured():
+    """A linear as attribute of what has __getstate__ of its own."""
+
+    model = Holder()
+    fastbp.fuse(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert loaded.lost is None and type(loaded.fc) is nn.Linear
+    twin = copy.deepcopy(model)
+    assert twin.lost is None and reads(twin.fc)
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.lost = nn.Linear(WIDTH, WIDTH), "handle"
+
+    def __getstate__(self):
+        return {**self.__dict__, "lost": None}
+
+
+# Conv1D
+
+
+class Attention(nn.Module):
+    """GPT-2's MLP, with more in its forward than a fused call."""
+
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = kind(4 * WIDTH, WIDTH), kind(WIDTH, 4 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.c_fc(x), approximate="tanh")
+        self.seen = h.detach().mean()
+        return self.c_proj(h)
+
+
+@pytest.mark.parametrize("shape", [(5, WIDTH), (2, 3, WIDTH)], ids=str)
+def test_conv1d(shape):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    stock = Attention(conv1d)
+    model = copy.deepcopy(stock)
+    assert fastbp.fuse(model).linears == 2
+    x = torch.randn(shape)
+    found = []
+    for net in (model, stock):
+        with of_any_size(), fastbp.SavedBytes(exclude=[x, net]) as saved:
+            y = net(x)
+        found.append((saved.total, y, torch.autograd.grad(y.square().sum(), list(net.parameters()))))
+    assert found[1][0] - found[0][0] == 4 * 4 * x.numel()
+    assert torch.equal(found[0][1], found[1][1])
+    for a, b in zip(found[0][2], found[1][2], strict=True):
+        torch.testing.assert_close(a, b)
+    assert [(s.name, s.status, s.what) for s in fastbp.report(model).sites] == [
+        ("c_proj", "fused", "act_linear, gelu_tanh")
+    ]
+    assert isinstance(copy.deepcopy(model).c_proj, conv1d) and reads(copy.deepcopy(model).c_proj)
+    assert type(pickle.loads(pickle.dumps(model.c_proj))) is conv1d
+    fastbp.unfuse(model)
+    assert type(model.c_proj) is conv1d
+
+
+def test_patched_conv1d_is_called(monkeypatch):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = Attention(conv1d)
+    fastbp.fuse(model)
+    x = torch.randn(5, WIDTH)
+    monkeypatch.setattr(conv1d, "forward", lambda self, x: torch.ones(()))
+    assert model(x).shape == ()
+
+
+def test_conv1d_under_fp8():
+    """The weight of a call is a view of the parameter; that is no reader of h."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = Attention(conv1d)
+    fastbp.fuse(model, save="fp8")
+    x = torch.randn(64, WIDTH)
+    with of_any_size(), fastbp.SavedBytes(exclude=[x, model]) as saved:
+        y = model(x)
+    assert saved.total == pytest.approx(64 * 4 * WIDTH, rel=0.1) and y.requires_grad

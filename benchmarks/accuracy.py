@@ -96,11 +96,11 @@ def gradients(activation: str, dtype: torch.dtype, device: torch.device = CPU) -
     bound = bind(activation)
     wide = [t.detach().double().requires_grad_() for t in inputs]
     half = 1 + len(weights)
-    truth = grads(compose(MLP, bound, wide[0], wide[1:half], wide[half:]), wide, dy.double())
+    truth = grads(compose(MLP, bound, wide[:1], wide[1:half], wide[half:]), wide, dy.double())
     rows: list[dict[str, object]] = []
     for save in ("eager", *(s for s in legal_policies(bound, MLP) if s != "recompute")):
         if save == "eager":
-            y = compose(MLP, bound, x, weights, biases)
+            y = compose(MLP, bound, [x], weights, biases)
         else:
             y = fastbp.mlp(x, weights, biases, activation=activation, save=save)
         found = {k: ((g - truth[k]).norm() / truth[k].norm()).item() for k, g in grads(y, inputs, dy).items()}

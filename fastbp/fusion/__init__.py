@@ -198,11 +198,15 @@ def _run(model: nn.Module, sample_inputs: Any, found: FusionReport, strict: bool
 
 def _add_outcomes(model: nn.Module, found: FusionReport) -> None:
     """A row for each known block, and for each linear whose last input came from an activation."""
+    uncalled: set[int] = set()  # linears of blocks that ran as one, which say what was before that
     for name, module in model.named_modules():
         if surgery.is_fused(module):
-            found.sites += _sites_of_block(name, module, surgery.plan_of(module))
-            found.ran = found.ran or known.RAN in module.__dict__
-        if OUTCOME not in module.__dict__:
+            plan, ran = surgery.plan_of(module), module.__dict__.get(known.RAN, ())
+            found.sites += _sites_of_block(name, module, plan)
+            found.ran = found.ran or bool(ran)
+            for (names, _), as_one in zip(plan.calls, ran, strict=False):
+                uncalled.update(id(module._modules.get(n)) for n in names if as_one)
+        if OUTCOME not in module.__dict__ or id(module) in uncalled:
             continue
         found.ran = True
         outcome = module.__dict__[OUTCOME]

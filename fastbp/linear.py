@@ -61,7 +61,7 @@ def of_any_size() -> Iterator[None]:
 class Outcome(NamedTuple):
     """What became of one call of a linear whose input an activation made."""
 
-    fused: bool
+    fused: bool | None  # None where there is nothing to gain
     what: str  # the call in words where it is fused, else why it is not
     unkept: int = 0  # bytes that PyTorch would have kept of its input
 
@@ -207,7 +207,6 @@ def can_replace(x: Any) -> bool:
         and not is_inference_mode_enabled()
         and not is_tracing()
         and not any_autocast()
-        and not dispatch_modes()
         and _surroundings() is None
     )
 
@@ -216,9 +215,13 @@ def _surroundings() -> str | None:
     """What is at work around a call that has to see PyTorch's own operations, or None."""
     if functorch_active() or forward_ad._current_level >= 0:
         return "a transform or forward-mode differentiation is at work"
-    if function_mode() and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
+    if function_mode() and not all(map(_only_watches, _get_current_function_mode_stack())):
         return "a TorchFunctionMode is active"
     return None
+
+
+def _only_watches(mode: Any) -> bool:
+    return type(mode) is DeviceContext or getattr(type(mode), "only_watches", False)
 
 
 def _hooks_allow(node: Node) -> bool | None:
@@ -266,7 +269,7 @@ _BETWEEN = 4  # nodes that are looked at for an activation, to say why it is of 
 def _unread(node: Node, name: str) -> Outcome | None:
     """Why the input of a linear cannot be made again, where an activation is near."""
     if name in producers.KEEPS_OUTPUT:
-        return Outcome(False, f"{name} keeps its output, which is this linear's input, and it is kept once")
+        return Outcome(None, f"{name} keeps its output, which is this linear's input, and it is kept once")
     passed, below = [name], node
     for _ in range(_BETWEEN):
         below = next((n for n, _ in below.next_functions if n is not None), None)

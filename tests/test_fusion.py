@@ -49,7 +49,7 @@ class Net(nn.Module):
         self.head = nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.mlp(self.block(self.first(x)))))
+        return self.head(F.gelu(self.mlp(self.block(self.first(x)))).clamp(max=2.0))
 
 
 def step(model: nn.Module, *args) -> list[Tensor]:
@@ -178,12 +178,44 @@ def test_dry_run_changes_nothing(sample):
 def test_strict():
     model, x = Net(), torch.randn(2, WIDTH)
     before = [(type(m), dict(m.__dict__)) for m in model.modules()]
-    with pytest.raises(RuntimeError, match=r"(?s)strict.*the model is as it was.*ReluBackward0 keeps its output"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)strict.*the model is as it was.*between GeluBackward0 and this linear"
+    ):
         fastbp.fuse(model, sample_inputs=x, strict=True)
     assert [(type(m), dict(m.__dict__)) for m in model.modules()] == before
     assert fastbp.fuse(model.block, sample_inputs=x, strict=True).fused
     with pytest.raises(ValueError, match="strict needs sample_inputs"):
         fastbp.fuse(model, strict=True)
+
+
+def test_strict_does_not_mind_where_nothing_is_to_be_gained():
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.one(x))
+            return self.two(h) + h
+
+    report = fastbp.fuse(Behind(), sample_inputs=torch.randn(2, WIDTH), strict=True)
+    assert [(s.name, s.status) for s in report.sites] == [("two", "no gain")] and "kept once" in str(report)
+
+
+def test_a_block_whose_own_code_ran_is_said_to():
+    """After a hook on a child, for one: the report is of what happened."""
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))
+    fastbp.fuse(model)
+    model(torch.randn(2, WIDTH))
+    assert [s.status for s in fastbp.report(model).sites] == ["fused"]
+    handle = model[0].register_forward_hook(lambda *_: None)
+    model(torch.randn(2, WIDTH))
+    site, linear = fastbp.report(model).sites
+    assert site.status == "left" and "its own code ran" in site.reason
+    assert linear.name == "2" and "fewer than 16,384 elements" in linear.reason
+    handle.remove()
+    model(torch.randn(2, WIDTH))
+    assert [s.status for s in fastbp.report(model).sites] == ["fused"]
 
 
 def test_strict_without_a_copy_takes_everything_back():
@@ -255,7 +287,7 @@ def test_report_of_the_last_call():
     x = torch.randn(2, WIDTH)
     model(x)
     rows = {s.name: s for s in fastbp.report(model).sites}
-    assert list(rows) == ["mlp", "block.down", "head"]
+    assert list(rows) == ["block.down", "mlp", "head"]
     assert rows["block.down"].status == "left" and "fewer than 16,384 elements" in rows["block.down"].reason
     with of_any_size():
         model(x)
@@ -263,8 +295,8 @@ def test_report_of_the_last_call():
     rows = {s.name: s for s in report.sites}
     assert (rows["block.down"].status, rows["block.down"].what) == ("fused", "gated_act_linear, silu")
     assert rows["block.down"].unkept == 2 * 2 * 20 * 4
-    assert rows["head"].reason.startswith("ReluBackward0 keeps its output")
-    assert [s.name for s in report.fused] == ["mlp", "block.down"] and [s.name for s in report.left] == ["head"]
+    assert rows["head"].reason == "between GeluBackward0 and this linear there is ClampBackward1"
+    assert [s.name for s in report.fused] == ["block.down", "mlp"] and [s.name for s in report.left] == ["head"]
     text = str(report)
     assert "320 B" in text and "2 fused, 1 left; 7 linears look at their input" in text
     fastbp.unfuse(model)

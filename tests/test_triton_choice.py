@@ -315,6 +315,7 @@ def test_no_tile_is_measured_as_what_it_will_not_be():
 
 
 CALLS = ("linear_act 6x8x16", "gated_linear_act 6x8x16", "mlp 6x8x16x32x4", "gated_mlp 6x8x16x4")
+CALLS += ("act_linear 6x8x16", "gated_act_linear 6x8x16")
 
 
 @each("call", CALLS)

@@ -59,21 +59,23 @@ Route route_of(const Call& call) {
   const bool row = call.rows == 1 && has_dense_rows(call);
   const int forced_now = forced;
   const int asked = forced_now >= 0 ? forced_now : call.settings.route - 1;
-  // Panels run through linears, of which a call that is given z has one.
+  // Panels run through linears, of which a call that is given z has one. A small one is wide: the library costs more.
+  const bool given = call.settings.given;
   const auto serves = [&](Route route) {
-    if (route == Route::narrow) return !call.settings.given;
-    if (route == Route::narrow_pairs) return pairs && !call.settings.given;
+    if (route == Route::narrow) return !given;
+    if (route == Route::narrow_pairs) return pairs && !given;
     return route != Route::row || row;
   };
   if (asked >= 0 && serves(static_cast<Route>(asked))) return static_cast<Route>(asked);
   if (row) return Route::row;
   // The library takes such weights as they lie, and gives gradients that lie so; ours are copied when they are added.
   if (by_columns) return Route::library;
-  const bool narrow = widest <= kNarrowFeatures && total <= kNarrowWeights && !call.settings.given;
+  const bool narrow = widest <= kNarrowFeatures && total <= kNarrowWeights;
   switch (call.dtype) {
     case Dtype::bfloat16:  // where the CPU multiplies bfloat16 itself, that is twice as fast as float panels
       if (narrow && pairs) {
         const bool tiny = widest <= kTinyFeatures || (call.rows + kPackingRows) * total <= kTinyWork;
+        if (given) return tiny ? Route::wide : Route::library;
         return capability().amx && !tiny ? Route::library : Route::narrow_pairs;
       }
       if (capability().bf16) return Route::library;
@@ -81,10 +83,10 @@ Route route_of(const Call& call) {
     case Dtype::float16:
       break;
     default:
-      if (narrow && (total <= kSmallWeights || call.rows >= kRowsWorthPacking)) break;
+      if (narrow && (total <= kSmallWeights || (call.rows >= kRowsWorthPacking && !given))) break;
       if (call.dtype == Dtype::float32 && is_intel()) return Route::library;  // MKL is at the CPU's limit there
   }
-  return narrow ? Route::narrow : Route::wide;
+  return narrow && !given ? Route::narrow : Route::wide;
 }
 
 }  // namespace fastbp::cpu

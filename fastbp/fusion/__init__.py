@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fastbp import backends, known, readers, saving
 from fastbp.fusion import sample, surgery
-from fastbp.fusion.sites import FUSED, LEFT, WOULD_FUSE, FusionReport, Site
+from fastbp.fusion.sites import FUSED, LEFT, NO_GAIN, WOULD_FUSE, FusionReport, Site
 from fastbp.linear import OUTCOME, Settings
 from fastbp.modules import LAYERS
 
@@ -82,6 +82,15 @@ def fuse(
     return found if found.ran else result
 
 
+def fuse_blocks(
+    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None, backend: str | None
+) -> FusionReport:
+    """``fuse`` of the blocks whose code is known alone: of those a policy can be planned."""
+    found = FusionReport()
+    _swap(model, filter_fn, ("auto", backend), found, blocks_only=True)
+    return found
+
+
 def unfuse(model: nn.Module) -> list[str]:
     """Take back what ``fuse`` did to a model, in place; returns the names of the modules changed."""
     _check_model(model, "fastbp.unfuse")
@@ -102,11 +111,7 @@ def report(model: nn.Module) -> FusionReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastbp.report: model must be an nn.Module, got {type(model).__name__}")
-    found = FusionReport()
-    for name, module in model.named_modules():
-        if surgery.is_fused(module):
-            found.sites += _sites_of_block(name, module, surgery.plan_of(module))
-        found.linears += readers.reads(module)
+    found = FusionReport(linears=sum(map(readers.reads, model.modules())))
     _add_outcomes(model, found)
     return found
 
@@ -133,6 +138,7 @@ def _swap(
     settings: Settings,
     found: FusionReport,
     dry: bool = False,
+    blocks_only: bool = False,
 ) -> list[Callable[[], None]]:
     """Change every linear and known block, and note it; what takes each change back."""
     undo: list[Callable[[], None]] = []
@@ -143,8 +149,9 @@ def _swap(
         reason = plan.refuses(settings[0]) if plan is not None else None
         if reason is None and filter_fn is not None and not filter_fn(module, name):
             reason = "filter_fn said no"
+        module.__dict__.pop(known.RAN, None)
         found.sites += _sites_of_experts(name, module) if plan is None else _sites_of_block(name, module, plan, reason)
-        if reason is not None:
+        if reason is not None or (blocks_only and (plan is None or surgery.is_fused(module))):
             continue
         found.linears += linear
         if dry:
@@ -183,27 +190,42 @@ def _run(model: nn.Module, sample_inputs: Any, found: FusionReport, strict: bool
     """Run the changed model on the sample and note what it did; RuntimeError where ``strict`` forbids that."""
     sample.watch(model, sample_inputs)
     found.ran = True  # also where every linear is part of a block, and none was called
+    found.sites = [site for site in found.sites if site.status == LEFT]
     _add_outcomes(model, found)
     if strict and found.left:
         raise RuntimeError(f"fastbp.fuse(strict=True): not everything was fused; the model is as it was\n{found}")
 
 
 def _add_outcomes(model: nn.Module, found: FusionReport) -> None:
-    """A row for each linear whose last input came from an activation."""
+    """A row for each known block, and for each linear whose last input came from an activation."""
+    uncalled: set[int] = set()  # linears of blocks that ran as one, which say what was before that
     for name, module in model.named_modules():
-        if OUTCOME not in module.__dict__:
+        if surgery.is_fused(module):
+            plan, ran = surgery.plan_of(module), module.__dict__.get(known.RAN, ())
+            found.sites += _sites_of_block(name, module, plan)
+            found.ran = found.ran or bool(ran)
+            for (names, _), as_one in zip(plan.calls, ran, strict=False):
+                uncalled.update(id(module._modules.get(n)) for n in names if as_one)
+        if OUTCOME not in module.__dict__ or id(module) in uncalled:
             continue
         found.ran = True
         outcome = module.__dict__[OUTCOME]
         if outcome is not None:
-            status, reason = (FUSED, "") if outcome.fused else (LEFT, outcome.what)
-            what = outcome.what if outcome.fused else ""
+            what, reason = (outcome.what, "") if outcome.fused else ("", outcome.what)
+            status = NO_GAIN if outcome.fused is None else FUSED if outcome.fused else LEFT
             found.sites.append(Site(name, type(module).__name__, what, status, reason, outcome.unkept))
 
 
 def _sites_of_block(name: str, module: nn.Module, plan: known.Plan, reason: str | None = None) -> list[Site]:
-    kind, status = type(module).__name__, LEFT if reason else FUSED
-    return [Site(name, f"{kind} [{', '.join(names)}]", call, status, reason or "") for names, call in plan.calls]
+    """A row for each call of the plan: of the last call of the module, if there was one."""
+    ran = module.__dict__.get(known.RAN, (True,) * len(plan.calls))
+    sites = []
+    for i, (names, call) in enumerate(plan.calls):
+        why = reason or (
+            "" if i < len(ran) and ran[i] else "its own code ran, for something is not what it was read as"
+        )
+        sites.append(Site(name, f"{type(module).__name__} [{', '.join(names)}]", call, LEFT if why else FUSED, why))
+    return sites
 
 
 def _sites_of_experts(name: str, module: nn.Module) -> list[Site]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-FUSED, LEFT, WOULD_FUSE = "fused", "left", "would fuse"
+FUSED, LEFT, WOULD_FUSE, NO_GAIN = "fused", "left", "would fuse", "no gain"
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class FusionReport:
     """The outcome of ``fastbp.fuse`` or ``fastbp.report``; ``print(report)`` shows a table.
 
     ``sites`` has a row for each block whose code is known, and where the model was run, for each linear behind an
-    activation: ``fused``, or ``left`` with the reason. ``linears`` counts the linears that look at their input in every
-    call.
+    activation: ``fused``, or ``left`` with the reason, or ``no gain`` where PyTorch keeps as little. ``linears`` counts
+    the linears that look at their input in every call.
     """
 
     sites: list[Site] = field(default_factory=list)

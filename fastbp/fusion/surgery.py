@@ -9,15 +9,13 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
 from fastbp.capture import refuse_torchscript
 from fastbp.copies import BASE, base_of, shown_class, stock_copy, stock_reduce
-
-if TYPE_CHECKING:
-    from fastbp.known import Plan
+from fastbp.known import RAN, Plan
 
 PLAN = "_fastbp_plan"
 
@@ -51,6 +49,7 @@ def swap_out(module: nn.Module) -> None:
     plan it runs the module's own forward.
     """
     del module.__dict__[PLAN]
+    module.__dict__.pop(RAN, None)
     if BASE in type(module).__dict__:
         module.__class__ = base_of(module)
 
@@ -68,12 +67,12 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
         kind = base if type(self) is fused else type(self)  # a class that others made of this one stays
         if kind is not base and not is_fused(self):
             return base.__reduce_ex__(self, protocol)
-        return stock_reduce(self, kind, protocol, (PLAN,))
+        return stock_reduce(self, kind, protocol, (PLAN, RAN))
 
     def copied(self: nn.Module, name: str, *memo: dict[int, Any]) -> Any:
         """A copy that runs by the same plan, made by the method of this name if the base has one."""
         own = getattr(base, name, None)
-        new = own(self, *memo) if own is not None else stock_copy(self, base, memo[0] if memo else None, (PLAN,))
+        new = own(self, *memo) if own is not None else stock_copy(self, base, memo[0] if memo else None, (PLAN, RAN))
         if is_fused(self) and new is not self and type(new) in (base, fused):
             swap_in(new, plan_of(self))
         return new

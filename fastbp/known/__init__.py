@@ -13,6 +13,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_compiling
 
 from fastbp.activations import Bound
 from fastbp.copies import base_of
@@ -22,6 +23,9 @@ from fastbp.known_acts import KnownAct, Names, function_of, kept, looks_plainly,
 from fastbp.source import ARGUMENT, Value, parts_of
 
 _SEQUENTIAL = nn.Sequential.forward, nn.Sequential.__iter__  # as they were before anybody patched them
+
+
+RAN = "_fastbp_ran"  # of a fused module's __dict__: of each of the plan's calls, whether it was one the last time
 
 
 class _Plan:
@@ -61,6 +65,8 @@ class BlockPlan(_Plan):
         if len(args) + len(kwargs) == 1 and (args or self.argument in kwargs) and self._holds(module, base):
             x = args[0] if args else kwargs[self.argument]
             y = self.call.run(module._modules, x, self.save, self.backend)
+        if not is_compiling():
+            module.__dict__[RAN] = (y is not None,)
         if y is None:
             return base.forward(module, *args, **kwargs)
         for name in self.after:
@@ -110,15 +116,22 @@ class SequentialPlan(_Plan):
         children: Any = module._modules
         given = len(args) + len(kwargs) == 1 and (args or "input" in kwargs)
         if not given or (base.forward, base.__iter__) != _SEQUENTIAL or tuple(children) != self.names:  # type: ignore
+            if not is_compiling():
+                module.__dict__[RAN] = ()
             return base.forward(module, *args, **kwargs)
+        ran: tuple[bool, ...] = ()
         h = args[0] if args else kwargs["input"]
         for names, call in self.steps:
             y = None if call is None else call.run(children, h, self.save, self.backend)
+            if call is not None:
+                ran = (*ran, y is not None)
             if y is None:
                 for name in names:
                     h = children[name](h)
             else:
                 h = y
+        if not is_compiling():
+            module.__dict__[RAN] = ran
         return h
 
 

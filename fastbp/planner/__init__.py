@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fastbp.activations import Bound
 from fastbp.forms import Form
-from fastbp.fusion import FusionReport, fuse
+from fastbp.fusion import FusionReport, fuse_blocks
 from fastbp.fusion.sample import as_call
 from fastbp.fusion.surgery import is_fused, swap_out
 from fastbp.modules import LAYERS
@@ -48,9 +47,10 @@ def plan_memory(
     under the autocast of training. ``budget`` is in bytes (an int) or a fraction, above 0 and at most 1 (a float), of
     what the model as given keeps on this sample, by ``fastbp.SavedBytes`` without the model's and the inputs' own.
 
-    Planned are the layers of fastbp and what ``fastbp.fuse`` makes of the others (``filter_fn`` and ``backend`` as
-    there). Exact policies alone are taken, of which ``recompute`` costs time: a product once more. With
-    ``allow_approximate`` also the compressed ones, which cost next to no time and have an error: then the least time
+    Planned are the layers of fastbp and the blocks whose code is known, as ``fastbp.fuse`` runs them (``filter_fn`` and
+    ``backend`` as there). Other linears stay what they are: after ``fuse`` they keep less, beside the plan. Exact
+    policies alone are taken, of which ``recompute`` costs time: a product once more. With ``allow_approximate`` also
+    the compressed ones, which cost next to no time and have an error: then the least time
     decides first, and after it the least error. The model is fused and its layers get their policies; with ``dry_run``
     it stays as it was. What a layer keeps under each policy is measured on the sample, each storage once whoever
     keeps it, and the total is measured again at the end.
@@ -66,8 +66,7 @@ def plan_memory(
     """
     _check(model, budget)
     sample = Sample(model, *as_call(sample_inputs))
-    with unset_fake_temporarily(), torch.device("cpu"):  # blocks are recognised by running them on real numbers
-        layers, report = _find_layers(model, filter_fn, backend)
+    layers, report = _find_layers(model, filter_fn, backend)
     original = [layer.save for layer in layers]
     done = False
     try:
@@ -150,7 +149,7 @@ def _find_layers(
 ) -> tuple[list[Layer], FusionReport]:
     """The layers of fastbp in a model, after fusing it."""
     old = {id(module) for module in model.modules() if is_fused(module)}
-    report = fuse(model, filter_fn=filter_fn, backend=backend)
+    report = fuse_blocks(model, filter_fn, backend)
     layers = []
     for name, module in model.named_modules():
         fresh = is_fused(module) and id(module) not in old

@@ -145,6 +145,8 @@ class Recorder(SavedBytes):
 class Prober(TorchFunctionMode):
     """Runs every call of a layer's once under each policy, and notes what is kept."""
 
+    only_watches = True  # to linears that read what their input was made of
+
     def __init__(self, outside: Recorder, counter: ProductCounter) -> None:
         super().__init__()
         self._outside, self._counter = outside, counter

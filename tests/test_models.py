@@ -160,7 +160,7 @@ def outcome(request):
 
 
 def test_same_numbers(outcome):
-    """Of the same random draws. Where no block runs whole, and no activation by fastbp, outputs are equal to the bit."""
+    """Of the same random draws. Where nothing but linears was changed, outputs are equal to the bit."""
     for mode, after in outcome.after.items():
         before = outcome.before[mode.partition(",")[0]]
         differences = after.difference(before).items()

@@ -196,4 +196,4 @@ def test_a_measured_choice_of_pytorch(maker, monkeypatch):
         return backends.with_backend(backends.choose_settled(*arguments), EAGER)
 
     monkeypatch.setattr("fastbp.linear.choose_settled", choose)
-    assert_as_stock(lambda a, b, c, d, x, also: c(make(a(x), b(x))), fused=fused)
+    assert_as_stock(lambda linears, x, also: linears[2](make(linears[0](x), linears[1](x))), fused=fused)

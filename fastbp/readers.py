@@ -7,6 +7,7 @@ copies are changed as the module is.
 
 from __future__ import annotations
 
+import functools
 import sys
 from functools import cache
 from typing import Any
@@ -153,6 +154,7 @@ ThriftyDropout: type[nn.Module] = type("Dropout", (nn.Dropout,), {"forward": _dr
 
 @cache
 def _thrifty_activation(base: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(base.forward)  # what reads the signature sees the module's
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         act: KnownAct | None = self.__dict__.get(_ACT)
         if act is None or is_compiling() or kwargs or len(args) != 1 or not linear.can_replace(args[0]):

@@ -45,10 +45,11 @@ class _Anchor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # else zeros of h's size go through what made h
         return h.new_empty(1).expand(h.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         return grad
 
 

@@ -1,15 +1,15 @@
-"""The models of tests/test_models.py, and which of their blocks ``fuse`` must find.
+"""The models of tests/test_models.py, and which of their blocks and linears ``fuse`` must find.
 
-The sites are read off the models' sources, not off what ``fuse`` finds. ``*`` stands for a part of a module's name, so
-``layers.*.mlp`` is one site for each layer. ``mlp`` is fc2(act(fc1(x))), ``gated_mlp`` is down(act(gate(x)) * up(x)),
-the weights of gate and up apart or packed; ``linear_act`` and ``gated_linear_act`` are what comes before fc2 and down,
-where a norm stands between, or there is no such layer in the block.
+``*`` stands for a part of a module's name, so ``layers.*.mlp`` is one site for each layer. ``mlp`` is fc2(act(fc1(x)))
+and ``gated_mlp`` down(act(gate(x)) * up(x)) of a block whose code is known; ``act_linear`` and ``gated_act_linear`` a
+linear that reads f(z) or f(g) * u, and ``linear of`` a node of autograd's what is made again by that.
 """
 
 import importlib
+from dataclasses import replace
 
-from known_transformers import IMAGES, TRANSFORMERS
-from model_kinds import Known, floats, made, without_dropout
+from known_transformers import DROPPED, IMAGES, KEPT, T5_SITES, TRANSFORMERS
+from model_kinds import Known, floats, made
 from torch import nn
 
 SEQUENCES = floats(tgt=(2, 7, 16), memory=(2, 5, 16))
@@ -19,7 +19,7 @@ TIMM = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2, "num_c
 MIXER = {"img_size": 16, "patch_size": 8, "num_blocks": 2, "embed_dim": 16, "num_classes": 5}
 CONVNEXT = {"depths": (1, 1, 1, 2), "dims": (8, 12, 16, 20), "num_classes": 5}
 
-LAYER = {"d_model": 16, "nhead": 2, "dim_feedforward": 24, "batch_first": True, "drop": "dropout", "dropping": True}
+LAYER = {"d_model": 16, "nhead": 2, "dim_feedforward": 24, "batch_first": True, "drop": "dropout"}
 
 
 def gmlp(dropout: bool) -> nn.Module:
@@ -29,11 +29,13 @@ def gmlp(dropout: bool) -> nn.Module:
 
 OTHERS = {
     "ViT, timm": made("timm.models.VisionTransformer", X, {"blocks.*.mlp": "mlp, gelu"}, depth=2, **TIMM),
-    "EVA-02": made("timm.models.Eva", X, {"blocks.*.mlp": "gated_mlp, silu"}, depth=2, swiglu_mlp=True, **TIMM),
+    "EVA-02": made(
+        "timm.models.Eva", X, {"blocks.*.mlp.fc2": "gated_act_linear, silu"}, depth=2, swiglu_mlp=True, **TIMM
+    ),
     "EVA-02, norm in the block": made(
         "timm.models.Eva",
         X,
-        {"blocks.*.mlp": "gated_linear_act, silu"},
+        {},
         depth=2,
         swiglu_mlp=True,
         scale_mlp=True,
@@ -42,7 +44,7 @@ OTHERS = {
     "MLP-Mixer": made(
         "timm.models.MlpMixer", X, {"blocks.*.mlp_tokens": "mlp, gelu", "blocks.*.mlp_channels": "mlp, gelu"}, **MIXER
     ),
-    "gMLP": Known("timm", "MlpMixer", gmlp, X, {"blocks.*.mlp_channels": "linear_act, gelu"}),
+    "gMLP": Known("timm", "MlpMixer", gmlp, X, {}),
     "Swin": made(
         "timm.models.SwinTransformer",
         X,
@@ -57,7 +59,12 @@ OTHERS = {
     ),
     "ConvNeXt": made("timm.models.ConvNeXt", X32, {"stages.*.blocks.*.mlp": "mlp, gelu"}, **CONVNEXT),
     "ConvNeXt V2": made(
-        "timm.models.ConvNeXt", X32, {"stages.*.blocks.*.mlp": "linear_act, gelu"}, use_grn=True, **CONVNEXT
+        "timm.models.ConvNeXt",
+        X32,
+        {},
+        use_grn=True,
+        left={"stages.*.blocks.*.mlp.fc2": "between GeluBackward0 and this linear there is AddBackward0"},
+        **CONVNEXT,
     ),
     "MLP, torchvision": made(
         "torchvision.ops.MLP", lambda: tuple(floats(x=(5, 16))().values()), {"": "mlp, relu"}, 16, [24, 20, 8]
@@ -76,13 +83,14 @@ OTHERS = {
     "nn.TransformerEncoderLayer": made(
         "torch.nn.TransformerEncoderLayer",
         floats(src=(2, 7, 16)),
-        {"": "mlp, relu"},
+        {},
+        left={"linear2": DROPPED},
         **LAYER,
     ),
     "nn.TransformerEncoderLayer, gelu, norm first": made(
         "torch.nn.TransformerEncoderLayer",
         floats(src=(2, 7, 16)),
-        {"": "mlp, gelu"},
+        {"linear2": "linear of DroppedBackward"},
         activation="gelu",
         norm_first=True,
         **LAYER,
@@ -90,13 +98,14 @@ OTHERS = {
     "nn.TransformerDecoderLayer": made(
         "torch.nn.TransformerDecoderLayer",
         SEQUENCES,
-        {"": "mlp, relu"},
+        {},
+        left={"linear2": DROPPED},
         **LAYER,
     ),
     "nn.TransformerDecoderLayer, gelu, norm first": made(
         "torch.nn.TransformerDecoderLayer",
         SEQUENCES,
-        {"": "mlp, gelu"},
+        {"linear2": "linear of DroppedBackward"},
         activation="gelu",
         norm_first=True,
         **LAYER,
@@ -104,27 +113,20 @@ OTHERS = {
     "nn.Transformer": made(
         "torch.nn.Transformer",
         floats(src=(2, 7, 16), tgt=(2, 5, 16)),
-        {"encoder.layers.*": "mlp, relu", "decoder.layers.*": "mlp, relu"},
+        {},
         num_encoder_layers=2,
         num_decoder_layers=1,
+        left={"encoder.layers.*.linear2": DROPPED, "decoder.layers.*.linear2": DROPPED},
         **LAYER,
     ),
 }
 
 KNOWN = TRANSFORMERS | OTHERS
-for _name in (
-    "RoBERTa, classifier",
-    "T5",
-    "T5 v1.1",
-    "nn.TransformerEncoderLayer",
-    "nn.TransformerDecoderLayer, gelu, norm first",
-):
-    KNOWN[f"{_name}, no dropout"] = without_dropout(KNOWN[_name])
-
-# What fuse does not do yet: what it says of these sites today, None where it does not see them, and why.
-WRITTEN = "its activation is written in a forward that is more than a chain"
-NOT_FUSED = {
-    "RoBERTa, classifier": ({"classifier": None}, f"`RobertaClassificationHead`: {WRITTEN} (it takes the first token)"),
-    "ESM": ({"lm_head": None}, f"`EsmLMHead`: {WRITTEN} (it adds a bias of its own)"),
-}
-NOT_FUSED["RoBERTa, classifier, no dropout"] = NOT_FUSED["RoBERTa, classifier"]
+for _name, _changes in {
+    "RoBERTa, classifier": {"left": {"classifier.out_proj": KEPT}},
+    "T5": {"fused": {}, "left": dict.fromkeys(T5_SITES, KEPT)},
+    "T5 v1.1": {"fused": dict.fromkeys(T5_SITES, "gated_act_linear, gelu_tanh")},
+    "nn.TransformerEncoderLayer": {"left": {"linear2": KEPT}},
+    "nn.TransformerDecoderLayer, gelu, norm first": {"fused": {"linear2": "act_linear, gelu"}},
+}.items():
+    KNOWN[f"{_name}, no dropout"] = replace(KNOWN[_name], dropout=False, **_changes)

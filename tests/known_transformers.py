@@ -25,73 +25,78 @@ CLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num
 IMAGES = {"image_size": 16, "patch_size": 8}
 
 GATED_SILU = {"model.layers.*.mlp": "gated_mlp, silu"}
-T5_SITES = ("encoder.block.*.layer.1.DenseReluDense", "decoder.block.*.layer.2.DenseReluDense")
-BART_SITES = {"model.encoder.layers.*": "mlp, gelu", "model.decoder.layers.*": "mlp, gelu"}
-THREE_D = "3-D"
+T5_SITES = ("encoder.block.*.layer.1.DenseReluDense.wo", "decoder.block.*.layer.2.DenseReluDense.wo")
+# Behind the dropout of the embedding there is one product, that of a norm.
+T5_FIRST = {
+    f"{part}.block.0.layer.0.SelfAttention.{name}": "linear of MulBackward0"
+    for part in ("encoder", "decoder")
+    for name in "qkv"
+}
+BART_SITES = {"model.encoder.layers.*.fc2": "act_linear, gelu", "model.decoder.layers.*.fc2": "act_linear, gelu"}
+THREE_D = "weights of three dimensions"
+KEPT = "keeps its output"  # which is what the linear keeps
+DROPPED = "between ReluBackward0 and this linear there is DroppedBackward"
+
+
+def bert(name: str) -> dict[str, str]:
+    """A layer whose two linears stand in modules of their own: known whole, and read."""
+    layer = f"{name}.encoder.layer.*"
+    return {f"{layer}.intermediate": "linear_act, gelu", f"{layer}.output.dense": "linear of LinearActFunctionBackward"}
+
 
 TRANSFORMERS = {
     "BERT": hf(
         "BertForPreTraining",
         IDS,
-        {
-            "bert.encoder.layer.*.intermediate": "linear_act, gelu",
-            "bert.pooler": "linear_act, tanh",
-            "cls.predictions.transform": "linear_act, gelu",
-        },
+        bert("bert"),
         TINY,
+        left={"cls.seq_relationship": KEPT},
     ),
     "RoBERTa": hf(
         "RobertaForMaskedLM",
         IDS,
-        {"roberta.encoder.layer.*.intermediate": "linear_act, gelu", "lm_head": "linear_act, gelu"},
+        bert("roberta"),
         TINY,
     ),
     "RoBERTa, classifier": hf(
         "RobertaForSequenceClassification",
         IDS,
-        {"roberta.encoder.layer.*.intermediate": "linear_act, gelu", "classifier": "mlp, tanh"},
+        bert("roberta"),
         TINY,
-        dropping=True,
+        left={"classifier.out_proj": ""},
     ),
     "DeBERTa-v2": hf(
         "DebertaV2ForMaskedLM",
         IDS,
-        {"deberta.encoder.layer.*.intermediate": "linear_act, gelu", "cls.predictions.transform": "linear_act, gelu"},
+        bert("deberta"),
         TINY | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     ),
     "DistilBERT": hf(
         "DistilBertForMaskedLM",
         IDS,
-        {"distilbert.transformer.layer.*.ffn": "mlp, gelu", "": "linear_act, gelu"},
+        {"distilbert.transformer.layer.*.ffn.lin2": "act_linear, gelu"},
         {"vocab_size": 64, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
     ),
     "ALBERT": hf(  # one layer, run twice
         "AlbertForMaskedLM",
         IDS,
-        {
-            "albert.encoder.albert_layer_groups.*.albert_layers.*": "mlp, gelu_tanh",
-            "predictions": "linear_act, gelu_tanh",
-        },
+        {"albert.encoder.albert_layer_groups.*.albert_layers.*.ffn_output": "act_linear, gelu_tanh"},
         TINY | {"embedding_size": 12},
     ),
-    "ESM": hf(
-        "EsmForMaskedLM",
-        IDS,
-        {"esm.encoder.layer.*.intermediate": "linear_act, gelu", "lm_head": "linear_act, gelu"},
-        TINY | {"pad_token_id": 0, "position_embedding_type": "rotary"},
-        left={"esm.contact_head": "do not reach it"},
+    "ESM": hf(  # its GELU is a function of its own
+        "EsmForMaskedLM", IDS, {}, TINY | {"pad_token_id": 0, "position_embedding_type": "rotary"}
     ),
     "XLNet": hf(
         "XLNetModel",
         IDS,
-        {"layer.*.ff": "mlp, gelu"},
+        {"layer.*.ff.layer_2": "linear of DroppedBackward"},
         {"vocab_size": 64, "d_model": 16, "d_inner": 24, "n_layer": 2, "n_head": 2},
-        dropping=True,
+        left={"layer.*.rel_attn": THREE_D},
     ),
     "ModernBERT": hf(
         "ModernBertForMaskedLM",
         IDS,
-        {"model.layers.*.mlp": "gated_mlp, gelu", "head": "linear_act, gelu"},
+        {"model.layers.*.mlp.Wo": "gated_act_linear, gelu"},
         TINY | {"pad_token_id": 0},
     ),
     "GPT-2": hf(
@@ -110,34 +115,40 @@ TRANSFORMERS = {
     "OPT": hf(
         "OPTForCausalLM",
         CAUSAL,
-        {"model.decoder.layers.*": "mlp, relu"},
+        {},
         TINY | {"ffn_dim": 24, "word_embed_proj_dim": 16},
+        left={"model.decoder.layers.*.fc2": KEPT},
     ),
-    "Bloom": hf(
+    "Bloom": hf(  # its GELU is a Function of its own
         "BloomForCausalLM",
         CAUSAL,
-        {"transformer.h.*.mlp": "mlp, gelu_tanh"},
+        {},
         {"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 2},
         dtype=torch.float32,  # to which the constants of its activation are rounded
         bound=1e-5,
     ),
-    "Falcon": hf("FalconForCausalLM", CAUSAL, {"transformer.h.*.mlp": "mlp, gelu"}, TINY | {"ffn_hidden_size": 24}),
+    "Falcon": hf(
+        "FalconForCausalLM",
+        CAUSAL,
+        {},
+        TINY | {"ffn_hidden_size": 24},
+        left={"transformer.h.*.mlp.dense_4h_to_h": "a FalconLinear, which has a forward of its own"},
+    ),
     "MPT": hf(
         "MptForCausalLM",
         CAUSAL,
-        {"transformer.blocks.*.ffn": "mlp, gelu"},
+        {"transformer.blocks.*.ffn.down_proj": "act_linear, gelu"},
         {"vocab_size": 64, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 16},
     ),
     "Phi": hf("PhiForCausalLM", CAUSAL, {"model.layers.*.mlp": "mlp, gelu_tanh"}, TINY),
-    "Phi-3": hf("Phi3ForCausalLM", CAUSAL, GATED_SILU, TINY | {"pad_token_id": 0}),
-    "Nemotron": hf("NemotronForCausalLM", CAUSAL, {"model.layers.*.mlp": "mlp, relu2"}, GROUPED),
-    "Apertus": hf(
-        "ApertusForCausalLM",
+    "Phi-3": hf(
+        "Phi3ForCausalLM",
         CAUSAL,
-        {},
-        GROUPED | {"hidden_act": "xielu"},
-        left={"model.layers.*.mlp": "no activation that fastbp knows"},  # it learns two parameters
+        {"model.layers.*.mlp.down_proj": "gated_act_linear, silu"},
+        TINY | {"pad_token_id": 0},
     ),
+    "Nemotron": hf("NemotronForCausalLM", CAUSAL, {"model.layers.*.mlp": "mlp, relu2"}, GROUPED),
+    "Apertus": hf("ApertusForCausalLM", CAUSAL, {}, GROUPED | {"hidden_act": "xielu"}),  # it learns two parameters
     "Llama": hf("LlamaForCausalLM", CAUSAL, GATED_SILU, TINY),
     "Mistral": hf("MistralForCausalLM", CAUSAL, GATED_SILU, GROUPED),
     "Qwen3": hf("Qwen3ForCausalLM", CAUSAL, GATED_SILU, GROUPED),
@@ -166,27 +177,29 @@ TRANSFORMERS = {
     "Switch": hf(
         "SwitchTransformersForConditionalGeneration",
         SEQ2SEQ,
-        {
-            "encoder.block.0.layer.1.mlp": "mlp, relu",
-            "decoder.block.0.layer.2.mlp": "mlp, relu",
-            "encoder.block.1.layer.1.mlp.experts.*": "mlp, relu",
-            "decoder.block.1.layer.2.mlp.experts.*": "mlp, relu",
-        },
+        T5_FIRST,
         T5
         | {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 2},
-        dropping=True,
+        left={
+            "encoder.block.0.layer.1.mlp.wo": DROPPED,
+            "decoder.block.0.layer.2.mlp.wo": DROPPED,
+            "encoder.block.1.layer.1.mlp.experts.*.wo": DROPPED,
+            "decoder.block.1.layer.2.mlp.experts.*.wo": DROPPED,
+        },
     ),
-    "T5": hf("T5ForConditionalGeneration", SEQ2SEQ, dict.fromkeys(T5_SITES, "mlp, relu"), T5, dropping=True),
+    "T5": hf("T5ForConditionalGeneration", SEQ2SEQ, T5_FIRST, T5, left=dict.fromkeys(T5_SITES, DROPPED)),
     "T5 v1.1": hf(
         "T5ForConditionalGeneration",
         SEQ2SEQ,
-        dict.fromkeys(T5_SITES, "gated_mlp, gelu_tanh"),
+        T5_FIRST | dict.fromkeys(T5_SITES, "linear of DroppedBackward"),
         T5 | {"feed_forward_proj": "gated-gelu"},
-        dropping=True,
     ),
     "BART": hf("BartForConditionalGeneration", SEQ2SEQ, BART_SITES, BART | SPECIAL),
     "BART, dropout in the block": hf(
-        "BartForConditionalGeneration", SEQ2SEQ, BART_SITES, BART | SPECIAL | {"activation_dropout": 0.1}, dropping=True
+        "BartForConditionalGeneration",
+        SEQ2SEQ,
+        dict.fromkeys(BART_SITES, "linear of MulBackward0"),
+        BART | SPECIAL | {"activation_dropout": 0.1},
     ),
     "BART, classifier": hf(
         "BartForSequenceClassification",
@@ -200,7 +213,7 @@ TRANSFORMERS = {
         BART_SITES,
         BART | SPECIAL | {"num_mel_bins": 8, "max_source_positions": 6},
     ),
-    "ViT": hf("ViTModel", PIXELS, {"layers.*.mlp": "mlp, gelu", "pooler": "linear_act, tanh"}, TINY | IMAGES),
+    "ViT": hf("ViTModel", PIXELS, {"layers.*.mlp": "mlp, gelu"}, TINY | IMAGES),
     "DINOv2": hf(
         "Dinov2Model", PIXELS, {"encoder.layer.*.mlp": "gated_mlp, silu"}, TINY | IMAGES | {"use_swiglu_ffn": True}
     ),

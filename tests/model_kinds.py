@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ class Known:
     bound: float = 1e-12
     dtype: torch.dtype = torch.float64
     dropout: bool = True
-    dropping: bool = False  # before the second linear of a block, so that in training the first half alone is one call
 
     def model(self, dropout: bool | None = None) -> nn.Module:
         """In training mode, with biases that are not zero, and weights that reach the bends of every activation."""
@@ -95,7 +94,7 @@ def hf(kind: str, inputs: Inputs, fused: Sites, config: Mapping[str, Any], **fac
 
 def made(kind: str, inputs: Inputs, fused: Sites, *args: Any, drop: str = "", **more: Any) -> Known:
     """A class of another package with its arguments; ``drop`` names the one that is a probability of dropping."""
-    facts = {name: more.pop(name) for name in ("left", "bound", "dropping") if name in more}
+    facts = {name: more.pop(name) for name in ("left", "bound") if name in more}
     module, _, name = kind.rpartition(".")
 
     def build(dropout: bool) -> nn.Module:
@@ -103,8 +102,3 @@ def made(kind: str, inputs: Inputs, fused: Sites, *args: Any, drop: str = "", **
         return getattr(importlib.import_module(module), name)(*args, **more, **none)
 
     return Known(kind.partition(".")[0], name, build, inputs, fused, **facts)
-
-
-def without_dropout(known: Known) -> Known:
-    """The same with every probability of dropping 0."""
-    return replace(known, dropout=False, dropping=False)

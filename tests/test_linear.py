@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_twins import ROWS, WIDTH, assert_as_stock, assert_equal, outcome, run, twice
+from linear_twins import MAKERS, ROWS, WIDTH, assert_as_stock, assert_equal, outcome, run, twice
 from torch import Tensor, nn
 
 import fastbp
@@ -99,6 +99,7 @@ MADE_AGAIN = {
     "mask": (lambda g, u: F.silu(g) * (u.detach() > 0), "MulBackward0"),
     "mask before": (lambda g, u: (u.detach() > 0).double() * F.silu(g), "MulBackward0"),
     "gate, then mask": (lambda g, u: F.silu(g) * u * (u.detach() > 0), "MulBackward0"),
+    "constant by a sum": (lambda g, u: (u.detach() + 9) / (F.relu(g) + 1), "DivBackward0"),
     "quotient by a number": (lambda g, u: F.silu(g) / 0.7, "DivBackward0"),
     "quotient by a constant": (lambda g, u: F.silu(g) / (u.detach() + 9), "DivBackward0"),
     "quotient": (lambda g, u: F.silu(g) / (u + 9), "DivBackward0"),
@@ -260,13 +261,17 @@ def test_wrong_shapes_are_refused_in_the_words_of_pytorch():
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("gated", [False, True])
+FROZEN = {"activation": None, "gate": "gated_act_linear, silu; the weight is frozen", "dropout": None}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("part", ["weight", "bias", "before", "all but x"])
-def test_frozen(part, gated):
+def test_frozen(part, maker):
     """What takes no gradient gets none, and the rest is the same."""
+    make, what = MAKERS[maker]
 
     def program(fc, x, seen):
-        return fc[2](F.silu(fc[0](x)) * fc[1](x) if gated else F.silu(fc[0](x)))
+        return fc[2](make(fc[0](x), fc[1](x)))
 
     def prepare(linears):
         for i, each in enumerate(linears):
@@ -274,7 +279,6 @@ def test_frozen(part, gated):
             for name, parameter in each.named_parameters():
                 parameter.requires_grad_(not frozen or (part in ("weight", "bias") and name != part))
 
-    frozen = part in ("weight", "all but x")
-    expected = ("gated_act_linear" if gated else None) if frozen else "gated_act_linear" if gated else "act_linear"
+    expected = FROZEN[maker] if part in ("weight", "all but x") else what
     assert_as_stock(program, fused=expected, prepare=prepare)
     assert run(fastbp.Linear, program, prepare=prepare).y.requires_grad

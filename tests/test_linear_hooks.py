@@ -1,14 +1,16 @@
 """fastbp.Linear: who looks at h, or at f(g), sees what PyTorch would show."""
 
 import contextlib
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_twins import MAKERS, assert_as_stock, outcome, twice
+from linear_twins import MAKERS, ROWS, WIDTH, assert_as_stock, outcome, twice
 
 import fastbp
 from fastbp import producers
+from fastbp.linear import of_any_size
 
 
 @pytest.fixture(params=MAKERS)
@@ -219,3 +221,44 @@ def test_dead_h_is_passed_by(monkeypatch):
         if maker != "dropout":
             assert_as_stock(lambda fc, x, seen, make=make: fc[2](make(fc[0](x), fc[1](x))), fused=what)
     assert not called
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_nothing_goes_past_it(gated):
+    """No zeros in place of the gradient of h, and what made h computes none of its own."""
+    layers, x = [fastbp.Linear(WIDTH, WIDTH) for _ in range(3)], torch.randn(ROWS, WIDTH)
+    with of_any_size():
+        h = F.silu(layers[0](x))
+        h = h * layers[1](x) if gated else h
+        y = layers[2](h)
+        del h
+    dy = torch.ones_like(y)
+    with torch.profiler.profile() as profile:
+        y.backward(dy)
+    count = Counter({event.key: event.count for event in profile.key_averages()})
+    assert count["ActLinearBackward"] == 1
+    assert count["aten::silu_backward"] <= 1 and not count["aten::zeros"] and not count["aten::zeros_like"]
+
+
+def test_a_hook_on_an_activation_that_is_gone():
+    """The product kept f(g), and with it goes the last that held it; its hook does not."""
+
+    def program(fc, x, seen):
+        a = F.silu(fc[0](x))
+        a.register_hook(lambda g: seen.append(g.detach()) or g.tanh())
+        h = a * fc[1](x)
+        del a
+        return fc[2](h)
+
+    assert len(assert_as_stock(program, fused="gated_act_linear, silu").seen) == 1
+
+
+def test_the_second_reader_of_a_gate_minds_its_activation():
+    def program(fc, x, seen):
+        a = F.silu(fc[0](x))
+        h = a * fc[1](x)
+        y = fc[2](h) + fc[3](h)
+        a.register_hook(lambda g: seen.append(g.detach()) or g.tanh())
+        return y
+
+    assert len(assert_as_stock(program, fused="gated_act_linear, silu").seen) == 1

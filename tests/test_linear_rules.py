@@ -97,10 +97,13 @@ def test_written_in_place_after(maker, what):
             attempt(fastbp.Linear)
 
 
-def test_y_may_be_written_to(maker):
+@pytest.mark.parametrize("shape", [(ROWS, WIDTH), (1, ROWS, WIDTH)], ids=str)
+def test_y_may_be_written_to(maker, shape):
+    """Of three dimensions it is a view of a product, which autograd must not know."""
     make, what = maker
 
     def program(fc, x, seen):
+        x = x.view(shape)
         y = fc[2](make(fc[0](x), fc[1](x)))
         y += x
         y[0].mul_(2.0)

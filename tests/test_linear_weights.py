@@ -55,6 +55,24 @@ def test_autocast(maker, where, dtype):
     assert_as_stock(program, fused=fused, after=backward, **options)
 
 
+def test_backward_in_a_region_is_that_of_outside(maker):
+    """Whoever calls it there wants the gradients that forward had in mind."""
+    make, _ = maker
+
+    def program(fc, x, seen):
+        return fc[2](make(fc[0](x), fc[1](x)))
+
+    def backward(y, x, parameters, result):
+        dy, wanted = torch.ones_like(y), [result.linears[2].weight, result.linears[2].bias]
+        outside = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = torch.autograd.grad(y, wanted, dy)
+        assert_close(inside, outside, 1e-6)
+        return outside
+
+    run(fastbp.Linear, program, after=backward, dtype=torch.float32, rows=64, width=32)
+
+
 def test_autocast_is_on_again_after_an_error():
     layer, h = fastbp.Linear(WIDTH, WIDTH), F.silu(torch.randn(ROWS, WIDTH + 1, requires_grad=True))
     with torch.autocast("cpu", dtype=torch.bfloat16), of_any_size():
@@ -119,6 +137,28 @@ def test_patches_are_called(maker, where, monkeypatch):
     assert_close(ours.grads, stock.grads, 1e-10)
     plain = run(nn.Linear, lambda fc, x, seen: fc[2](make(fc[0](x), fc[1](x))))
     assert_equal([ours.y], [2 * plain.y])
+
+
+def test_complex_numbers_are_pytorchs_affair():
+    """Whose gradient of a weight is of the conjugate of h."""
+
+    def program(fc, x, seen):
+        return fc[2](fc[0](x) ** 2)
+
+    def backward(y, x, parameters, result):
+        return torch.autograd.grad(y.abs().square().sum(), [x, *parameters], allow_unused=True)
+
+    assert_as_stock(program, left="its input is torch.complex128", dtype=torch.complex128, after=backward)
+
+
+def test_subclasses_of_tensor_are_pytorchs_affair():
+    class Own(torch.Tensor):
+        pass
+
+    def program(fc, x, seen):
+        return fc[2](F.silu(fc[0](x)).as_subclass(Own) * fc[1](x)).as_subclass(torch.Tensor)
+
+    assert_as_stock(program)
 
 
 class Tagged(torch.Tensor):

@@ -35,8 +35,6 @@ def row(name: str, known: Any, report: fastbp.FusionReport) -> str:
     fused = ", ".join(f"{count} × `{what}`" for what, count in calls.items())
     named = Counter(f"`{site.kind.partition(' ')[0]}`: {site.reason}" for site in report.left)
     left = [f"{count} × {reason}" for reason, count in named.items()]
-    not_fused = importlib.import_module("known_models").NOT_FUSED
-    left += [not_fused[name][1]] if name in not_fused else []
     bound = f"{known.bound:.0e}".replace("e-0", "e-")
     if known.dtype != torch.float64:
         bound += f" in {known.dtype}".replace("torch.", "")

@@ -78,9 +78,10 @@ def _value_of_dropped(node: Any) -> Tensor:
 
 producers.OWN["DroppedBackward"] = producers.Own(
     Dropped._backward_cls,
-    lambda node: producers.can_rebuild(node.next_functions[0][0]),
+    lambda node: producers.can_rebuild(node.next_functions[0][0], producers.DEPTH - 1),
     _value_of_dropped,
     lambda node: None,
+    activation=False,
 )
 producers.OWN["ActivatedBackward"] = producers.Own(
     Activated._backward_cls,

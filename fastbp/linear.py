@@ -27,7 +27,8 @@ from torch.utils._device import DeviceContext
 
 from fastbp import producers, rebuilt
 from fastbp.activations import NODES
-from fastbp.backends import choose_settled
+from fastbp.backends import REFERENCE, choose_settled, with_backend
+from fastbp.backends.measured import EAGER
 from fastbp.casts import cast_all
 from fastbp.memory import SavedBytes
 from fastbp.problem import DTYPES
@@ -143,6 +144,8 @@ def _of_producer(
     try:
         asked = (form, bound, save, backend, defaults.both)
         config = choose_settled(asked, configure_settled, inputs[0], (*inputs[1:], weight, bias), (weight,))
+        if config.backend == EAGER:  # of PyTorch's operations the linear is made anyway
+            config = with_backend(config, REFERENCE)
     except ValueError as error:
         return None, Outcome(False, str(error))
     unkept = _bytes_of(x)

@@ -24,7 +24,7 @@ Node = Any
 Edge = tuple[Any, int]  # a node, and which of its outputs
 _aten = torch.ops.aten
 PRODUCT, _DIV, _CAST, _POW = "MulBackward0", "DivBackward0", "ToCopyBackward0", "PowBackward0"
-_DEPTH = 8  # nodes between a linear and what its input is made again of
+DEPTH = 8  # nodes between a linear and what its input is made again of
 
 
 def nobody() -> bool:
@@ -62,6 +62,7 @@ class Own(NamedTuple):
     can: Callable[[Node], bool]
     value: Callable[[Node], Tensor]
     read: Callable[[Node], Producer | None]
+    activation: bool = True  # whether an activation made the output
 
 
 def own(node: Node) -> Own | None:
@@ -70,10 +71,10 @@ def own(node: Node) -> Own | None:
     return found if found is not None and type(node) is found.kind else None
 
 
-def can_rebuild(node: Node, depth: int = _DEPTH) -> bool:
+def can_rebuild(node: Node, depth: int = DEPTH) -> bool:
     """Whether ``rebuild`` makes the output of this node, of what the graph keeps anyway. Unpacks nothing."""
     name = type(node).__name__
-    if name in _OF_INPUT:
+    if name in _OF_INPUT or (name in KEEPS_OUTPUT and depth < DEPTH):  # the linear's own input is kept once anyway
         return True
     if depth == 0:
         return False
@@ -93,6 +94,8 @@ def rebuild(node: Node) -> Tensor:
     of_input = _OF_INPUT.get(name)
     if of_input is not None:
         return of_input(node)
+    if name in KEEPS_OUTPUT:
+        return node._saved_result  # type: ignore[no-any-return]
     if name in (PRODUCT, _DIV):
         (first, _), (second, _) = node.next_functions
         one = rebuild(first) if second is None else node._saved_self
@@ -135,7 +138,9 @@ def is_near(node: Node) -> bool:
 
 def _is_activation(node: Node | None) -> bool:
     name = type(node).__name__
-    return name in _OF_INPUT or name in KEEPS_OUTPUT or name in OWN
+    if name in OWN:
+        return OWN[name].activation
+    return name in _OF_INPUT or name in KEEPS_OUTPUT or name == "ErfBackward0"  # of a GELU written by hand
 
 
 def _is_passed(node: Node | None) -> bool:

@@ -282,3 +282,13 @@ def test_frozen(part, maker):
     expected = FROZEN[maker] if part in ("weight", "all but x") else what
     assert_as_stock(program, fused=expected, prepare=prepare)
     assert run(fastbp.Linear, program, prepare=prepare).y.requires_grad
+
+
+@pytest.mark.parametrize("activation", [torch.relu, torch.tanh], ids=["relu", "tanh"])
+def test_what_a_dropout_made_of_an_output_that_is_kept(activation):
+    """The activation keeps its output, and the dropout its mask: the product of the two is not kept beside them."""
+
+    def program(linears, x, seen):
+        return linears[2](F.dropout(activation(linears[0](x)), 0.3))
+
+    assert_as_stock(program, fused="linear of MulBackward0")

@@ -7,6 +7,8 @@ from linear_twins import MAKERS, ROWS, WIDTH, assert_as_stock, assert_close, ass
 from torch import nn
 
 import fastbp
+from fastbp import backends
+from fastbp.backends.measured import EAGER
 from fastbp.linear import of_any_size
 
 
@@ -223,3 +225,15 @@ def test_mixed_devices_and_dtypes_are_pytorchs_affair():
         with of_any_size():
             a, b = outcome_of(nn.Linear), outcome_of(fastbp.Linear)
         assert type(a) is type(b) and (a == b if isinstance(a, str) else a.device == b.device)
+
+
+@pytest.mark.parametrize("maker", ["activation", "gate"])
+def test_a_measured_choice_of_pytorch(maker, monkeypatch):
+    """Where tuning found PyTorch's own operations the fastest: the linear is made of them, and keeps as little."""
+    make, fused = MAKERS[maker]
+
+    def choose(*arguments):
+        return backends.with_backend(backends.choose_settled(*arguments), EAGER)
+
+    monkeypatch.setattr("fastbp.linear.choose_settled", choose)
+    assert_as_stock(lambda linears, x, also: linears[2](make(linears[0](x), linears[1](x))), fused=fused)

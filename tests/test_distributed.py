@@ -117,3 +117,8 @@ def test_checkpoints(ranks, name, tmp_path):
 @each("schedule", ["GPipe", "1F1B"])
 def test_pipeline(ranks, schedule):
     ranks.run(engine_cases.pipeline, schedule)
+
+
+@each("engine", ["DDP", "FSDP", "FSDP of each linear"])
+def test_linears_that_read(ranks, engine):
+    ranks.run(engine_cases.linears_that_read, engine)

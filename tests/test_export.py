@@ -26,7 +26,7 @@ def test_export(dynamic):
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
     program = torch.export.export(model, (x,), dynamic_shapes=shapes)
     ops = [str(node.target) for node in program.graph.nodes if "fastbp" in str(node.target)]
-    assert ops == [f"fastbp.{form}.default" for form in ("linear_act",) * 3 + ("gated_linear_act", "mlp", "gated_mlp")]
+    assert ops == [f"fastbp.{form}.default" for form in ("linear_act",) * 2 + ("gated_linear_act", "mlp", "gated_mlp")]
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -70,7 +70,6 @@ def test_symbolic_trace_records_the_calls():
 
 
 FUNCTION_OF = {
-    fastbp.Linear: fastbp.linear_act,
     fastbp.LinearAct: fastbp.linear_act,
     fastbp.GatedLinear: fastbp.gated_linear_act,
     fastbp.MLP: fastbp.mlp,
@@ -82,13 +81,12 @@ FUNCTION_OF = {
 @each("activation", ["gelu", "silu", nn.LeakyReLU(0.3)])
 def test_symbolic_trace_goes_through_the_modules(cls, activation):
     """Each is one call of its function, with its own parameters and settings."""
-    settings = {} if cls is fastbp.Linear else dict(activation=activation, save="recompute")
-    model = nn.Sequential(cls(6, 8, dtype=torch.float64, **settings))
+    model = nn.Sequential(cls(6, 8, dtype=torch.float64, activation=activation, save="recompute"))
     x = draw(MLP)[0].detach()
     traced = torch.fx.symbolic_trace(model)
     called = [node for node in traced.graph.nodes if node.target in FUNCTION_OF.values()]
     assert [node.target for node in called] == [FUNCTION_OF[cls]]
-    assert called[0].kwargs["save"] == settings.get("save", "auto")
+    assert called[0].kwargs["save"] == "recompute"
     assert not [node for node in traced.graph.nodes if node.op == "call_module"]
     assert_close(traced(x), model(x))
 

@@ -14,6 +14,7 @@ from collections.abc import Collection
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -70,6 +71,18 @@ def stock_copy(
         return module  # type: ignore[return-value]
     # Not copy.deepcopy of the stock twin: what refers to the module in its own attributes must find the copy.
     return copy._reconstruct(module, memo, *reduced)  # type: ignore[attr-defined, no-any-return]
+
+
+def derived_copy(module: nn.Module, memo: dict[int, Any] | None) -> Any:
+    """A copy of a module whose class others have derived of one of ours since: of that class, as if it had no method
+    for copying. Of a parametrized module PyTorch allows a deep copy alone, of its attributes."""
+    if memo is None or not is_parametrized(module):
+        reduced: Any = object.__reduce_ex__(module, 4)
+        return copy._reconstruct(module, memo, *reduced)  # type: ignore[attr-defined]
+    replica = object.__new__(type(module))
+    memo[id(module)] = replica
+    replica.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    return replica
 
 
 def _stock(module: nn.Module, base: type[_Module], leave_out: Collection[str]) -> _Module:

@@ -164,7 +164,7 @@ def _of_producer(
         producer = rebuilt.make_anew(config, x, producer, kept)
         if not trains:
             return None, Outcome(True, f"{form.name}, {bound!r}; the weight is frozen", unkept)
-        unkept *= 2
+        unkept *= 2 if producer.seen is producers.nobody else 1  # f(g) lives where somebody holds it
     y = rebuilt.act_linear(product, config, x, weight, bias, producer, kept)
     return y, Outcome(True, f"{form.name}, {bound!r}", unkept)
 
@@ -190,6 +190,8 @@ def _obstacle(x: Tensor, weight: Any, bias: Any) -> str | None:
     """Why PyTorch is to compute a linear whose input could be made again, or None."""
     if type(weight) not in _WEIGHTS or (bias is not None and type(bias) not in _WEIGHTS):
         return f"its weight is a {type(weight).__name__}"
+    if x.is_nested or x.layout is not torch.strided:
+        return "its input is nested or sparse"
     if x._version:
         return "its input was written to in place"
     if x.dtype not in _DTYPES or weight.dtype is not x.dtype or weight.layout is not torch.strided:
@@ -206,6 +208,8 @@ def can_replace(x: Any) -> bool:
         and x.requires_grad
         and x.numel() >= _size.smallest
         and x.dtype in _DTYPES
+        and not x.is_nested
+        and x.layout is torch.strided
         and is_grad_enabled()
         and not is_inference_mode_enabled()
         and not is_tracing()

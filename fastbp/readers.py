@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 
 from fastbp import elementwise, linear, producers
 from fastbp.casts import cast_weight
-from fastbp.copies import BASE, base_of, shown_class, stock_copy, stock_reduce
+from fastbp.copies import BASE, base_of, derived_copy, shown_class, stock_copy, stock_reduce
 from fastbp.known_acts import KnownAct, read_act
 from fastbp.linear import OUTCOME, READABLE_TENSORS, SETTINGS, Linear, Settings
 
@@ -98,6 +98,9 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def _copied(self: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    made: Any = type(self).__dict__.get(BASE)
+    if made is None:
+        return derived_copy(self, memo)  # type: ignore[no-any-return]
     new: nn.Module = stock_copy(self, base_of(self), memo, _OWN)
     swap_in(new, self.__dict__.get(SETTINGS) or ("auto", None))
     return new

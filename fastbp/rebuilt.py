@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -158,7 +159,8 @@ class ActLinear(torch.autograd.Function):
             *dinputs, dw, db = BACKENDS[config.backend].backward(config, dy, flat, needs, False)  # type: ignore[union-attr]
             return (None, None, None, dw, db, *dinputs)
         dw = None
-        rows = dy.reshape(-1, dy.shape[-1])
+        count_rows = prod(dy.shape[:-1])  # and not -1, of which nothing says what it is where a row is empty
+        rows = dy.reshape(count_rows, dy.shape[-1])
         if need_weight:
             _check_once(config)
             made = (
@@ -167,7 +169,7 @@ class ActLinear(torch.autograd.Function):
                 else (lambda: _value_of(config, saved, dy.dtype))
             )
             h = _again(made, ctx.anchor)
-            dw = reference.weight_grad(rows, h.reshape(-1, h.shape[-1]), weight)
+            dw = reference.weight_grad(rows, h.reshape(count_rows, h.shape[-1]), weight)
         return (None, None, dy.matmul(weight), dw, rows.sum(0) if need_bias else None, *[None] * count)
 
 

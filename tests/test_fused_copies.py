@@ -187,3 +187,36 @@ def test_conv1d_under_fp8():
     with of_any_size(), fastbp.SavedBytes(exclude=[x, model]) as saved:
         y = model(x)
     assert saved.total == pytest.approx(64 * 4 * WIDTH, rel=0.1) and y.requires_grad
+
+
+def derived(module, factor):
+    """The module as somebody's own class that was made of its class since."""
+    kind = type(module)
+    module.__class__ = type("Mine", (kind,), {"forward": lambda self, x: kind.forward(self, x) * factor})
+
+
+@pytest.mark.parametrize("name", ["linear", "sequential"])
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
+def test_a_class_that_was_derived_since_is_copied_as_it_is(name, how):
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+    model = block if name == "sequential" else nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6))
+    fastbp.fuse(model)
+    module, x = (model, torch.randn(3, 6)) if name == "sequential" else (model[1], torch.randn(3, 6))
+    derived(module, 5)
+    copied = how(module)
+    assert type(copied) is type(module)
+    torch.testing.assert_close(copied(x), module(x))
+
+
+def test_parametrized_after_fuse_and_copied():
+    """As AveragedModel does it; parametrize makes a class of its own, and takes the methods of ours for the user's."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)), torch.randn(3, 6)
+    fastbp.fuse(model)
+    nn.utils.parametrizations.weight_norm(model[1])
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    torch.testing.assert_close(averaged(x), model(x))
+    with torch.no_grad():
+        model[1].parametrizations.weight.original0.mul_(2)
+    assert not torch.allclose(averaged(x), model(x))

@@ -237,3 +237,35 @@ def test_a_measured_choice_of_pytorch(maker, monkeypatch):
 
     monkeypatch.setattr("fastbp.linear.choose_settled", choose)
     assert_as_stock(lambda linears, x, also: linears[2](make(linears[0](x), linears[1](x))), fused=fused)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_nested_inputs(dropout):
+    """Tensors of the strided nested layout are plain Tensors by their class."""
+    torch.manual_seed(0)
+
+    def step(kind, fused):
+        torch.manual_seed(0)
+        one, drop, two = kind(6, 8), nn.Dropout(dropout), kind(8, 6)
+        model = nn.Sequential(one, nn.GELU(), drop, two)
+        if fused:
+            fastbp.fuse(model)
+        x = torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(2, 6)], requires_grad=True)
+        with of_any_size():
+            y = two(drop(F.gelu(one(x))))
+        torch.nested.to_padded_tensor(y, 0.0).square().sum().backward()
+        return y.unbind(), [p.grad for p in model.parameters()]
+
+    for got, expected in zip(step(nn.Linear, True), step(nn.Linear, False), strict=True):
+        assert_equal(got, expected)
+
+
+def test_no_features_out():
+    """Where nothing tells how many rows a gradient without columns has."""
+    for kind in (nn.Linear, fastbp.Linear):
+        torch.manual_seed(0)
+        z = torch.randn(4, 6, requires_grad=True)
+        linear = kind(6, 0)
+        with of_any_size():
+            linear(F.silu(z)).sum().backward()
+        assert z.grad.abs().sum() == 0 and linear.weight.grad.shape == (0, 6)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from fastbp.capture import refuse_torchscript
-from fastbp.copies import BASE, base_of, shown_class, stock_copy, stock_reduce
+from fastbp.copies import BASE, base_of, derived_copy, shown_class, stock_copy, stock_reduce
 from fastbp.known import RAN, Plan
 
 PLAN = "_fastbp_plan"
@@ -71,6 +71,8 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def copied(self: nn.Module, name: str, *memo: dict[int, Any]) -> Any:
         """A copy that runs by the same plan, made by the method of this name if the base has one."""
+        if type(self) is not fused and getattr(base, name, None) is None:  # a class that others made of this one
+            return derived_copy(self, memo[0] if memo else None)
         own = getattr(base, name, None)
         new = own(self, *memo) if own is not None else stock_copy(self, base, memo[0] if memo else None, (PLAN, RAN))
         if is_fused(self) and new is not self and type(new) in (base, fused):

@@ -8,7 +8,7 @@ linear that reads f(z) or f(g) * u, and ``linear of`` a node of autograd's what 
 import importlib
 from dataclasses import replace
 
-from known_transformers import DROPPED, IMAGES, KEPT, T5_SITES, TRANSFORMERS
+from known_transformers import DROPPED, IMAGES, KEPT, T5_SITES, TRANSFORMERS, bert
 from model_kinds import Known, floats, made
 from torch import nn
 
@@ -83,14 +83,13 @@ OTHERS = {
     "nn.TransformerEncoderLayer": made(
         "torch.nn.TransformerEncoderLayer",
         floats(src=(2, 7, 16)),
-        {},
-        left={"linear2": DROPPED},
+        {"linear2": DROPPED},
         **LAYER,
     ),
     "nn.TransformerEncoderLayer, gelu, norm first": made(
         "torch.nn.TransformerEncoderLayer",
         floats(src=(2, 7, 16)),
-        {"linear2": "linear of DroppedBackward"},
+        {"linear2": DROPPED},
         activation="gelu",
         norm_first=True,
         **LAYER,
@@ -98,14 +97,13 @@ OTHERS = {
     "nn.TransformerDecoderLayer": made(
         "torch.nn.TransformerDecoderLayer",
         SEQUENCES,
-        {},
-        left={"linear2": DROPPED},
+        {"linear2": DROPPED},
         **LAYER,
     ),
     "nn.TransformerDecoderLayer, gelu, norm first": made(
         "torch.nn.TransformerDecoderLayer",
         SEQUENCES,
-        {"linear2": "linear of DroppedBackward"},
+        {"linear2": DROPPED},
         activation="gelu",
         norm_first=True,
         **LAYER,
@@ -113,20 +111,19 @@ OTHERS = {
     "nn.Transformer": made(
         "torch.nn.Transformer",
         floats(src=(2, 7, 16), tgt=(2, 5, 16)),
-        {},
+        {"encoder.layers.*.linear2": DROPPED, "decoder.layers.*.linear2": DROPPED},
         num_encoder_layers=2,
         num_decoder_layers=1,
-        left={"encoder.layers.*.linear2": DROPPED, "decoder.layers.*.linear2": DROPPED},
         **LAYER,
     ),
 }
 
 KNOWN = TRANSFORMERS | OTHERS
 for _name, _changes in {
-    "RoBERTa, classifier": {"left": {"classifier.out_proj": KEPT}},
+    "RoBERTa, classifier": {"fused": bert("roberta"), "left": {"classifier.out_proj": KEPT}},
     "T5": {"fused": {}, "left": dict.fromkeys(T5_SITES, KEPT)},
     "T5 v1.1": {"fused": dict.fromkeys(T5_SITES, "gated_act_linear, gelu_tanh")},
-    "nn.TransformerEncoderLayer": {"left": {"linear2": KEPT}},
+    "nn.TransformerEncoderLayer": {"fused": {}, "left": {"linear2": KEPT}},
     "nn.TransformerDecoderLayer, gelu, norm first": {"fused": {"linear2": "act_linear, gelu"}},
 }.items():
     KNOWN[f"{_name}, no dropout"] = replace(KNOWN[_name], dropout=False, **_changes)

@@ -26,16 +26,10 @@ IMAGES = {"image_size": 16, "patch_size": 8}
 
 GATED_SILU = {"model.layers.*.mlp": "gated_mlp, silu"}
 T5_SITES = ("encoder.block.*.layer.1.DenseReluDense.wo", "decoder.block.*.layer.2.DenseReluDense.wo")
-# Behind the dropout of the embedding there is one product, that of a norm.
-T5_FIRST = {
-    f"{part}.block.0.layer.0.SelfAttention.{name}": "linear of MulBackward0"
-    for part in ("encoder", "decoder")
-    for name in "qkv"
-}
 BART_SITES = {"model.encoder.layers.*.fc2": "act_linear, gelu", "model.decoder.layers.*.fc2": "act_linear, gelu"}
 THREE_D = "weights of three dimensions"
 KEPT = "keeps its output"  # which is what the linear keeps
-DROPPED = "between ReluBackward0 and this linear there is DroppedBackward"
+DROPPED = "linear of DroppedBackward"  # by a mask and what came before
 
 
 def bert(name: str) -> dict[str, str]:
@@ -61,9 +55,8 @@ TRANSFORMERS = {
     "RoBERTa, classifier": hf(
         "RobertaForSequenceClassification",
         IDS,
-        bert("roberta"),
+        bert("roberta") | {"classifier.out_proj": DROPPED},
         TINY,
-        left={"classifier.out_proj": ""},
     ),
     "DeBERTa-v2": hf(
         "DebertaV2ForMaskedLM",
@@ -84,12 +77,15 @@ TRANSFORMERS = {
         TINY | {"embedding_size": 12},
     ),
     "ESM": hf(  # its GELU is a function of its own
-        "EsmForMaskedLM", IDS, {}, TINY | {"pad_token_id": 0, "position_embedding_type": "rotary"}
+        "EsmForMaskedLM",
+        IDS,
+        {"esm.encoder.layer.*.output.dense": "linear of MulBackward0"},
+        TINY | {"pad_token_id": 0, "position_embedding_type": "rotary"},
     ),
     "XLNet": hf(
         "XLNetModel",
         IDS,
-        {"layer.*.ff.layer_2": "linear of DroppedBackward"},
+        {"layer.*.ff.layer_2": DROPPED},
         {"vocab_size": 64, "d_model": 16, "d_inner": 24, "n_layer": 2, "n_head": 2},
         left={"layer.*.rel_attn": THREE_D},
     ),
@@ -177,21 +173,20 @@ TRANSFORMERS = {
     "Switch": hf(
         "SwitchTransformersForConditionalGeneration",
         SEQ2SEQ,
-        T5_FIRST,
-        T5
-        | {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 2},
-        left={
+        {
             "encoder.block.0.layer.1.mlp.wo": DROPPED,
             "decoder.block.0.layer.2.mlp.wo": DROPPED,
             "encoder.block.1.layer.1.mlp.experts.*.wo": DROPPED,
             "decoder.block.1.layer.2.mlp.experts.*.wo": DROPPED,
         },
+        T5
+        | {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 2},
     ),
-    "T5": hf("T5ForConditionalGeneration", SEQ2SEQ, T5_FIRST, T5, left=dict.fromkeys(T5_SITES, DROPPED)),
+    "T5": hf("T5ForConditionalGeneration", SEQ2SEQ, dict.fromkeys(T5_SITES, DROPPED), T5),
     "T5 v1.1": hf(
         "T5ForConditionalGeneration",
         SEQ2SEQ,
-        T5_FIRST | dict.fromkeys(T5_SITES, "linear of DroppedBackward"),
+        dict.fromkeys(T5_SITES, DROPPED),
         T5 | {"feed_forward_proj": "gated-gelu"},
     ),
     "BART": hf("BartForConditionalGeneration", SEQ2SEQ, BART_SITES, BART | SPECIAL),

@@ -33,7 +33,8 @@ def row(name: str, known: Any, report: fastbp.FusionReport) -> str:
     """What ``fuse`` did with one of tests/known_models.py, as a line of the table."""
     calls = Counter(site.what for site in report.fused)
     fused = ", ".join(f"{count} × `{what}`" for what, count in calls.items())
-    named = Counter(f"`{site.kind.partition(' ')[0]}`: {site.reason}" for site in report.left)
+    others = [site for site in report.sites if site not in report.fused]
+    named = Counter(f"`{site.kind.partition(' ')[0]}`: {site.reason}" for site in others)
     left = [f"{count} × {reason}" for reason, count in named.items()]
     bound = f"{known.bound:.0e}".replace("e-0", "e-")
     if known.dtype != torch.float64:

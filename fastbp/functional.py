@@ -13,8 +13,8 @@ from torch._C import _is_tracing as is_tracing
 from torch.compiler import is_compiling, is_exporting
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastbp import activations, main_grad, recognition, saving, sharding
-from fastbp.activations import Bound
+from fastbp import activations, main_grad, recognition, reference, saving, sharding
+from fastbp.activations import Bound, bind
 from fastbp.autograd import run
 from fastbp.backends import choose_settled
 from fastbp.capture import refuse_torchscript, run_captured, unscriptable
@@ -229,6 +229,9 @@ def call(
         device = x.device.type if isinstance(x, Tensor) else "cpu"
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+            if form.given and _is_wider((x, *others), weights, biases, dtype):
+                _, name, params, *_ = settle(form, activation, save, backend, defaults.both)
+                return reference.compose(form, bind(name, params), (x, *others), weights, biases)
             cast = cast_all((x, *tensors), dtype, device)
             owners, (inputs, weights, biases) = weights, form.split(cast)
             inner = (form, inputs[0], weights, biases, activation, save, backend, accumulates, owners, inputs[1:])
@@ -240,7 +243,9 @@ def call(
                 return call(*inner)
             finally:
                 torch.set_autocast_enabled(device, True)
-    if accumulates is not False and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+    # Dynamo does not know the question; where it captures, _accumulated refuses.
+    records = accumulates is not False and torch.is_grad_enabled()
+    if records and (is_compiling() or not torch.is_inference_mode_enabled()):
         return _accumulated(form, x, weights, biases, activation, save, backend, accumulates, owners or weights, others)
     if type(activation) is not str and type(activation) is not Bound:  # a module's parameters may change between calls
         check(form, x, weights, biases, others)  # before the activation is probed: the tensors' faults come first
@@ -262,6 +267,16 @@ def call(
         check(form, x, weights, biases, others)  # so that the tensors' faults come first
         raise
     return run(config, x, weights, biases, tensors)
+
+
+def _is_wider(inputs: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any], dtype: torch.dtype) -> bool:
+    """Whether what is given to an activation would be cast, where PyTorch casts the output: of a call that is right."""
+    x, weight, bias = inputs[0], weights[0], biases[0]
+    if not all(isinstance(t, Tensor) and t.shape == x.shape and t.dtype is x.dtype for t in (*inputs, x)):
+        return False
+    fits = x.dim() > 0 and isinstance(weight, Tensor) and weight.shape[1:] == x.shape[-1:]
+    fits = fits and (bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1]))
+    return fits and x.dtype is torch.float32 and x.dtype is not dtype
 
 
 def _accumulated(

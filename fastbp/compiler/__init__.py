@@ -82,7 +82,10 @@ def put_ops(graph_module: GraphModule, save: str = "auto", backend: str = "auto"
 def _put(match: Match, save: str, backend: str) -> None:
     """The op in place of the nodes of a match."""
     policy = saving.resolve(save, match.activation, match.form, _WHERE)
-    saving.check_dtype(policy, match.dtype, match.form)
+    try:
+        saving.check_dtype(policy, match.dtype, match.form)
+    except ValueError as error:
+        raise ValueError(f"{_WHERE}: {error}") from None
     names = match.form.name, match.activation.name, match.activation.params, policy, backend
     last, graph = match.last, match.last.graph
 

@@ -18,7 +18,7 @@ from fastbp.activations import Bound, bind
 from fastbp.autograd import run
 from fastbp.backends import choose_settled
 from fastbp.capture import refuse_torchscript, run_captured, unscriptable
-from fastbp.casts import cast_all
+from fastbp.casts import cast_all, is_wider
 from fastbp.forms import ACT_LINEAR, GATED_ACT_LINEAR, GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
 from fastbp.problem import check
 from fastbp.settings import configure_settled, defaults, settle
@@ -229,7 +229,7 @@ def call(
         device = x.device.type if isinstance(x, Tensor) else "cpu"
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            if form.given and _is_wider((x, *others), weights, biases, dtype):
+            if form.given and is_wider((x, *others), weights, biases, dtype):
                 _, name, params, *_ = settle(form, activation, save, backend, defaults.both)
                 return reference.compose(form, bind(name, params), (x, *others), weights, biases)
             cast = cast_all((x, *tensors), dtype, device)
@@ -267,16 +267,6 @@ def call(
         check(form, x, weights, biases, others)  # so that the tensors' faults come first
         raise
     return run(config, x, weights, biases, tensors)
-
-
-def _is_wider(inputs: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any], dtype: torch.dtype) -> bool:
-    """Whether what is given to an activation would be cast, where PyTorch casts the output: of a call that is right."""
-    x, weight, bias = inputs[0], weights[0], biases[0]
-    if not all(isinstance(t, Tensor) and t.shape == x.shape and t.dtype is x.dtype for t in (*inputs, x)):
-        return False
-    fits = x.dim() > 0 and isinstance(weight, Tensor) and weight.shape[1:] == x.shape[-1:]
-    fits = fits and (bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1]))
-    return fits and x.dtype is torch.float32 and x.dtype is not dtype
 
 
 def _accumulated(

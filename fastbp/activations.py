@@ -53,6 +53,9 @@ class Activation:
     node_params: Callable[[Any], tuple[float, ...] | None] = lambda node: ()
     # Of default parameters, in operations of torch, as people write it: the same up to rounding, kinks too.
     spellings: tuple[str, ...] = ()
+    spellings_32: tuple[
+        str, ...
+    ] = ()  # with constants that are the row's in float32 and narrower, and others in float64
     # PyTorch's kernels for the same formulas: one pass over memory, and the numbers users have today.
     aten_value: Callable[..., Tensor] | None = None
     aten_grad: Callable[..., Tensor] | None = None
@@ -273,9 +276,9 @@ TABLE: tuple[Activation, ...] = (
         node="GeluBackward0", node_params=lambda node: () if node._saved_approximate == "tanh" else None,
         spellings=(
             "0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))",
-            "0.5 * z * (1.0 + torch.tanh(z * 0.7978845608 * (1.0 + 0.044715 * z * z)))",
             "0.5 * z * (1.0 + torch.tanh(z * math.sqrt(2.0 / math.pi) * (1.0 + 0.044715 * z * z)))",
         ),
+        spellings_32=("0.5 * z * (1.0 + torch.tanh(z * 0.7978845608 * (1.0 + 0.044715 * z * z)))",),
         **_sides("gelu_tanh"),
     ),
     Activation(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastbp import recognition
-from fastbp.activations import TABLE, Bound, bind
+from fastbp.activations import TABLE, Activation, Bound, bind
 from fastbp.copies import base_of
 from fastbp.recognition import has_hooks
 from fastbp.source import ARGUMENT, Reading, Value, look_up, parts_of, read, read_expression
@@ -100,17 +100,19 @@ def function_of(value: object) -> Bound | None:
     return _bound(value, {})
 
 
-def _read_spellings() -> dict[Value, Bound]:
+def _read_spellings(texts_of: Callable[[Activation], tuple[str, ...]]) -> dict[Value, Bound]:
     found = {}
     for row in TABLE:
-        for value in [read_expression(text, "z") for text in row.spellings]:
+        for value in [read_expression(text, "z") for text in texts_of(row)]:
             paths = [part[1].split(".") for part in parts_of(value) if part[0] == "global"]
             objects = {".".join(path): reduce(getattr, path[1:], _HOME[path[0]]) for path in paths}
             found[_resolved(value, objects)] = bind(row.name)
     return found
 
 
-_SPELLINGS = _read_spellings()  # at import, before anybody patches torch.tanh
+# At import, before anybody patches torch.tanh.
+_NARROW = _read_spellings(lambda row: row.spellings_32)
+_SPELLINGS = _read_spellings(lambda row: row.spellings) | _NARROW
 
 
 def kept(value: Any) -> Any:
@@ -147,6 +149,7 @@ class KnownAct:
     settings: tuple[tuple[str, Any], ...]
     activation: Bound
     spelled: bool  # in several operations
+    narrow: bool  # with constants that are others in float64
 
     def holds(self, child: nn.Module | None) -> bool:
         """Whether this child is that activation now."""
@@ -171,7 +174,7 @@ def read_act(child: nn.Module) -> KnownAct | str:
         return f"{kind.__name__}: {found}"
     reading, names, value = found
     settings: dict[str, Any] = {}
-    activation = _spelled(value)
+    activation = _spelled(value, _SPELLINGS)
     spelled = activation is not None
     match value:
         case _ if forward is _FORWARDS.get(kind):
@@ -187,12 +190,13 @@ def read_act(child: nn.Module) -> KnownAct | str:
             settings = {name: kept(own.get(name))}
     if activation is None or activation.name == "identity" or any(map(_may_change, settings.values())):
         return f"{kind.__name__} is no activation whose code is known"
-    return KnownAct(kind, forward, reading.code, names, tuple(settings.items()), activation, spelled)
+    narrow = spelled and _spelled(value, _NARROW) is not None
+    return KnownAct(kind, forward, reading.code, names, tuple(settings.items()), activation, spelled, narrow)
 
 
-def _spelled(value: Value) -> Bound | None:
+def _spelled(value: Value, spellings: dict[Value, Bound]) -> Bound | None:
     try:
-        return _SPELLINGS.get(value)
+        return spellings.get(value)
     except TypeError:  # a global in it is not hashable
         return None
 

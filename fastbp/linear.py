@@ -30,11 +30,11 @@ from fastbp.activations import NODES
 from fastbp.backends import REFERENCE, choose_settled, with_backend
 from fastbp.backends.measured import EAGER
 from fastbp.casts import cast_all
-from fastbp.memory import SavedBytes
 from fastbp.problem import DTYPES
 from fastbp.producers import Node, Producer
 from fastbp.rebuilt import Product
 from fastbp.settings import configure_settled, defaults
+from fastbp.unpacking import hooks_allow
 
 READABLE_TENSORS = frozenset((Tensor, FakeTensor))
 _WEIGHTS = frozenset((Tensor, nn.Parameter, FakeTensor))
@@ -111,7 +111,7 @@ def _linear(product: Product, x: Tensor, latest: bool, weight: Any, bias: Any, s
     reason = _obstacle(x, weight, bias)
     if reason is not None:
         return None, Outcome(False, reason)
-    free = _hooks_allow(node)
+    free = hooks_allow(node)
     if free is None:
         return None, Outcome(False, "there are saved-tensor hooks, of which nobody knows what unpacking twice does")
     try:
@@ -229,45 +229,6 @@ def _surroundings() -> str | None:
 
 def _only_watches(mode: Any) -> bool:
     return type(mode) is DeviceContext or getattr(type(mode), "only_watches", False)
-
-
-def _hooks_allow(node: Node) -> bool | None:
-    """Whether what the node and those below it keep may be read now (True), or in backward only (False), or not (None).
-
-    Saved-tensor hooks are asked for what they packed: those that are active, and those that were when it was kept.
-    """
-    hooks = top_hooks(True)
-    unpacks = producers.unpacks(node)
-    if hooks is None and not unpacks:
-        return True
-    found = {_may_unpack(unpack) for unpack in (*unpacks, *(hooks[1:] if hooks is not None else ()))}
-    return None if None in found else False not in found
-
-
-def _may_unpack(unpack: Any) -> bool | None:
-    """``_hooks_allow`` of one hook.
-
-    Those of SavedBytes give the tensor itself. In backward it may be asked for twice where unpacking is known to change
-    nothing: that is save_on_cpu's, and what returns its argument.
-    """
-    owner = getattr(unpack, "__self__", None)
-    if isinstance(owner, SavedBytes):
-        return owner._gives_at_once
-    code = getattr(getattr(unpack, "__func__", unpack), "__code__", None)
-    # A checkpoint counts what is kept when it computes again, under hooks that return their argument.
-    if code is None or unpack.__module__ == "torch.utils.checkpoint":
-        return None
-    takes = code.co_argcount
-    return False if code is _FROM_CPU or (takes in _RETURNS and code.co_code == _RETURNS[takes]) else None
-
-
-def _unpack_of_save_on_cpu() -> Any:
-    with torch.autograd.graph.save_on_cpu():
-        return top_hooks(True)[1].__code__
-
-
-_FROM_CPU = _unpack_of_save_on_cpu()
-_RETURNS = {1: (lambda packed: packed).__code__.co_code, 2: (lambda self, packed: packed).__code__.co_code}
 
 
 _BETWEEN = 4  # nodes that are looked at for an activation, to say why it is of no use

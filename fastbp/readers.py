@@ -162,6 +162,8 @@ def _thrifty_activation(base: type[nn.Module]) -> type[nn.Module]:
         act: KnownAct | None = self.__dict__.get(_ACT)
         if act is None or is_compiling() or kwargs or len(args) != 1 or not linear.can_replace(args[0]):
             return base.forward(self, *args, **kwargs)
-        return elementwise.activated(act.activation, args[0]) if act.holds(self) else base.forward(self, *args)
+        if not act.holds(self) or (act.narrow and args[0].dtype is torch.float64):
+            return base.forward(self, *args)
+        return elementwise.activated(act.activation, args[0])
 
     return type(base.__name__, (base,), {"forward": forward, **_body(base)})

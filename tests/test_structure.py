@@ -29,7 +29,7 @@ FLOORS = (
     ("saving", "known_acts"),
     ("problem", "sharding", "shapes"),
     ("residuals", "producers"),
-    ("reference",),
+    ("reference", "unpacking"),
     ("tangents",),
     ("backends.*",),
     ("backends",),

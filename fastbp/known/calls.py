@@ -97,7 +97,7 @@ class FusedCall:
     def run(self, children: Mapping[str, nn.Module | None], x: Any, save: str, backend: str | None) -> Tensor | None:
         """y, or None where children, tensors or surroundings are not what the call needs."""
         for name, act in self.acts:
-            if not act.holds(children.get(name)):
+            if not act.holds(children.get(name)) or (act.narrow and x.dtype is torch.float64):
                 return None
         for name in self.idle:
             if not is_idle(children.get(name)):

@@ -112,9 +112,12 @@ def test_modules_of_transformers_are_known_by_their_source(name, monkeypatch):
     assert found.activation.name == THEIRS[name]
     stock, fused = pair(written(PLAIN, act))
     calls = count_calls(monkeypatch)
-    # transformers' FastGELU has ten digits of its constant
-    assert_same(fused, stock, draw(4, WIDTH), tolerance=1e-10 if name == "gelu_fast" else 1e-12)
-    assert calls == ["mlp"]
+    assert_same(fused, stock, draw(4, WIDTH))
+    # transformers' FastGELU has ten digits of its constant: another number in float64, the row's in float32
+    assert calls == ([] if name == "gelu_fast" else ["mlp"])
+    if name == "gelu_fast":
+        fused.float()(draw(4, WIDTH).float())
+        assert calls == ["mlp"]
 
 
 def called_by_itself():

@@ -22,8 +22,8 @@ GENERATED = ("_activations.py", "_activations_16.py", "activations.h")
 
 # From the ground up: a room imports rooms of the floors beneath it, and itself. Rooms of one floor are strangers.
 FLOORS = (
-    ("formulas", "version", "cache", "casts", "accumulation", "memory", "copies", "source", "flops"),
-    ("side_formulas", "compression"),
+    ("formulas", "version", "cache", "casts", "accumulation", "memory", "copies", "source", "imports"),
+    ("side_formulas", "compression", "flops"),
     ("activations",),
     ("recognition", "forms"),
     ("saving", "known_acts"),

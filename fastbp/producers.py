@@ -112,15 +112,16 @@ def is_latest(node: Node) -> bool:
     return _get_sequence_nr() == node._sequence_nr() + 1  # type: ignore[no-any-return]
 
 
-_RAW = ("_raw_saved_self", "_raw_saved_other", "_raw_saved_result1")
+_RAW = ("_raw_saved_self", "_raw_saved_other", "_raw_saved_result", "_raw_saved_result1")
 
 
-def unpacks(node: Node, depth: int = 2) -> list[Any]:
+def unpacks(node: Node, depth: int = DEPTH) -> list[Any]:
     """The hooks that give back what a node, and those that made its operands, keep; none where no hooks were active."""
     raw = [getattr(node, name, None) for name in _RAW] if own(node) is None else node._raw_saved_tensors
     found = [saved.unpack_hook for saved in raw if saved is not None and saved.unpack_hook is not None]
     for below, _ in node.next_functions if depth else ():
-        if type(below).__name__ in READABLE or own(below) is not None:
+        name = type(below).__name__
+        if name in READABLE or name in KEEPS_OUTPUT or own(below) is not None:
             found += unpacks(below, depth - 1)
     return found
 

@@ -146,49 +146,42 @@ def test_hooks_that_may_be_asked_once(name):
     """A strangers' unpack is called as often as by PyTorch: once for each that was packed."""
 
     def once(fc, x, seen):
-        packed = {}
-
-        def pack(tensor):
-            packed[len(packed)] = tensor
-            return len(packed) - 1
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, packed.pop):
+        with hooks_once():
             return KEPT[name][0](fc, x)
 
     assert_as_stock(once, left="there are saved-tensor hooks", **SIZES)
 
 
-def test_hooks_are_those_of_the_call():
+def hooks_once() -> torch.autograd.graph.saved_tensors_hooks:
+    """Saved-tensor hooks that give back what they packed once only."""
+    packed: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        packed[len(packed)] = tensor
+        return len(packed) - 1
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, packed.pop)
+
+
+# What was made under the hooks, and what is made of that outside of them, before the linear.
+PACKED_BEFORE = {
+    "an activation": (F.gelu, lambda a, u: a),
+    "a product over it": (F.silu, lambda a, u: a * u),
+    "a dropout of an output that is kept": (torch.relu, lambda a, u: F.dropout(a, 0.3)),
+    "casts": (F.silu, lambda a, u: a.float().double()),
+}
+
+
+@pytest.mark.parametrize("case", PACKED_BEFORE)
+def test_hooks_are_those_of_each_node(case):
     """What is read under hooks of others was packed by them, whenever it was."""
+    activation, between = PACKED_BEFORE[case]
 
     def program(fc, x, seen):
-        packed = {}
-
-        def pack(tensor):
-            packed[len(packed)] = tensor
-            return len(packed) - 1
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, packed.pop):
-            h = F.gelu(fc[0](x))
-        return fc[2](h)
-
-    assert_as_stock(program, left="there are saved-tensor hooks")
-
-
-def test_hooks_are_those_of_each_node():
-    """Of a product of today over an activation of before."""
-
-    def program(fc, x, seen):
-        packed = {}
-
-        def pack(tensor):
-            packed[len(packed)] = tensor
-            return len(packed) - 1
-
         g, u = fc[0](x), fc[1](x)
-        with torch.autograd.graph.saved_tensors_hooks(pack, packed.pop):
-            a = F.silu(g)
-        return fc[2](a * u)
+        with hooks_once():
+            a = activation(g)
+        return fc[2](between(a, u))
 
     assert_as_stock(program, left="there are saved-tensor hooks")
 

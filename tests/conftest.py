@@ -19,6 +19,7 @@ pytest.register_assert_rewrite(
     "autograd_cases",
     "fusible",
     "graphs",
+    "known_cases",
     "linear_twins",
     "module_pairs",
     "refusals",

@@ -184,13 +184,3 @@ def _forget(*_: Any) -> None:
     casts = _current()
     if casts is not None:
         casts.clear()
-
-
-def is_wider(inputs: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any], dtype: torch.dtype) -> bool:
-    """Whether what is given to an activation would be cast, where PyTorch casts the output: of a call that is right."""
-    x, weight, bias = inputs[0], weights[0], biases[0]
-    if not all(isinstance(t, Tensor) and t.shape == x.shape and t.dtype is x.dtype for t in (*inputs, x)):
-        return False
-    fits = x.dim() > 0 and isinstance(weight, Tensor) and weight.shape[1:] == x.shape[-1:]
-    fits = fits and (bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1]))
-    return fits and x.dtype is torch.float32 and x.dtype is not dtype

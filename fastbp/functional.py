@@ -13,12 +13,12 @@ from torch._C import _is_tracing as is_tracing
 from torch.compiler import is_compiling, is_exporting
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastbp import activations, main_grad, recognition, reference, saving, sharding
-from fastbp.activations import Bound, bind
+from fastbp import activations, main_grad, recognition, saving, sharding
+from fastbp.activations import Bound
 from fastbp.autograd import run
 from fastbp.backends import choose_settled
 from fastbp.capture import refuse_torchscript, run_captured, unscriptable
-from fastbp.casts import cast_all, is_wider
+from fastbp.casts import cast_all
 from fastbp.forms import ACT_LINEAR, GATED_ACT_LINEAR, GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP, Form
 from fastbp.problem import check
 from fastbp.settings import configure_settled, defaults, settle
@@ -171,7 +171,7 @@ def act_linear(
     z (..., N), weight (O, N), bias (O,) or None; y (..., O). Arguments and errors as in ``fastbp.linear_act``. z or the
     output f(z) is kept, by the policy, and the other rebuilt in backward, where eager PyTorch keeps both. ``recompute``
     is none of the policies, as z is not made here. Under a compressed one z is not kept, and a gradient that is to be
-    differentiated again is refused.
+    differentiated again is refused. Autocast casts z first, as it does an argument of ``F.linear``.
 
     Gradients: ``dz = dz(dy W, z)``, ``dW = dyᵀ f(z)``, ``db = Σ dy``; of any order.
     """
@@ -229,9 +229,6 @@ def call(
         device = x.device.type if isinstance(x, Tensor) else "cpu"
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            if form.given and is_wider((x, *others), weights, biases, dtype):
-                _, name, params, *_ = settle(form, activation, save, backend, defaults.both)
-                return reference.compose(form, bind(name, params), (x, *others), weights, biases)
             cast = cast_all((x, *tensors), dtype, device)
             owners, (inputs, weights, biases) = weights, form.split(cast)
             inner = (form, inputs[0], weights, biases, activation, save, backend, accumulates, owners, inputs[1:])

@@ -21,29 +21,24 @@ HD void map(int64_t n, T* to, F f, const Rows*... from) {
   if (i < n) store<T, S>(f(load<T, S>(from + i, n - i)...), to + i, n - i);
 }
 
-// The same for an f with two results, of three rows. All of a step is read before anything is written: a result may lie
-// where an input does.
-template <class T, class S, class F>
-HD void map_to_two(int64_t n, T* first, T* second, F f, const T* a, const T* b, const T* c) {
+// The same for an f with several results. All of a step is read before anything is written: a result may lie where an
+// input does.
+template <class T, class S, int results, class F, class... Rows>
+HD void map_to(int64_t n, T* const (&to)[results], F f, const Rows*... from) {
   constexpr int size = Vec<S>::size, side = 2;
   int64_t i = 0;
   for (; i + side * size <= n; i += side * size) {
-    Vec<S> results[side][2];
+    Vec<S> found[side][results];
+    FASTBP_UNROLL for (int j = 0; j < side; ++j) f(found[j], load<T, S>(from + i + j * size)...);
     FASTBP_UNROLL for (int j = 0; j < side; ++j) {
-      const int64_t at = i + j * size;
-      f(load<T, S>(a + at), load<T, S>(b + at), load<T, S>(c + at), results[j]);
-    }
-    FASTBP_UNROLL for (int j = 0; j < side; ++j) {
-      store<T, S>(results[j][0], first + i + j * size);
-      store<T, S>(results[j][1], second + i + j * size);
+      FASTBP_UNROLL for (int k = 0; k < results; ++k) store<T, S>(found[j][k], to[k] + i + j * size);
     }
   }
   for (; i < n; i += size) {
     const int64_t count = n - i < size ? n - i : size;
-    Vec<S> results[2];
-    f(load<T, S>(a + i, count), load<T, S>(b + i, count), load<T, S>(c + i, count), results);
-    store<T, S>(results[0], first + i, count);
-    store<T, S>(results[1], second + i, count);
+    Vec<S> found[results];
+    f(found, load<T, S>(from + i, count)...);
+    FASTBP_UNROLL for (int k = 0; k < results; ++k) store<T, S>(found[k], to[k] + i, count);
   }
 }
 
@@ -75,6 +70,17 @@ static void grad(int64_t n, const void* dy, const void* z, void* dz, const doubl
 }
 
 template <class A, class T, class S>
+static void value_and_grad(int64_t n, const void* dy, const void* z, void* y, void* dz, const double* params) {
+  const auto value = bound<A, S>([](auto... a) { return A::value(a...); }, params);
+  const auto grad = bound<A, S>([](auto... a) { return A::grad(a...); }, params);
+  const auto both = [&](Vec<S>* found, Vec<S> dy, Vec<S> z) {
+    found[0] = value(z);
+    found[1] = grad(dy, z);
+  };
+  map_to<T, S>(n, {static_cast<T*>(y), static_cast<T*>(dz)}, both, static_cast<const T*>(dy), static_cast<const T*>(z));
+}
+
+template <class A, class T, class S>
 static void grad_from_output(int64_t n, const void* dy, const void* y, void* dz, const double* params) {
   map<T, S>(n, static_cast<T*>(dz), bound<A, S>([](auto... a) { return A::grad_from_output(a...); }, params),
             static_cast<const T*>(dy), static_cast<const T*>(y));
@@ -95,16 +101,31 @@ static void gated_grad(int64_t n, const void* dh, const void* g, const void* u, 
   const auto grad = bound<A, S>([](auto... a) { return A::grad(a...); }, params);
   const T *d = static_cast<const T*>(dh), *gates = static_cast<const T*>(g), *ups = static_cast<const T*>(u);
   if (dg && du) {
-    const auto both = [&](Vec<S> x, Vec<S> gate, Vec<S> up, Vec<S>* results) {
-      results[0] = grad(x * up, gate);
-      results[1] = x * value(gate);
+    const auto both = [&](Vec<S>* found, Vec<S> x, Vec<S> gate, Vec<S> up) {
+      found[0] = grad(x * up, gate);
+      found[1] = x * value(gate);
     };
-    map_to_two<T, S>(n, static_cast<T*>(dg), static_cast<T*>(du), both, d, gates, ups);
+    map_to<T, S>(n, {static_cast<T*>(dg), static_cast<T*>(du)}, both, d, gates, ups);
   } else if (dg) {
     map<T, S>(n, static_cast<T*>(dg), [&](auto x, auto gate, auto up) { return grad(x * up, gate); }, d, gates, ups);
   } else {
     map<T, S>(n, static_cast<T*>(du), [&](auto x, auto gate) { return x * value(gate); }, d, gates);
   }
+}
+
+template <class A, class T, class S>
+static void gated_value_and_grad(int64_t n, const void* dh, const void* g, const void* u, void* h, void* dg, void* du,
+                                 const double* params) {
+  const auto value = bound<A, S>([](auto... a) { return A::value(a...); }, params);
+  const auto grad = bound<A, S>([](auto... a) { return A::grad(a...); }, params);
+  const auto all = [&](Vec<S>* found, Vec<S> x, Vec<S> gate, Vec<S> up) {
+    const Vec<S> activated = value(gate);
+    found[0] = activated * up;
+    found[1] = grad(x * up, gate);
+    found[2] = x * activated;
+  };
+  map_to<T, S>(n, {static_cast<T*>(h), static_cast<T*>(dg), static_cast<T*>(du)}, all, static_cast<const T*>(dh),
+               static_cast<const T*>(g), static_cast<const T*>(u));
 }
 
 template <class A, class T, class S>
@@ -152,6 +173,8 @@ static Elementwise elementwise() {
   Elementwise t{};
   int i = 0;
 #define FASTBP_ROW(A)                                              \
+  t.value_and_grad[i] = value_and_grad<act::A, T, S>;              \
+  t.gated_value_and_grad[i] = gated_value_and_grad<act::A, T, S>;  \
   t.value[i] = value<act::A, T, S>;                                \
   t.grad[i] = grad<act::A, T, S>;                                  \
   t.grad_from_output[i] = grad_from_output_if_any<act::A, T, S>(); \

@@ -49,7 +49,13 @@ struct Elementwise {
   using GatedValue = void (*)(int64_t n, const void* g, const void* u, void* y, const double* params);
   using GatedGrad = void (*)(int64_t n, const void* dh, const void* g, const void* u, void* dg, void* du,
                              const double* params);
+  // Value and Grad, and GatedValue and GatedGrad, in one pass over what they have in common; dz may lie over dy.
+  using ValueAndGrad = void (*)(int64_t n, const void* dy, const void* z, void* y, void* dz, const double* params);
+  using GatedValueAndGrad = void (*)(int64_t n, const void* dh, const void* g, const void* u, void* h, void* dg,
+                                     void* du, const double* params);
   Value value[kMostActivations];
+  ValueAndGrad value_and_grad[kMostActivations];
+  GatedValueAndGrad gated_value_and_grad[kMostActivations];
   Grad grad[kMostActivations], grad_from_output[kMostActivations];  // null where y does not give the slope
   GatedValue gated_value[kMostActivations];
   GatedGrad gated_grad[kMostActivations];

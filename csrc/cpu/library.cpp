@@ -23,6 +23,31 @@ Tensor outer(const Tensor& d, const Tensor& h, bool by_columns) {
   return torch::stable::transpose(mm(torch::stable::transpose(h, 0, 1), d), 0, 1);
 }
 
+// The gradients of what is given; and h, where dW needs it and one pass over z gives both. dz goes over dh, which is
+// ours.
+template <class S>
+Maybe backward_given(const Call& call, const Needs& needs, const Tensor& dh, bool wants_h, std::vector<Maybe>& grads) {
+  const Rows rows(dh);
+  Out over[2];
+  const int first = needs.slope(0) ? 0 : 1;
+  if (rows.contiguous()) over[first] = rows.over();
+  Slopes<S> slopes(call, needs, 0, groups_of(rows), over);
+  Maybe h;
+  if (!wants_h || call.settings.from_output() || !slopes.gives_h(rows)) {
+    slopes.all(rows);
+  } else {
+    h = call.make(rows.size);
+    slopes.all(rows, Out(*h));
+  }
+  for (int part = 0; part < call.width(); ++part) grads[part] = slopes.dz[part];
+  if (over[first]) {
+    std::vector<int64_t> sizes = call.leading;
+    sizes.push_back(rows.size);
+    grads[first] = torch::stable::view(dh, {sizes.data(), sizes.size()});
+  }
+  return h;
+}
+
 }  // namespace
 
 template <class S>
@@ -103,10 +128,6 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
         bias_gradient(first + part, [&](double* total) { slopes.add_to(part, total); });
       }
       keep.assign(std::begin(slopes.dz), std::end(slopes.dz));
-      if (call.settings.given) {
-        std::copy_n(keep.begin(), call.width(), grads.begin());
-        return grads;
-      }
     } else {
       keep = {dy};
       bias_gradient(first, [&](double* total) { add_columns<S>(call, Rows(dy), total); });
@@ -115,6 +136,11 @@ std::vector<Maybe> backward_library(Call& call, const Tensor& dy, const Maybe& x
     for (int part = 0; part < call.parts(layer) && needs.below(layer); ++part) {
       const Tensor found = mm(matrix(*keep[part], call.rows), *weights[first + part]);
       dx = dx ? add(*dx, found) : found;
+    }
+    if (call.settings.given && dx) {
+      h = backward_given<S>(call, needs, *dx, needs.weight(first), grads);
+      if (h) h = matrix(*h, call.rows);
+      dx.reset();
     }
     for (int part = 0; part < call.parts(layer); ++part) {
       if (!needs.weight(first + part)) continue;

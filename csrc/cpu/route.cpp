@@ -16,6 +16,8 @@ constexpr int64_t kNarrowFeatures = 256, kNarrowWeights = 1 << 18;
 // weights costs us: docs/decisions/2026-11-27-narrow-layers-beside-amx.md.
 constexpr int64_t kTinyFeatures = 32, kTinyWork = 5 << 20, kPackingRows = 32;
 constexpr int64_t kSmallWeights = 1 << 15, kRowsWorthPacking = 1024;
+// From so many rows on, dz and h in one pass beside the library's products are faster than our own products.
+constexpr int64_t kGivenRows = 256;
 
 bool is_intel() {
 #if defined(__x86_64__)
@@ -84,6 +86,7 @@ Route route_of(const Call& call) {
       break;
     default:
       if (narrow && (total <= kSmallWeights || (call.rows >= kRowsWorthPacking && !given))) break;
+      if (given && call.rows >= kGivenRows) return Route::library;
       if (call.dtype == Dtype::float32 && is_intel()) return Route::library;  // MKL is at the CPU's limit there
   }
   return narrow && !given ? Route::narrow : Route::wide;

@@ -85,15 +85,28 @@ class Slopes {
     }
   }
 
-  // From all rows of dh.
-  void all(const Rows& dh) {
+  // Whether `all` can give h too: all that is wanted is, in rows that lie in memory as the loops of their dtype take
+  // them.
+  bool gives_h(const Rows& dh) const {
+    const bool all_wanted = wanted_[0] && (wanted_[1] || !call_.settings.gated);
+    return all_wanted && call_.residuals[call_.first(layer_)].any() && direct(dh);
+  }
+
+  // Whether rows of dh, and all that goes with them, lie in memory as the loops of their dtype take them.
+  bool direct(const Rows& dh) const {
     const Rows* kept = &call_.residuals[call_.first(layer_)];
-    const int width = call_.width();
     bool direct = dh.dense();
-    for (int part = 0; part < width; ++part) {
+    for (int part = 0; part < call_.width(); ++part) {
       direct = direct && (kept[part].dense() || !kept[part].any()) && (out_[part] || !wanted_[part]);
     }
-    if (!direct) {
+    return direct;
+  }
+
+  // From all rows of dh. `h`: where f(z), or f(g) · u, goes in the same pass, if it `gives_h`.
+  void all(const Rows& dh, const Out& h = {}) {
+    const Rows* kept = &call_.residuals[call_.first(layer_)];
+    const int width = call_.width();
+    if (!direct(dh)) {
       for_panels<S>(dh, groups_, [&](int64_t group, int64_t r, int64_t count, const S* rows) {
         panel(group, r, count, 0, size_, rows, size_);
       });
@@ -111,7 +124,9 @@ class Slopes {
       const int64_t n = contiguous ? count * size_ : size_;
       for (int64_t i = r; i < (contiguous ? r + 1 : r + count); ++i) {
         const void* z = kept[0].any() ? kept[0].at(i, 0) : dh.at(i, 0);
-        if (sides) {
+        if (h) {
+          value_and_grad(loops, n, i, dh, h);
+        } else if (sides) {
           call_.compressed().grad[settings.activation](n, dh.at(i, 0), z, call_.bits_at(layer_, i, 0),
                                                        out_[0].at(i, 0));
         } else if (!settings.gated) {
@@ -138,6 +153,19 @@ class Slopes {
   std::vector<Rows> rows() const { return {rows_[0], rows_[1]}; }
 
  private:
+  void value_and_grad(const Elementwise& loops, int64_t n, int64_t row, const Rows& dh, const Out& h) const {
+    const Rows* kept = &call_.residuals[call_.first(layer_)];
+    const Settings& settings = call_.settings;
+    if (settings.gated) {
+      loops.gated_value_and_grad[settings.activation](n, dh.at(row, 0), kept[0].at(row, 0), kept[1].at(row, 0),
+                                                      h.at(row, 0), out_[0].at(row, 0), out_[1].at(row, 0),
+                                                      settings.params);
+    } else {
+      loops.value_and_grad[settings.activation](n, dh.at(row, 0), kept[0].at(row, 0), h.at(row, 0), out_[0].at(row, 0),
+                                                settings.params);
+    }
+  }
+
   void add(int64_t group, int part, int64_t c, int64_t rows, int64_t n, Dtype dtype, const void* dz, int64_t stride) {
     call_.template loops<S>(dtype).add_rows(rows, n, dz, stride, &sums_[part][group * size_ + c]);
   }

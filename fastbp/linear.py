@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from fastbp import producers, rebuilt
-from fastbp.activations import NODES
+from fastbp.activations import NODES, Bound
 from fastbp.backends import REFERENCE, choose_settled, with_backend
 from fastbp.backends.measured import EAGER
 from fastbp.casts import cast_all
@@ -163,10 +164,16 @@ def _of_producer(
             hooks[1].__self__._let_go(*inputs, *activated or ())  # type: ignore[attr-defined]
         producer = rebuilt.make_anew(config, x, producer, kept)
         if not trains:
-            return None, Outcome(True, f"{form.name}, {bound!r}; the weight is frozen", unkept)
+            return None, Outcome(True, f"{_said(form.name, bound)}; the weight is frozen", unkept)
         unkept *= 2 if producer.seen is producers.nobody else 1  # f(g) lives where somebody holds it
     y = rebuilt.act_linear(product, config, x, weight, bias, producer, kept)
-    return y, Outcome(True, f"{form.name}, {bound!r}", unkept)
+    return y, Outcome(True, _said(form.name, bound), unkept)
+
+
+@lru_cache(maxsize=1024)
+def _said(form: str, bound: Bound) -> str:
+    """The words for a call; looked up, for to find them takes longer than all else that is done with them."""
+    return f"{form}, {bound!r}"
 
 
 def _of_node(product: Product, x: Tensor, node: Node, weight: Any, bias: Any) -> _Found:

@@ -11,6 +11,7 @@ its output is f(z), or f(g) · u, with the activation from the table, and which 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ def _activation(node: Node) -> Bound | None:
     for row in NODES.get(type(node).__name__, ()):
         params = row.node_params(node)
         if params is not None:
-            return Bound(row, tuple(float(p) for p in params))
+            return Bound(row, tuple(map(float, params)))
     return None
 
 
@@ -115,13 +116,21 @@ def is_latest(node: Node) -> bool:
 _RAW = ("_raw_saved_self", "_raw_saved_other", "_raw_saved_result", "_raw_saved_result1")
 
 
+@lru_cache(maxsize=1024)
+def _raw_of(kind: type) -> tuple[str, ...]:
+    """Those of ``_RAW`` that the nodes of a class have."""
+    return tuple(name for name in _RAW if hasattr(kind, name))
+
+
 def unpacks(node: Node, depth: int = DEPTH) -> list[Any]:
     """The hooks that give back what a node, and those that made its operands, keep; none where no hooks were active."""
-    raw = [getattr(node, name, None) for name in _RAW] if own(node) is None else node._raw_saved_tensors
-    found = [saved.unpack_hook for saved in raw if saved is not None and saved.unpack_hook is not None]
+    found = []
+    for raw in node._raw_saved_tensors if own(node) is not None else map(node.__getattribute__, _raw_of(type(node))):  # type: ignore[arg-type]
+        hook = raw.unpack_hook
+        if hook is not None:
+            found.append(hook)
     for below, _ in node.next_functions if depth else ():
-        name = type(below).__name__
-        if name in READABLE or name in KEEPS_OUTPUT or own(below) is not None:
+        if type(below).__name__ in _READ or own(below) is not None:
             found += unpacks(below, depth - 1)
     return found
 
@@ -132,16 +141,17 @@ def is_near(node: Node) -> bool:
     The scaled output of a norm is a product too, and nothing is gained by making it again for each of its readers.
     """
     name = type(node).__name__
-    if name in _ELEMENTWISE:
-        return any(_is_activation(below) or _is_passed(below) for below, _ in node.next_functions)
-    return name in READABLE or name in KEEPS_OUTPUT or name in OWN
+    if name not in _ELEMENTWISE:
+        return name in _READ or name in OWN
+    for below, _ in node.next_functions:
+        if _is_activation(below):
+            return True
+    return any(_is_passed(below) for below, _ in node.next_functions)
 
 
 def _is_activation(node: Node | None) -> bool:
     name = type(node).__name__
-    if name in OWN:
-        return OWN[name].activation
-    return name in _OF_INPUT or name in KEEPS_OUTPUT or name == "ErfBackward0"  # of a GELU written by hand
+    return name in _ACTIVATIONS or (name in OWN and OWN[name].activation)
 
 
 def _is_passed(node: Node | None) -> bool:
@@ -204,6 +214,8 @@ _ELEMENTWISE = frozenset(
 READABLE = frozenset((PRODUCT, _DIV, *_OF_INPUT, *_OF_ONE))
 # What keeps the output itself, which the linear then keeps a second time for nothing.
 KEEPS_OUTPUT = frozenset(("ReluBackward0", "SigmoidBackward0", "TanhBackward0", "SoftmaxBackward0", "ExpBackward0"))
+_READ = READABLE | KEEPS_OUTPUT
+_ACTIVATIONS = KEEPS_OUTPUT.union(_OF_INPUT, ("ErfBackward0",))  # erf: of a GELU written by hand
 
 
 def read_whole(x: Tensor, node: Node) -> Producer | None:
@@ -213,8 +225,11 @@ def read_whole(x: Tensor, node: Node) -> Producer | None:
     broadcast, all of it has the dtype of x. RuntimeError from PyTorch where one of them was written to since.
     """
     found = _read_node(node)
-    if found is None or any(t.shape != x.shape or t.dtype is not x.dtype for t in found.inputs):
+    if found is None:
         return None
+    for t in found.inputs:
+        if t.shape != x.shape or t.dtype is not x.dtype:
+            return None
     return found
 
 
@@ -237,9 +252,10 @@ def of_activation(bound: Bound, z: Tensor, node: Node) -> Producer | None:
 
 def _connected(bound: Bound, form: Form, *pairs: tuple[Tensor | None, Edge]) -> Producer | None:
     """The producer, if each tensor is what autograd says a gradient goes to."""
-    if all(tensor is not None and _is_edge_of(edge, tensor) for tensor, edge in pairs):
-        return Producer(bound, form, tuple(tensor for tensor, _ in pairs))  # type: ignore[misc]
-    return None
+    for tensor, edge in pairs:
+        if tensor is None or not _is_edge_of(edge, tensor):
+            return None
+    return Producer(bound, form, tuple([tensor for tensor, _ in pairs]))  # type: ignore[misc]
 
 
 def _is_edge_of(edge: Edge, tensor: Tensor) -> bool:

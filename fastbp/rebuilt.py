@@ -12,6 +12,7 @@ at h, else dh = dy W to h, as PyTorch's own node would.
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
@@ -23,6 +24,7 @@ from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _AutoDispatchBelowADInplaceOrView
 from torch._C import _is_any_autocast_enabled as any_autocast
+from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import _unsafe_preserve_version_counter  # type: ignore[attr-defined]
 
@@ -114,50 +116,60 @@ class Made(torch.autograd.Function):
 
 
 class How(NamedTuple):
-    """What ``ActLinear`` is told: the product; and what made h, or the config of the fused call, what that keeps in
-    place of its inputs, and whether somebody looks at h when backward comes."""
+    """What ``ActLinear`` is told: the product; and what made h, or the config of the fused call and whether somebody
+    looks at h when backward comes."""
 
     product: Product
     node: Node = None
     config: Config | None = None
-    codes: Sequence[Tensor] = ()
     seen: Seen = lambda: True
 
 
 class ActLinear(torch.autograd.Function):
-    """``y = h Wᵀ + b``: ``apply(how, anchor, h, weight, bias, *inputs)``.
+    """``y = h Wᵀ + b``: ``apply(how, anchor, codes, h, weight, bias, *inputs)`` gives y and None.
 
-    h (..., N), weight (O, N), bias (O,) or None; ``anchor`` is h's. ``inputs``: z, or g and u, where the gradient may
-    go straight to them.
+    h (..., N), weight (O, N), bias (O,) or None. ``inputs``: z, or g and u, where the gradient may go straight to them;
+    ``codes``: what is kept in their place. Without an ``anchor`` of h the second output is one, whose gradient this
+    node sends to h. It is kept by the node, so it is asked for only where no saved-tensor hook would see it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, how: How, anchor: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *inputs: Tensor
-    ) -> Tensor:
+        ctx: Any,
+        how: How,
+        anchor: Tensor | None,
+        codes: Sequence[Tensor],
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
         with _AutoDispatchBelowADInplaceOrView():  # a view in the eyes of autograd would forbid ``y += residual``
             y = how.product(h, weight, bias)
         ctx.set_materialize_grads(False)
-        ctx.how, ctx.anchor = how._replace(codes=()), anchor
-        ctx.save_for_backward(weight, *(how.codes or inputs))
-        return y
+        ctx.how, ctx.anchor = how, anchor
+        own = None if anchor is not None else h.new_empty_strided(h.shape, [0] * h.dim())
+        ctx.save_for_backward(own, weight, *(codes or inputs))
+        return y, own
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        how, config, (weight, *saved) = ctx.how, ctx.how.config, ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor | None, danchor: Tensor | None) -> tuple[Tensor | None, ...]:
+        how: How = ctx.how
+        config = how.config
         count = 0 if config is None else config.form.inputs
         if dy is None:
-            return (None,) * (5 + count)
+            return (None, None, None, danchor, None, None, *[None] * count)
         if any_autocast():  # whoever calls backward inside a region wants the gradients of outside
             with torch.autocast(dy.device.type, enabled=False):
-                return ActLinear.backward(ctx, dy)
-        _, need_weight, need_bias = ctx.needs_input_grad[2:5]
-        if count and not how.seen() and not _is_special(dy):
+                return ActLinear.backward(ctx, dy, danchor)
+        own, weight, *saved = ctx.saved_tensors
+        _, need_weight, need_bias = ctx.needs_input_grad[3:6]
+        if count and danchor is None and not how.seen() and not _is_special(dy):
             needs = (*[True] * count, need_weight, need_bias)
-            codes = config.save != "preact"
+            codes = config.save != "preact"  # type: ignore[union-attr]
             flat = (*[None] * (count + 1), weight, None, *saved) if codes else (*saved, None, weight, None)
             *dinputs, dw, db = BACKENDS[config.backend].backward(config, dy, flat, needs, False)  # type: ignore[union-attr]
-            return (None, None, None, dw, db, *dinputs)
+            return (None, None, None, None, dw, db, *dinputs)
         dw = None
         count_rows = prod(dy.shape[:-1])  # and not -1, of which nothing says what it is where a row is empty
         rows = dy.reshape(count_rows, dy.shape[-1])
@@ -168,9 +180,11 @@ class ActLinear(torch.autograd.Function):
                 if config is None
                 else (lambda: _value_of(config, saved, dy.dtype))
             )
-            h = _again(made, ctx.anchor)
+            h = _again(made, own if ctx.anchor is None else ctx.anchor)
             dw = reference.weight_grad(rows, h.reshape(count_rows, h.shape[-1]), weight)
-        return (None, None, dy.matmul(weight), dw, rows.sum(0) if need_bias else None, *[None] * count)
+        dh = dy.matmul(weight)
+        db = rows.sum(0) if need_bias else None
+        return (None, None, None, dh if danchor is None else dh + danchor, dw, db, *[None] * count)
 
 
 _anchor, _act_linear, _made = c_apply(_Anchor), c_apply(ActLinear), c_apply(Made)  # where no transform is active
@@ -186,40 +200,44 @@ def act_linear(
     kept: Sequence[Tensor],
 ) -> Tensor:
     """y of an h whose producer was read; ``kept`` are ``codes_of`` the producer's inputs."""
-    of_h, of_a = watcher_of(h), producer.seen
-    how = How(product, None, config, kept, lambda: of_h() or of_a())
-    return _act_linear(how, _anchor(h), h, weight, bias, *producer.inputs)  # type: ignore[no-any-return]
+    seen, of_a = watcher_of(h), producer.seen
+    if of_a is not nobody:
+        of_h = seen
+        seen = lambda: of_h() or of_a()  # noqa: E731
+    return _linear(How(product, None, config, seen), kept, h, weight, bias, *producer.inputs)
 
 
 def rebuilt_linear(product: Product, node: Node, h: Tensor, weight: Tensor, bias: Any) -> Tensor:
     """y of an h that its node makes again."""
-    return _act_linear(How(product, node), _anchor(h), h, weight, bias)  # type: ignore[no-any-return]
+    return _linear(How(product, node), (), h, weight, bias)
+
+
+def _linear(how: How, codes: Sequence[Tensor], h: Tensor, *others: Tensor | None) -> Tensor:
+    anchor = None if top_hooks(True) is None else _anchor(h)
+    return _act_linear(how, anchor, codes, h, *others)[0]  # type: ignore[no-any-return]
 
 
 def make_anew(config: Config, h: Tensor, producer: Producer, kept: Sequence[Tensor]) -> Producer:
     """Let h be the output of a ``Made``, and not of the nodes that made it and keep more; and what made it now."""
     seen, anchor = nobody, None
-    if producer.activated is not None:
-        a = producer.activated.pop()
-        hooked = bool(a._backward_hooks)  # hooks outlive a
-        seen, anchor, alive = watcher_of(a), _anchor(a), weakref.ref(a)
-        del a
+    a = producer.activated.pop() if producer.activated is not None else None
+    alive = None if a is None else weakref.ref(a)
+    if a is not None and a._backward_hooks:  # hooks outlive a
+        seen, anchor = watcher_of(a), _anchor(a)
+    del a
     h.detach_()  # and the node of a product goes, and f(g) with it, if nobody else holds that
-    if anchor is not None and not hooked and alive() is None:
-        seen, anchor = nobody, None
+    if anchor is None and alive is not None and (held := alive()) is not None:
+        seen, anchor = watcher_of(held), _anchor(held)
     with _unsafe_preserve_version_counter(h):  # readers that kept h before kept what it still is
         _made(config, seen, anchor, kept, h, anchor, *producer.inputs)
     return producer._replace(activated=None, seen=seen)
 
 
-def _ignore(grad: Tensor) -> None:
-    """A hook that is taken off at once; what it leaves is the place where later ones are put."""
-
-
 def watcher_of(h: Tensor) -> Seen:
     """What tells in backward whether somebody looks at h: who holds it, or has put a hook on it since."""
-    if h._backward_hooks is None:
-        h.register_hook(_ignore).remove()
+    if h._backward_hooks is None:  # the place where later ones are put, as register_hook makes it
+        h._backward_hooks = OrderedDict()
+        h.grad_fn._register_hook_dict(h)  # type: ignore[union-attr]
     hooks, alive = h._backward_hooks, weakref.ref(h)
     return lambda: bool(hooks) or alive() is not None
 

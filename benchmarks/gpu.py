@@ -91,6 +91,7 @@ STAGES: dict[str, Stage] = {
     "small": suite("small", *TUNED),
     "edges": suite("edges", *TUNED),
     "overhead": suite("overhead", *TUNED),
+    "reading": suite("reading"),
     "policies": suite("policies"),
     "models": suite("models", *TUNED),
     "tuned": Stage(

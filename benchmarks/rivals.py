@@ -69,6 +69,23 @@ def eager(case: Case, parts: list[Any]) -> nn.Module:
     return nn.Sequential(*(layers if case.kind == "layer" else layers[:-1]))
 
 
+def reading(save: str = "auto") -> Make:
+    """What people write, with a ``fastbp.Linear`` behind the activation, under this policy of ``fastbp.use``."""
+
+    def make(case: Case, parts: list[Any]) -> Run:
+        last = fastbp.Linear(case.features[-2], case.features[-1], device="meta", dtype=case.dtype)
+        last.weight, last.bias = parts[-1].weight, parts[-1].bias
+        module = eager(case, [*parts[:-1], last])
+
+        def under_policy(x: Tensor) -> Tensor:
+            with fastbp.use(save=save):
+                return module(x)  # type: ignore[no-any-return]
+
+        return module if save == "auto" else under_policy
+
+    return make
+
+
 def linears_alone(case: Case, linears: list[nn.Linear]) -> nn.Module:
     """The same linears without any activation: what the arithmetic costs in this PyTorch. Another function than the
     case's, so it is not compared with it."""
@@ -249,6 +266,8 @@ RIVALS: dict[str, Rival] = {
         for backend in (None, *BACKENDS)
         for save in ("auto", *POLICIES)
     },
+    "fastbp.Linear": Rival(reading(), ("mlp", "gated_mlp")),
+    "fastbp.Linear preact": Rival(reading("preact"), ("mlp", "gated_mlp")),  # small calls too
     "fastbp library": _by_fastbp("triton", route="library"),
     "fastbp fused": _by_fastbp("triton", route="fused"),
     **{

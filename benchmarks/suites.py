@@ -79,6 +79,15 @@ SMALL = (
     *((128, 1 << 13, "relu"), (128, 1 << 8, "gelu"), (128, 1 << 16, "silu")),
     *((256, 1 << power, "gelu") for power in (13, 8, 16)),
 )
+# Of a fastbp.Linear behind an activation: the bytes of its input from little to much.
+READING = tuple(
+    (kind, rows, (width, hidden, width), name)
+    for kind, name in (("mlp", "gelu"), ("gated_mlp", "silu"))
+    for rows, width, hidden in (
+        *((4, 8, 8), (64, 256, 256), (256, 256, 1024), (1024, 256, 1024), (4096, 256, 256)),
+        *((1024, 512, 2048), (2048, 768, 3072)),
+    )
+)
 OVERHEAD = tuple((kind, 4, (8,) * sizes) for kind, sizes in (("layer", 2), ("mlp", 3), ("gated_mlp", 3)))
 
 FLAGS = (
@@ -209,6 +218,12 @@ SUITES: dict[str, Suite] = {
         "a call on next to nothing, whose time is the host's",
         dict.fromkeys(("cpu", "cuda"), _each(_OVERHEAD, FLOAT)),
         {"cpu": PLAIN, "cuda": ON_GPU},
+    ),
+    "reading": Suite(
+        "blocks as people write them, with a fastbp.Linear behind the activation",
+        dict.fromkeys(("cpu", "cuda"), _each(READING, FLOAT, BFLOAT)),
+        dict.fromkeys(("cpu", "cuda"), ("eager", "eager again", "fastbp.Linear", "fastbp.Linear preact")),
+        modes=("fwd_bwd", "fwd", "bwd"),
     ),
     "policies": Suite(
         "every save policy; on a CPU without the largest in bfloat16, where one may have no products of it",

@@ -283,6 +283,8 @@ TABLE: tuple[Activation, ...] = (
     ),
     Activation(
         "quick_gelu", "z · sigmoid(1.702 z)", f.quick_gelu, f.quick_gelu_grad,
+        aten_value=f.quick_gelu,  # as models write it, in the dtype of z; and c f(z) is silu of c z
+        aten_grad=lambda dy, z: _aten.silu_backward.default(dy, f.QUICK_GELU_SCALE * z),
         spellings=("z * torch.sigmoid(1.702 * z)",), **_sides("quick_gelu"),
     ),
     Activation(

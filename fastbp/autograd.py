@@ -97,6 +97,11 @@ class _Eager(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
+def is_special(dy: Tensor) -> bool:
+    """Whether a gradient is going to be differentiated, or is batched: it takes PyTorch's operations alone."""
+    return is_grad_enabled() or functorch_active() or is_legacy_batchedtensor(dy) or forward_ad._current_level >= 0
+
+
 def c_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without the Python around it, which looks for transforms."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]

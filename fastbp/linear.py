@@ -40,7 +40,9 @@ from fastbp.unpacking import hooks_allow
 READABLE_TENSORS = frozenset((Tensor, FakeTensor))
 _WEIGHTS = frozenset((Tensor, nn.Parameter, FakeTensor))
 _DTYPES = frozenset(DTYPES)
-_SMALLEST = 1 << 14  # elements of h: below, a Python Function costs more time than the bytes are worth
+# Bytes of h. Below, on a CPU, what Python does takes more time than all that is saved:
+# docs/decisions/2026-11-29-small-calls-stay-pytorchs.md.
+_SMALLEST = 2 << 20
 
 
 class _Size(threading.local):
@@ -72,6 +74,14 @@ OUTCOME, SETTINGS = "_fastbp_outcome", "_fastbp_settings"  # of a module's __dic
 _OWN = (OUTCOME, SETTINGS)
 Settings = tuple[str, str | None]  # save policy and backend
 _UNSET: Settings = ("auto", None)
+
+
+def is_small(x: Tensor, settings: Settings) -> bool:
+    """Whether a Function of ours takes more time on x than its bytes are worth, to who names no policy."""
+    small = x.numel() * x.element_size() < _size.smallest
+    return small and settings[0] == "auto" and defaults.both[0] is None
+
+
 _Found = tuple[Tensor | None, Outcome | None]  # y, or None where PyTorch is to compute it; and what to say of it
 
 
@@ -86,7 +96,7 @@ def run(module: nn.Module, product: Product, x: Tensor, latest: bool, weight: An
     settings = own.get(SETTINGS, _UNSET)
     if settings is None:  # unfused, of a class that others have made since
         return product(x, weight, bias)
-    if x.numel() < _size.smallest:
+    if is_small(x, settings):
         own[OUTCOME] = _SMALL
         return product(x, weight, bias)
     y, own[OUTCOME] = _linear(product, x, latest, weight, bias, settings)
@@ -157,7 +167,7 @@ def _of_producer(
         return _of_node(product, x, x.grad_fn, weight, bias)
     if not anew and not trains:
         return None, None
-    kept = rebuilt.codes_of(config, inputs)
+    kept = rebuilt.codes_of(config, inputs) if save == "fp8" else ()
     if anew:
         hooks = top_hooks(True)
         if hooks is not None:
@@ -189,8 +199,11 @@ def _bytes_of(x: Tensor) -> int:
 
 
 _SMALL = Outcome(
-    False, f"its input has fewer than {_SMALLEST:,} elements, where a Python Function takes longer than it saves"
+    False, f"its input has less than {_SMALLEST >> 20} MiB, which is not worth the time; a named save policy takes it"
 )
+
+_SMALL_ELSEWHERE = Outcome(None, "")  # of a small call behind no activation; in a report it has no row
+_SMALL_ONES = (_SMALL, _SMALL_ELSEWHERE)
 
 
 def _obstacle(x: Tensor, weight: Any, bias: Any) -> str | None:
@@ -208,12 +221,12 @@ def _obstacle(x: Tensor, weight: Any, bias: Any) -> str | None:
     return _surroundings()
 
 
-def can_replace(x: Any) -> bool:
-    """Whether a Function of ours may stand for an operation of PyTorch's on x: worth it, and seen by nobody."""
+def can_replace(x: Any, module: nn.Module) -> bool:
+    """Whether a Function of ours may stand for a module's operation on x: worth it, and seen by nobody."""
     return (
         type(x) in READABLE_TENSORS
         and x.requires_grad
-        and x.numel() >= _size.smallest
+        and not is_small(x, module.__dict__.get(SETTINGS) or _UNSET)
         and x.dtype in _DTYPES
         and not x.is_nested
         and x.layout is torch.strided
@@ -278,14 +291,18 @@ class Linear(nn.Linear):
         """x (..., in_features) to y (..., out_features); errors as ``F.linear``."""
         if is_compiling() or nn.Linear.forward is not _STOCK_FORWARD or F.linear is not _STOCK_LINEAR:
             return nn.Linear.forward(self, input)
-        own = self._parameters  # looking there first spares nn.Module's __getattr__
-        weight, bias = (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (self.weight, self.bias)
-        node = input.grad_fn if type(input) in READABLE_TENSORS else None
-        if node is not None and producers.is_near(node) and not is_tracing():
-            latest = producers.is_latest(node)
-            del node
-            return run(self, _STOCK_LINEAR, input, latest, weight, bias)
-        self.__dict__[OUTCOME] = None
+        its = self._parameters  # looking there first spares nn.Module's __getattr__
+        weight, bias = (its["weight"], its["bias"]) if "weight" in its and "bias" in its else (self.weight, self.bias)
+        own = self.__dict__
+        small = type(input) is Tensor and is_small(input, own.get(SETTINGS) or _UNSET)
+        # What the input of a small call was made of is looked at once: the look costs more than the rest.
+        if not (small and own.get(OUTCOME) in _SMALL_ONES):
+            node = input.grad_fn if type(input) in READABLE_TENSORS else None
+            if node is not None and producers.is_near(node) and not is_tracing():
+                latest = producers.is_latest(node)
+                del node
+                return run(self, _STOCK_LINEAR, input, latest, weight, bias)
+            own[OUTCOME] = _SMALL_ELSEWHERE if small else None
         return _STOCK_LINEAR(input, weight, bias)  # type: ignore[arg-type]
 
 

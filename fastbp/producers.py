@@ -10,7 +10,7 @@ its output is f(z), or f(g) · u, with the activation from the table, and which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -116,21 +116,24 @@ def is_latest(node: Node) -> bool:
 _RAW = ("_raw_saved_self", "_raw_saved_other", "_raw_saved_result", "_raw_saved_result1")
 
 
-@lru_cache(maxsize=1024)
-def _raw_of(kind: type) -> tuple[str, ...]:
+@lru_cache(maxsize=64)
+def _raw_of(kind: Hashable) -> tuple[str, ...]:
     """Those of ``_RAW`` that the nodes of a class have."""
     return tuple(name for name in _RAW if hasattr(kind, name))
 
 
 def unpacks(node: Node, depth: int = DEPTH) -> list[Any]:
     """The hooks that give back what a node, and those that made its operands, keep; none where no hooks were active."""
+    name = type(node).__name__
+    ours = name not in READABLE and own(node) is not None
     found = []
-    for raw in node._raw_saved_tensors if own(node) is not None else map(node.__getattribute__, _raw_of(type(node))):  # type: ignore[arg-type]
+    for raw in node._raw_saved_tensors if ours else [getattr(node, n) for n in _raw_of(type(node))]:  # type: ignore[arg-type]
         hook = raw.unpack_hook
         if hook is not None:
             found.append(hook)
     for below, _ in node.next_functions if depth else ():
-        if type(below).__name__ in _READ or own(below) is not None:
+        name = type(below).__name__
+        if name in _READ or name in OWN:
             found += unpacks(below, depth - 1)
     return found
 
@@ -234,53 +237,55 @@ def read_whole(x: Tensor, node: Node) -> Producer | None:
 
 
 def _read_node(node: Node) -> Producer | None:
-    ours = own(node)
-    if ours is not None:
-        return ours.read(node)
-    if type(node).__name__ == PRODUCT:
+    name = type(node).__name__
+    if name == PRODUCT:
         return _read_product(node)
-    if type(node).__name__ == _POW:
+    if name == _POW:
         return _read_square(node)
-    bound = _activation(node)
-    return None if bound is None else of_activation(bound, node._saved_self, node)
+    if name in NODES:
+        bound = _activation(node)
+        return None if bound is None else of_activation(bound, node._saved_self, node)
+    ours = own(node)
+    return None if ours is None else ours.read(node)
 
 
-def of_activation(bound: Bound, z: Tensor, node: Node) -> Producer | None:
-    """The producer, of a node whose one input is z."""
-    return _connected(bound, ACT_LINEAR, (z, node.next_functions[0]))
+def of_activation(bound: Bound, z: Tensor | None, node: Node) -> Producer | None:
+    """The producer, of a node whose one input is z, if that is what autograd says the gradient goes to."""
+    return Producer(bound, ACT_LINEAR, (z,)) if _is_edge_of(node.next_functions[0], z) else None  # type: ignore[arg-type]
 
 
-def _connected(bound: Bound, form: Form, *pairs: tuple[Tensor | None, Edge]) -> Producer | None:
-    """The producer, if each tensor is what autograd says a gradient goes to."""
-    for tensor, edge in pairs:
-        if tensor is None or not _is_edge_of(edge, tensor):
-            return None
-    return Producer(bound, form, tuple([tensor for tensor, _ in pairs]))  # type: ignore[misc]
-
-
-def _is_edge_of(edge: Edge, tensor: Tensor) -> bool:
+def _is_edge_of(edge: Edge, tensor: Tensor | None) -> bool:
     node, number = edge
-    if tensor.grad_fn is None:
+    if tensor is None:
+        return False
+    made = tensor.grad_fn
+    if made is None:
         return tensor.requires_grad and getattr(node, "variable", None) is tensor
-    return tensor.grad_fn is node and tensor.output_nr == number
+    return made is node and tensor.output_nr == number
 
 
 def _read_product(node: Node) -> Producer | None:
     """``f(g) · u`` in either order."""
-    one, other = node._saved_self, node._saved_other
-    first, second = node.next_functions
-    if one is None or other is None:
+    a, b = _kept(node._saved_self, node._raw_saved_self), _kept(node._saved_other, node._raw_saved_other)
+    if a is None or b is None:
         return None
-    pairs = (one, node._raw_saved_self), (other, node._raw_saved_other)
+    first, second = node.next_functions
+    return _read_gated(a, first[0], b, second) or _read_gated(b, second[0], a, first)
+
+
+def _kept(tensor: Tensor | None, raw: Any) -> Tensor | None:
     # What hooks give back is another tensor than was kept. Only those of SavedBytes are read here: they hold the first.
-    a, b = (t if raw.unpack_hook is None else raw.data for t, raw in pairs)
-    for activated, (gate, _), up, up_edge in ((a, first, other, second), (b, second, one, first)):
-        of_gate = None if gate is None or type(gate).__name__ == PRODUCT else _read_node(gate)
-        if of_gate is not None and of_gate.form is ACT_LINEAR and activated.grad_fn is gate:
-            of_g = of_gate.inputs[0], gate.next_functions[0]
-            found = _connected(of_gate.bound, GATED_ACT_LINEAR, of_g, (up, up_edge))
-            return None if found is None else found._replace(activated=[activated])
-    return None
+    return tensor if tensor is None or raw.unpack_hook is None else raw.data
+
+
+def _read_gated(activated: Tensor, gate: Node | None, up: Tensor, up_edge: Edge) -> Producer | None:
+    """``activated · up``, where the first is the output of an activation, whose node is ``gate``."""
+    if gate is None or type(gate).__name__ == PRODUCT or activated.grad_fn is not gate:
+        return None
+    found = _read_node(gate)
+    if found is None or found.form is not ACT_LINEAR or not _is_edge_of(up_edge, up):
+        return None
+    return Producer(found.bound, GATED_ACT_LINEAR, (*found.inputs, up), [activated])
 
 
 def _read_square(node: Node) -> Producer | None:
@@ -288,4 +293,4 @@ def _read_square(node: Node) -> Producer | None:
     edge = node.next_functions[0]
     if node._saved_exponent != 2 or type(edge[0]).__name__ != "ReluBackward0":
         return None
-    return _connected(bind("relu2"), ACT_LINEAR, (node._saved_self, edge))
+    return of_activation(bind("relu2"), node._saved_self, node)

@@ -46,7 +46,7 @@ def swap_in(module: nn.Module, settings: Settings) -> None:
         module.__class__ = reader
     if act is not None:
         module.__dict__[_ACT] = act
-    if is_linear(module):
+    if reader is not None or is_linear(module):
         module.__dict__[SETTINGS] = settings
 
 
@@ -147,7 +147,7 @@ def _drop(self: Any, input: Tensor) -> Tensor:
     p = self.p
     if not self.training or is_compiling() or nn.Dropout.forward is not _DROPOUT or F.dropout is not _F_DROPOUT:
         return nn.Dropout.forward(self, input)
-    if self.inplace or not linear.can_replace(input) or not input.is_cpu or not 0.0 < p < 1.0:
+    if self.inplace or not linear.can_replace(input, self) or not input.is_cpu or not 0.0 < p < 1.0:
         return nn.Dropout.forward(self, input)  # on a GPU the mask is a byte a number already
     return elementwise.dropped(input, p)
 
@@ -160,7 +160,7 @@ def _thrifty_activation(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)  # what reads the signature sees the module's
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         act: KnownAct | None = self.__dict__.get(_ACT)
-        if act is None or is_compiling() or kwargs or len(args) != 1 or not linear.can_replace(args[0]):
+        if act is None or is_compiling() or kwargs or len(args) != 1 or not linear.can_replace(args[0], self):
             return base.forward(self, *args, **kwargs)
         if not act.holds(self) or (act.narrow and args[0].dtype is torch.float64):
             return base.forward(self, *args)

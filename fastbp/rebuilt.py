@@ -19,18 +19,15 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, is_grad_enabled
-from torch._C import _are_functorch_transforms_active as functorch_active
 from torch._C import _AutoDispatchBelowADInplaceOrView
 from torch._C import _is_any_autocast_enabled as any_autocast
 from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
-from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import _unsafe_preserve_version_counter  # type: ignore[attr-defined]
 
 from fastbp import autograd, producers, reference
 from fastbp.activations import Bound
-from fastbp.autograd import c_apply
+from fastbp.autograd import c_apply, is_special
 from fastbp.backends import BACKENDS
 from fastbp.forms import FORMS
 from fastbp.problem import Config
@@ -103,7 +100,7 @@ class Made(torch.autograd.Function):
             return (*none, None, *[None] * config.form.inputs)
         _check_once(config)
         inputs = _inputs_of(config, ctx.saved_tensors, dh.dtype)
-        special = _is_special(dh)
+        special = is_special(dh)
         grad: Any = partial(reference.formula_grad, config) if special else config.grad
         if not config.form.gated:
             return (*none, None, grad(dh, inputs[0]))
@@ -164,7 +161,7 @@ class ActLinear(torch.autograd.Function):
                 return ActLinear.backward(ctx, dy, danchor)
         own, weight, *saved = ctx.saved_tensors
         _, need_weight, need_bias = ctx.needs_input_grad[3:6]
-        if count and danchor is None and not how.seen() and not _is_special(dy):
+        if count and danchor is None and not how.seen() and not is_special(dy):
             needs = (*[True] * count, need_weight, need_bias)
             codes = config.save != "preact"  # type: ignore[union-attr]
             flat = (*[None] * (count + 1), weight, None, *saved) if codes else (*saved, None, weight, None)
@@ -268,11 +265,6 @@ def _check_once(config: Config | None) -> None:
             f"fastbp.Linear: a gradient that is differentiated again (create_graph=True) takes what "
             f"save={config.save!r} keeps less of; use save='auto'"
         )
-
-
-def _is_special(dy: Tensor) -> bool:
-    """Whether the gradient is going to be differentiated, or is batched."""
-    return is_grad_enabled() or functorch_active() or is_legacy_batchedtensor(dy) or forward_ad._current_level >= 0
 
 
 def _read_made(node: Node) -> Producer | None:

@@ -212,7 +212,7 @@ def test_a_block_whose_own_code_ran_is_said_to():
     model(torch.randn(2, WIDTH))
     site, linear = fastbp.report(model).sites
     assert site.status == "left" and "its own code ran" in site.reason
-    assert linear.name == "2" and "fewer than 16,384 elements" in linear.reason
+    assert linear.name == "2" and "less than 2 MiB" in linear.reason
     handle.remove()
     model(torch.randn(2, WIDTH))
     assert [s.status for s in fastbp.report(model).sites] == ["fused"]
@@ -288,7 +288,7 @@ def test_report_of_the_last_call():
     model(x)
     rows = {s.name: s for s in fastbp.report(model).sites}
     assert list(rows) == ["block.down", "mlp", "head"]
-    assert rows["block.down"].status == "left" and "fewer than 16,384 elements" in rows["block.down"].reason
+    assert rows["block.down"].status == "left" and "less than 2 MiB" in rows["block.down"].reason
     with of_any_size():
         model(x)
     report = fastbp.report(model)

@@ -239,16 +239,34 @@ def test_float32_adapters_on_a_16_bit_layer():
     assert outcome(ours.linears[3]) == ("fused", "linear of ToCopyBackward0")
 
 
-def test_small_calls_are_left_to_pytorch():
-    layer = fastbp.Linear(64, 64)
-    for rows, expected in ((255, "left"), (256, "fused")):
-        layer(F.silu(torch.randn(rows, 64, requires_grad=True)))
-        assert outcome(layer)[0] == expected
-    layer(F.silu(torch.randn(255, 64, requires_grad=True)))
-    assert "has fewer than 16,384 elements" in outcome(layer)[1]
-    with of_any_size():
-        layer(F.silu(torch.randn(255, 64, requires_grad=True)))
-    assert outcome(layer)[0] == "fused" and linear._size.smallest == 1 << 14
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_calls_are_left_to_pytorch(dtype):
+    """By the bytes of h, unless somebody names a policy."""
+    layer = fastbp.Linear(64, 64, dtype=dtype)
+    rows = (2 << 20) // (64 * dtype.itemsize)
+
+    def call(rows):
+        layer(F.silu(torch.randn(rows, 64, dtype=dtype, requires_grad=True)))
+        return outcome(layer)
+
+    assert call(rows)[0] == "fused" and call(rows - 1)[0] == "left" and call(rows)[0] == "fused"
+    assert "has less than 2 MiB" in call(2)[1] and call(2)[0] == "left"
+    for how in (of_any_size(), fastbp.use(save="preact")):
+        with how:
+            assert call(2)[0] == "fused"
+    assert call(2)[0] == "left"
+    layer(torch.randn(2, 64, dtype=dtype, requires_grad=True))
+    layer.__dict__[linear.SETTINGS] = ("preact", None)
+    assert call(2)[0] == "fused"
+
+
+def test_a_small_call_behind_nothing_has_no_row():
+    model = nn.Sequential(fastbp.Linear(8, 8))
+    for _ in range(2):
+        model(torch.randn(2, 8, requires_grad=True) * 2)
+    assert fastbp.report(model).sites == []
+    model(F.silu(torch.randn(1 << 17, 8, requires_grad=True)))
+    assert [s.status for s in fastbp.report(model).sites] == ["fused"]
 
 
 def test_wrong_shapes_are_refused_in_the_words_of_pytorch():

@@ -85,8 +85,8 @@ Route route_of(const Call& call) {
     case Dtype::float16:
       break;
     default:
-      if (narrow && (total <= kSmallWeights || (call.rows >= kRowsWorthPacking && !given))) break;
       if (given && call.rows >= kGivenRows) return Route::library;
+      if (narrow && (total <= kSmallWeights || (call.rows >= kRowsWorthPacking && !given))) break;
       if (call.dtype == Dtype::float32 && is_intel()) return Route::library;  // MKL is at the CPU's limit there
   }
   return narrow && !given ? Route::narrow : Route::wide;

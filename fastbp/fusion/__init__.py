@@ -210,7 +210,7 @@ def _add_outcomes(model: nn.Module, found: FusionReport) -> None:
             continue
         found.ran = True
         outcome = module.__dict__[OUTCOME]
-        if outcome is not None:
+        if outcome is not None and outcome.what:
             what, reason = (outcome.what, "") if outcome.fused else ("", outcome.what)
             status = NO_GAIN if outcome.fused is None else FUSED if outcome.fused else LEFT
             found.sites.append(Site(name, type(module).__name__, what, status, reason, outcome.unkept))

@@ -106,20 +106,19 @@ def _suite(suite: str, rows: list[Row], of: str) -> list[str]:
     parts = []
     for mode in dict.fromkeys(row.get("mode", "fwd_bwd") for row in rows):
         chosen = [row for row in rows if row.get("mode", "fwd_bwd") == mode]
-        beside = list(
-            dict.fromkeys(name for row in chosen for name in row["rivals"] if name not in ("eager", "fastbp"))
-        )
+        ours = "fastbp" if any("fastbp" in row["rivals"] for row in chosen) else "fastbp.Linear"
+        beside = list(dict.fromkeys(name for row in chosen for name in row["rivals"] if name not in ("eager", ours)))
         found = []
         for row in chosen:
             rivals = row["rivals"]
-            mine = rivals.get("fastbp")
+            mine = rivals.get(ours)
             if mine is None:
                 continue
             figures = [mine["over_eager"], mine.get("graph_over_eager")]
             figures += [rivals.get(name, {}).get("over_eager") for name in beside]
             cells = ["" if figure is None else f"{figure:.2f}" for figure in figures]
             found.append((mine["over_eager"], [row["case"], f"{mine['ms']:.3f}", *cells]))
-        head = ["case", "fastbp, ms", "× eager", "× eager in a graph", *beside]
+        head = ["case", f"{ours}, ms", "× eager", "× eager in a graph", *beside]
         heading = f"## {suite} {mode}: eager's time over fastbp's ({of})\n\n"
         parts.append(heading + (worst(head, found) if found else "") + _remarks(chosen))
     return parts

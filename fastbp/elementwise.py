@@ -6,13 +6,15 @@ keeps what each of them made.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
 
 from fastbp import producers, reference
-from fastbp.activations import Bound
+from fastbp.activations import Activation, Bound, quick_gelu_backward
 from fastbp.autograd import c_apply, is_special
 from fastbp.forms import LINEAR_ACT
 from fastbp.problem import Config, configure
@@ -51,14 +53,28 @@ class Activated(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.config = config
         ctx.save_for_backward(z)
-        return config.value(z)
+        return _value(config, z)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[None, Tensor | None]:
         (z,) = ctx.saved_tensors
         if dy is None:
             return None, None
-        return None, reference.formula_grad(ctx.config, dy, z) if is_grad_enabled() else ctx.config.grad(dy, z)
+        return None, reference.formula_grad(ctx.config, dy, z) if is_grad_enabled() else _grad(ctx.config, dy, z)
+
+
+def _value(config: Config, z: Tensor) -> Tensor:
+    """f(z) by PyTorch's kernel, or as people write it, which in 16 bits takes less time than the formula in 32."""
+    return config.value(z) if config.row.aten_value is not None else _spelled(config.row)(z)
+
+
+@lru_cache(maxsize=64)
+def _spelled(row: Activation) -> Callable[[Tensor], Tensor]:
+    return row.spelled[0]
+
+
+def _grad(config: Config, dy: Tensor, z: Tensor) -> Tensor:
+    return quick_gelu_backward(dy, z) if config.row.name == "quick_gelu" else config.grad(dy, z)
 
 
 _dropped, _activated = c_apply(Dropped), c_apply(Activated)  # where no transform is active
@@ -89,6 +105,6 @@ producers.OWN["DroppedBackward"] = producers.Own(
 producers.OWN["ActivatedBackward"] = producers.Own(
     Activated._backward_cls,
     lambda node: True,
-    lambda node: node.config.value(node.saved_tensors[0]),
+    lambda node: _value(node.config, node.saved_tensors[0]),
     lambda node: producers.of_activation(Bound(node.config.row, node.config.params), node.saved_tensors[0], node),
 )

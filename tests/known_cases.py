@@ -1,5 +1,6 @@
 """What the tests of blocks whose code is known share: forwards, a Sequential, and what somebody may patch."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from reading import WIDTH
@@ -13,6 +14,13 @@ GATED = "return self.fc2(self.act(self.fc1(x)) * self.up(x))"
 
 def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def activations_of_transformers():
+    pytest.importorskip("transformers", reason="the activations are transformers'")
+    import transformers.activations as theirs
+
+    return theirs
 
 
 def twice(module, args, output):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from future_annotations import Block
+from known_cases import activations_of_transformers
 from reading import WIDTH, Written, act_module, assert_same, count_calls, method, pair, written
 from torch import nn
 
@@ -75,13 +76,6 @@ def test_modules_of_torch_are_known(row, monkeypatch):
     # PyTorch takes 1/6 in float32 even there
     assert_same(fused, stock, draw(4, WIDTH), tolerance=1e-7 if row.name == "hardsigmoid" else 1e-12)
     assert calls == ["mlp"]
-
-
-def activations_of_transformers():
-    pytest.importorskip("transformers", reason="the activations are transformers'")
-    import transformers.activations as theirs
-
-    return theirs
 
 
 THEIRS = {

@@ -1,5 +1,6 @@
 """The C++ kernels: every way they compute, with poisoned memory; determinism; what the ops refuse."""
 
+import contextlib
 import functools
 import runpy
 import subprocess
@@ -21,6 +22,8 @@ from support import (
     tensors,
     unflatten,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import fastbp
 from fastbp.activations import bind
@@ -232,3 +235,24 @@ def test_every_capability(capability):
         [*command, chosen], env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
     )
     assert outcome.returncode == 0, outcome.stdout[-3000:]
+
+
+class Cloning(TorchDispatchMode):
+    """Every op gets copies of its tensors, as sanitizers and opcheck give them."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return op(*tree_map_only(torch.Tensor, torch.clone, args), **(kwargs or {}))
+
+
+@each("form", FORMS.values(), ids=str)
+def test_what_stands_for_none_is_known_from_its_copies_too(form):
+    """Of one output in float32, beside which a copy of it once looked like a bias."""
+    features = (4, 1, 1) if form.projected or form.given else (4, 1)
+    x, weights, biases = tensors(form, torch.float32, seed=0, rows=3, features=features, bias=False)
+    found = []
+    for mode in (contextlib.nullcontext(), Cloning()):
+        with mode:
+            y = call(form, x, weights, biases, activation=GELU, backend="native")
+            found.append([y, *grads(y, flatten(x, weights, biases), torch.ones_like(y))])
+    for plain, copied in zip(*found, strict=True):
+        assert plain is copied is None or torch.equal(plain, copied)

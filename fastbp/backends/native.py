@@ -190,13 +190,13 @@ def _forward_fake(x: Tensor, tensors: list[Tensor], settings: int, params: list[
     """What ``forward`` returns, unwritten."""
     form, save, *_ = _decoded(settings)
     (_, *others), weights, biases = form.split((x, *tensors))
-    check(form, x, weights, [None if _may_be_absent(b) else b for b in biases], others)
+    check(form, x, weights, _present(biases), others)
     return shapes.new_results(form, save, x, [w.shape for w in weights])
 
 
-def _may_be_absent(tensor: Tensor) -> bool:
-    """Whether it is what stands for none; as a fake it is not itself, and a bias of one number looks the same."""
-    return tensor.shape == (1,) and tensor.dtype is torch.float32 and tensor.device.type == "cpu"
+def _is_absent(tensor: Tensor) -> bool:
+    """Whether it stands for none, as csrc/cpu/checks.cpp has it; of copies and fakes of ``_ABSENT`` too."""
+    return tensor.dim() == 5 and tensor.dtype is torch.bool and tensor.numel() == 0
 
 
 def _forward_flops(x: Tensor, tensors: list[Tensor], settings: int, params: list[float]) -> int:
@@ -225,7 +225,7 @@ def _backward_fake(
 ) -> list[Tensor]:
     """What ``backward`` returns, unwritten."""
     for tensor in saved:
-        if tensor.device != dy.device and not _may_be_absent(tensor):
+        if tensor.device != dy.device and not _is_absent(tensor):
             raise RuntimeError(f"fastbp_native: tensors on {tensor.device} and {dy.device} in one call")
     weights = _weights_of(dy, saved, settings, tuple(needs))
     grads = [None if s is None else dy.new_empty(s) for s in shapes.gradient_shapes(dy.shape, weights, needs)]
@@ -263,8 +263,8 @@ def _config(settings: int, params: list[float]) -> Config:
     return configure(form.name, row.name, tuple(params), save, "reference")
 
 
-def _present(tensors: list[Tensor]) -> list[Tensor | None]:
-    return [None if t is _ABSENT else t for t in tensors]
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None or _is_absent(t) else t for t in tensors]
 
 
 def _backward_flops(dy: Tensor, saved: list[Tensor], settings: int, params: list[float], needs: list[bool]) -> int:

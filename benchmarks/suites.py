@@ -223,7 +223,6 @@ SUITES: dict[str, Suite] = {
         "blocks as people write them, with a fastbp.Linear behind the activation",
         dict.fromkeys(("cpu", "cuda"), _each(READING, FLOAT, BFLOAT)),
         dict.fromkeys(("cpu", "cuda"), ("eager", "eager again", "fastbp.Linear", "fastbp.Linear preact")),
-        modes=("fwd_bwd", "fwd", "bwd"),
     ),
     "policies": Suite(
         "every save policy; on a CPU without the largest in bfloat16, where one may have no products of it",

@@ -28,26 +28,11 @@ static_assert(
 #define FASTBP_HAS_SIDE(A) act::A::has_grad_from_side,
 constexpr bool kHasSide[] = {FASTBP_FOR_EACH_ACTIVATION(FASTBP_HAS_SIDE)};
 
-bool is_boolean(const Tensor& tensor) {
-  int32_t number;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
-  return number == aoti_torch_dtype_bool();
-}
-
 // Every tensor that reaches a pointer passes here: the Python side has said it better, but an op can be called alone.
 void check(const Tensor& tensor, const Call& call, const char* name) {
   STD_TORCH_CHECK(device_of(tensor) == call.device, "fastbp_native: ", name, " must be on the device of the others");
   STD_TORCH_CHECK(tensor.dim() > 0, "fastbp_native: ", name, " must have a dimension");
   STD_TORCH_CHECK(dtype_of(tensor) == call.dtype, "fastbp_native: ", name, " must have the dtype of the other tensors");
-}
-
-// The tensor that stands for none is one that stands for nothing else, and a copy of it too: of booleans, and of more
-// dimensions than any weight or bias.
-constexpr int64_t kAbsent[] = {0, 0, 0, 0, 0};
-
-Maybe if_any(const Tensor& tensor) {
-  const bool absent = tensor.dim() == std::size(kAbsent) && tensor.numel() == 0 && is_boolean(tensor);
-  return absent ? Maybe() : Maybe(tensor);
 }
 
 Weight weight_of(const Tensor& tensor, const Call& call) {
@@ -249,13 +234,6 @@ void check_complete(const Call& call, const std::vector<bool>& wanted, int64_t l
 }
 
 }  // namespace
-
-Tensor absent() {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(std::size(kAbsent), kAbsent, kAbsent, aoti_torch_dtype_bool(),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
 
 std::vector<Tensor> weights_of(const Call& call, const std::vector<Tensor>& tensors) {
   const auto first = tensors.begin() + call.inputs() - 1;

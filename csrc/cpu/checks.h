@@ -2,12 +2,10 @@
 // followed.
 #pragma once
 
+#include "absent.h"
 #include "call.h"
 
 namespace fastbp::cpu {
-
-// What stands for a tensor that is absent.
-Tensor absent();
 
 // `tensors` are what is given after x, the weights and then the biases; `settings` as in ops.cpp.
 Call forward_call(const Tensor& x, const std::vector<Tensor>& tensors, int64_t settings,

@@ -195,7 +195,7 @@ def _forward_fake(x: Tensor, tensors: list[Tensor], settings: int, params: list[
 
 
 def _is_absent(tensor: Tensor) -> bool:
-    """Whether it stands for none, as csrc/cpu/checks.cpp has it; of copies and fakes of ``_ABSENT`` too."""
+    """Whether it stands for none, as csrc/cpu/absent.h has it; of copies and fakes of ``_ABSENT`` too."""
     return tensor.dim() == 5 and tensor.dtype is torch.bool and tensor.numel() == 0
 
 

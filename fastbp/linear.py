@@ -276,7 +276,8 @@ class Linear(nn.Linear):
     x (..., in_features), weight (out_features, in_features), bias (out_features,) or None; y (..., out_features), by
     ``F.linear`` and equal to it to the bit. Where autograd's graph says that x is f(z) or f(g) · u, perhaps after a
     dropout, a constant factor or a cast, what that graph keeps anyway (z; g and u) serves backward, and x is made
-    again for dW: half of the bytes of an MLP are kept, and half of a gated block's. All else is as nn.Linear has it.
+    again for dW: half of the bytes of an MLP are kept, and half of a gated block's. All else is as nn.Linear has it,
+    and so is an x of less than 2 MiB, unless ``fastbp.use`` or ``fuse`` names a save policy: that takes less time.
     Parameters, state_dict and initialisation are nn.Linear's. ``fastbp.report`` says what each linear of a model did
     last.
     """

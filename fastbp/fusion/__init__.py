@@ -45,8 +45,8 @@ def fuse(
     on a copy with the same parameters, and the report has a row for each linear behind an activation. Without it
     ``fastbp.report(model)`` has them after a call. ``filter_fn(module, name)`` False leaves a module alone. ``save``
     and ``backend`` as in ``fastbp.linear_act``; another call of ``fuse`` changes them. Of the policies a single linear
-    knows ``fp8``, and by all others keeps z (g and u), which is exact and no more than they do. ``dry_run`` changes
-    nothing.
+    knows ``fp8``, and by all others keeps z (g and u), which is exact and no more than they do; of an input of less
+    than 2 MiB only where a policy is named, for under ``auto`` the time counts too. ``dry_run`` changes nothing.
     ``strict`` raises RuntimeError, with the model as it was, where in the sample run a linear behind an activation
     was left to PyTorch.
 

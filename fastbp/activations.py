@@ -56,6 +56,7 @@ class Activation:
     spellings_32: tuple[
         str, ...
     ] = ()  # with constants that are the row's in float32 and narrower, and others in float64
+    spelled_grad: Callable[..., Tensor] | None = None  # dz from dy and z in their dtype, as exact as the first spelling
     # PyTorch's kernels for the same formulas: one pass over memory, and the numbers users have today.
     aten_value: Callable[..., Tensor] | None = None
     aten_grad: Callable[..., Tensor] | None = None
@@ -291,7 +292,7 @@ TABLE: tuple[Activation, ...] = (
     Activation(
         "quick_gelu", "z · sigmoid(1.702 z)", f.quick_gelu, f.quick_gelu_grad,
         aten_grad=lambda dy, z: quick_gelu_backward(*(t.to(wide(t.dtype)) for t in (dy, z))).to(z.dtype),
-        spellings=("z * torch.sigmoid(1.702 * z)",),
+        spellings=("z * torch.sigmoid(1.702 * z)",), spelled_grad=quick_gelu_backward,
         **_sides("quick_gelu"),
     ),
     Activation(

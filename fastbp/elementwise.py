@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from fastbp import producers, reference
-from fastbp.activations import Activation, Bound, quick_gelu_backward
+from fastbp.activations import Activation, Bound
 from fastbp.autograd import c_apply, is_special
 from fastbp.forms import LINEAR_ACT
 from fastbp.problem import Config, configure
@@ -60,7 +60,8 @@ class Activated(torch.autograd.Function):
         (z,) = ctx.saved_tensors
         if dy is None:
             return None, None
-        return None, reference.formula_grad(ctx.config, dy, z) if is_grad_enabled() else _grad(ctx.config, dy, z)
+        grad = ctx.config.row.spelled_grad or ctx.config.grad
+        return None, reference.formula_grad(ctx.config, dy, z) if is_grad_enabled() else grad(dy, z)
 
 
 def _value(config: Config, z: Tensor) -> Tensor:
@@ -71,10 +72,6 @@ def _value(config: Config, z: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _spelled(row: Activation) -> Callable[[Tensor], Tensor]:
     return row.spelled[0]
-
-
-def _grad(config: Config, dy: Tensor, z: Tensor) -> Tensor:
-    return quick_gelu_backward(dy, z) if config.row.name == "quick_gelu" else config.grad(dy, z)
 
 
 _dropped, _activated = c_apply(Dropped), c_apply(Activated)  # where no transform is active

@@ -296,14 +296,15 @@ class Linear(nn.Linear):
         weight, bias = (its["weight"], its["bias"]) if "weight" in its and "bias" in its else (self.weight, self.bias)
         own = self.__dict__
         small = type(input) is Tensor and is_small(input, own.get(SETTINGS) or _UNSET)
-        # What the input of a small call was made of is looked at once: the look costs more than the rest.
-        if not (small and own.get(OUTCOME) in _SMALL_ONES):
+        # What makes the input of a small call is looked at once: the look costs more than the rest of it.
+        seen = small and own.get(OUTCOME) in _SMALL_ONES and input.requires_grad and not input.is_leaf
+        if not seen:
             node = input.grad_fn if type(input) in READABLE_TENSORS else None
             if node is not None and producers.is_near(node) and not is_tracing():
                 latest = producers.is_latest(node)
                 del node
                 return run(self, _STOCK_LINEAR, input, latest, weight, bias)
-            own[OUTCOME] = _SMALL_ELSEWHERE if small else None
+            own[OUTCOME] = _SMALL_ELSEWHERE if small and node is not None else None
         return _STOCK_LINEAR(input, weight, bias)  # type: ignore[arg-type]
 
 

@@ -265,6 +265,13 @@ def test_a_small_call_behind_nothing_has_no_row():
     for _ in range(2):
         model(torch.randn(2, 8, requires_grad=True) * 2)
     assert fastbp.report(model).sites == []
+    model(torch.randn(2, 8, requires_grad=True))  # a leaf settles nothing of what comes
+    small = F.silu(torch.randn(2, 8, requires_grad=True))
+    model(small)
+    assert [s.status for s in fastbp.report(model).sites] == ["left"]
+    with torch.no_grad():
+        model(small.detach())
+    assert fastbp.report(model).sites == []
     model(F.silu(torch.randn(1 << 17, 8, requires_grad=True)))
     assert [s.status for s in fastbp.report(model).sites] == ["fused"]
 

@@ -196,7 +196,7 @@ def _forward_fake(x: Tensor, tensors: list[Tensor], settings: int, params: list[
 
 def _is_absent(tensor: Tensor) -> bool:
     """Whether it stands for none, as csrc/cpu/absent.h has it; of copies and fakes of ``_ABSENT`` too."""
-    return tensor.dim() == 5 and tensor.dtype is torch.bool and tensor.numel() == 0
+    return tensor.dtype is torch.bool and tensor.shape == _ABSENT.shape
 
 
 def _forward_flops(x: Tensor, tensors: list[Tensor], settings: int, params: list[float]) -> int:

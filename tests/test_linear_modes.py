@@ -222,3 +222,26 @@ def test_compiled_linears_are_plain(gated, fresh_dynamo):
         torch._dynamo.reset()
     assert_close([results[1][0], *results[1][1]], [results[0][0], *results[0][1]], 1e-10)
     assert results[0][2] == results[1][2] and len(results[0][2]) == 1
+
+
+@pytest.mark.parametrize("how", ["batched", "penalty"])
+def test_dropout_between_under_batched_gradients_and_a_penalty(how):
+    """Gradients of a batch of dy; and of gradients alone, where nothing reaches the linear's own output."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Dropout(0.5), nn.Linear(8, 6)).double()
+        model[0].register_forward_hook(lambda *_: None)  # so that no block runs whole
+        if fused:
+            fastbp.fuse(model)
+        x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+        with of_any_size():
+            y = model(x)
+        wanted = [x, *model.parameters()]
+        if how == "batched":
+            found.append(torch.autograd.grad(y, wanted, torch.eye(24).double().view(24, 4, 6), is_grads_batched=True))
+        else:
+            (dw,) = torch.autograd.grad(y.sum(), model[3].weight, create_graph=True)
+            found.append(torch.autograd.grad(dw.square().sum(), [x, *model[0].parameters()]))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, Model
+from benchmarks.cases import Case
 from benchmarks.choice import matching
 from benchmarks.environment import CPU, NOT_MEASURED, announced
 from benchmarks.measure import bursts, quantiles
@@ -45,8 +45,8 @@ from benchmarks.versions import (
     unpacked,
 )
 
-TIMED = tuple(name for name, suite in SUITES.items() if "fastbp" in suite.rivals["cpu"] and name != "models")
-DEFAULT = ("layers", "blocks", "small", "overhead")
+TIMED = tuple(name for name, suite in SUITES.items() if "fastbp" in suite.rivals["cpu"])
+DEFAULT = ("layers", "blocks", "small", "overhead", "models")
 PART, QUICK = 6, 1  # cases of each suite and dtype, where not all are asked for
 LEAST = 0.02  # what no noise is taken to be below
 AGAIN = 3  # times as long
@@ -122,10 +122,7 @@ def _burst(ask: Any, calls: int) -> float:
 def chosen(arguments: argparse.Namespace) -> tuple[list[Case], int]:
     """The cases to measure, and how many the part of them leaves out. ValueError where there are none."""
     suites = arguments.suite or (TIMED if arguments.case else DEFAULT)
-    every = [
-        tuple(case for case in SUITES[suite].cases[arguments.device] if not isinstance(case, Model))
-        for suite in dict.fromkeys(suites)
-    ]
+    every = [SUITES[suite].cases[arguments.device] for suite in dict.fromkeys(suites)]
     if arguments.case:
         found = [case for cases in every for case in matching(cases, arguments.case)]
         if not found:

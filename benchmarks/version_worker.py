@@ -9,6 +9,7 @@ folder nothing that imports fastbp, so that it serves older versions too.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import itertools
 import json
@@ -23,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import clock, cuda_clock
-from benchmarks.cases import Case
+from benchmarks import clock, cuda_clock, models
+from benchmarks.cases import Case, Model
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -86,14 +87,41 @@ def checked(case: Case, block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, An
     found = errors(results(lambda x, *_: block(x), inputs, dy), exact)
     # A z next to a kink may fall to either side of it, and its slope then differs as a whole; the output does not.
     kinks = 4 / (case.rows * max(case.features)) ** 0.5 if case.activation == "relu" else 0.0
-    slack = [torch.finfo(case.dtype).eps + (kinks if index else 0.0) for index in range(len(found))]
+    return judged(case.dtype, found, own, kinks)
+
+
+def judged(dtype: torch.dtype, found: list[float], own: list[float], kinks: float = 0.0) -> dict[str, Any]:
+    """Of the errors of an output and its gradients, and of PyTorch's; ``kinks``: what the gradients may have more."""
+    slack = [torch.finfo(dtype).eps + (kinks if index else 0.0) for index in range(len(found))]
     accurate = all(f <= 2 * o + s for f, o, s in zip(found, own, slack, strict=True))
     return {"error": max((f if f == f else float("inf")) for f in found), "accurate": accurate}
+
+
+def learned(model: nn.Module, x: Tensor, target: Tensor) -> list[Tensor]:
+    """Logits of a model, and the gradients of its loss by every parameter."""
+    y = model(x)
+    loss = F.cross_entropy(y.flatten(0, -2).float(), target.flatten())
+    return [y.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def prepare_model(fastbp: Any, case: Model, device: str) -> tuple[clock.Step, dict[str, Any]]:
+    """A model of benchmarks/models.py after ``fastbp.fuse``: forward, loss and backward."""
+    stock = models.build(case).to(device)
+    x, target = models.batch(case, torch.device(device), None)
+    wide = x.double() if x.is_floating_point() else x
+    exact = learned(copy.deepcopy(stock).double(), wide, target)
+    own = errors(learned(stock, x, target), exact)
+    fused = copy.deepcopy(stock)
+    fastbp.fuse(fused)
+    found = errors(learned(fused, x, target), exact)
+    return lambda: learned(fused, x, target), judged(case.dtype, found, own)
 
 
 def prepare(fastbp: Any, case: Case, device: str) -> tuple[clock.Step, dict[str, Any]]:
     """A step, and how accurate it is. On a GPU each call finds other inputs than those its L2 cache holds."""
     torch.manual_seed(0)
+    if isinstance(case, Model):
+        return prepare_model(fastbp, case, device)
     block = block_of(fastbp, case, device)
     first, last = case.features[0], case.features[-1]
     each = case.rows * (first + last) * case.dtype.itemsize
@@ -132,7 +160,8 @@ def answers(fastbp: Any) -> None:
         try:
             if "case" in request:
                 given, device, step = request["case"], request["device"], None
-                case = Case(**given | {"features": tuple(given["features"]), "dtype": getattr(torch, given["dtype"])})
+                kind = Model if "depth" in given else Case
+                case = kind(**given | {"features": tuple(given["features"]), "dtype": getattr(torch, given["dtype"])})
                 step, answer = prepare(fastbp, case, device)
             elif "calls" in request:
                 assert step is not None, "no case was prepared"

@@ -2,15 +2,16 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import each
 
-from benchmarks import check, version_worker, versions
+from benchmarks import check, models, version_worker, versions
 from benchmarks.cases import Case, Model
 from benchmarks.check import Fault, Verdict
-from benchmarks.suites import SUITES
+from benchmarks.suites import SUITES, TINY
 from benchmarks.versions import Unusable, Worker
 
 FLAT = (0.99, 1.0, 1.01)
@@ -216,8 +217,8 @@ def test_a_part_is_of_every_suite_and_dtype_evenly(device):
 @each(
     ("words", "measured", "left_out"),
     [
-        ([], 6 * 7, True),
-        (["--quick"], 7, True),
+        ([], 6 * 7 + 3, True),  # of models there are three
+        (["--quick"], 8, True),
         (["--suite", "overhead"], len(SUITES["overhead"].cases["cpu"]), False),
         (["--case", "layer 1×8→8 gelu"], 2, False),  # of the edges, though nobody named them
     ],
@@ -232,7 +233,7 @@ def test_how_many_are_measured(words, measured, left_out):
 
 def test_every_case_can_be_checked():
     timed = [case for name in check.TIMED for cases in SUITES[name].cases.values() for case in cases]
-    assert timed and not any(isinstance(case, Model) for case in timed)
+    assert any(isinstance(case, Model) for case in timed)
     assert {case.activation for case in timed} <= set(version_worker.ACTIVATIONS)
 
 
@@ -247,3 +248,17 @@ def test_a_result_is_compared_with_float64(kind, factor, monkeypatch):
     block.register_forward_hook(lambda module, inputs, y: y * factor)
     found = version_worker.checked(case, block, torch.randn(5, 6).requires_grad_(), torch.randn(5, 8))
     assert found["accurate"] is (factor == 1) and abs(found["error"] - (factor - 1)) < 1e-6
+
+
+@each("case", TINY)
+@each("factor", [1, 1.01])
+def test_a_models_result_is_compared_with_float64(case, factor):
+    import fastbp
+
+    def fuse(model):
+        assert fastbp.fuse(model).fused
+        model.head.register_forward_hook(lambda module, inputs, y: y * factor)
+
+    step, found = version_worker.prepare(SimpleNamespace(fuse=fuse), case, "cpu")
+    assert found["accurate"] is (factor == 1) and found["error"] < 0.05
+    assert len(step()) == 1 + sum(1 for _ in models.build(case).parameters())

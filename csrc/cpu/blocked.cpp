@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "parallel.h"
+#include "parts.h"
 #include "scratch.h"
 
 namespace fastbp::cpu {
@@ -10,13 +11,8 @@ namespace fastbp::cpu {
 namespace {
 
 // The largest sizes of a block; docs/decisions/ has the measurements.
-constexpr int64_t kPanel = 96, kStep = 256, kStrip = 768, kGroup = 512;
+constexpr int64_t kStrip = 768, kGroup = 512;
 constexpr int64_t kLeastGroup = 192, kLeastStrip = 64, kItemsPerThread = 2;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-// n cut into the fewest equal parts of at most `most`, each a multiple of `unit`.
-int64_t equal_part(int64_t n, int64_t most, int64_t unit) { return round_up(divide_up(n, divide_up(n, most)), unit); }
 
 }  // namespace
 

@@ -5,14 +5,11 @@
 
 #include "call.h"
 #include "parallel.h"
+#include "parts.h"
 
 namespace fastbp::cpu {
 
-constexpr int64_t kPanel = 96;  // rows; a multiple of every tile
-
 constexpr int64_t kLargeSums = 128 << 10;  // bytes
-
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // Rows of numbers in memory: a part of a tensor, or a copy of it in the compute type.
 template <class S>
@@ -61,12 +58,20 @@ class Packed {
     }
   }
 
-  // C = A W (+ C) + bias for the weight of a linear.
+  // C = A W (+ C) + bias for the weight of a linear. One sum over a long reduction would have twice the error of sums
+  // of its parts.
   void multiply(int64_t linear, int64_t rows, Panel<S> a, S* c, int64_t c_stride, bool accumulate = false) const {
     const auto& k = kernels<S>();
     const auto& w = weights_[linear];
-    k.multiply({rows, w.columns, w.depth, a.data, a.stride, false, 0, w.data, k.tile_columns, k.tile_columns * w.depth,
-                c, c_stride, biases_[linear], accumulate});
+    const int64_t step = equal_part(std::max<int64_t>(w.depth, 1), kStep, 1);
+    int64_t p = 0;
+    do {  // once even where the depth is 0: C is then the bias
+      const int64_t steps = std::min(step, w.depth - p);
+      const bool last = p + steps == w.depth;
+      k.multiply({rows, w.columns, steps, a.data + p, a.stride, false, 0, w.data + p * k.tile_columns, k.tile_columns,
+                  k.tile_columns * w.depth, c, c_stride, last ? biases_[linear] : nullptr, accumulate || p > 0});
+      p += steps;
+    } while (p < w.depth);
   }
 
  private:

@@ -16,6 +16,10 @@ constexpr int64_t kNarrowFeatures = 256, kNarrowWeights = 1 << 18;
 // weights costs us: docs/decisions/2026-11-27-narrow-layers-beside-amx.md.
 constexpr int64_t kTinyFeatures = 32, kTinyWork = 5 << 20, kPackingRows = 32;
 constexpr int64_t kSmallWeights = 1 << 15, kRowsWorthPacking = 1024;
+// Panels run through wider layers too where a row of a panel is short and the rows are many enough to pay for packing
+// all weights at once: docs/decisions/2026-11-30-panels-through-wider-layers.md.
+constexpr int64_t kPanelRowBytes = 6 << 10;
+constexpr double kRowsOfWidest = 1.4;
 // From so many rows on, dz and h in one pass beside the library's products are faster than our own products.
 constexpr int64_t kGivenRows = 256;
 
@@ -88,6 +92,9 @@ Route route_of(const Call& call) {
       if (given && call.rows >= kGivenRows) return Route::library;
       if (narrow && (total <= kSmallWeights || (call.rows >= kRowsWorthPacking && !given))) break;
       if (call.dtype == Dtype::float32 && is_intel()) return Route::library;  // MKL is at the CPU's limit there
+      if (!given && widest * kItemSize[static_cast<int>(call.dtype)] <= kPanelRowBytes &&
+          call.rows >= kRowsOfWidest * widest)
+        return Route::narrow;
   }
   return narrow && !given ? Route::narrow : Route::wide;
 }

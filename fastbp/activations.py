@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from fastbp import formulas as f
 from fastbp import side_formulas as sides
+from fastbp.stock import own
 
 _aten = torch.ops.aten
+_native, _nn, _modules = torch._C._VariableFunctions, torch._C._nn, nn.modules.activation  # where nobody replaces them
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +55,7 @@ class Activation:
     node_params: Callable[[Any], tuple[float, ...] | None] = lambda node: ()
     # Of default parameters, in operations of torch, as people write it: the same up to rounding, kinks too.
     spellings: tuple[str, ...] = ()
-    spellings_32: tuple[
-        str, ...
-    ] = ()  # with constants that are the row's in float32 and narrower, and others in float64
+    spellings_32: tuple[str, ...] = ()  # with constants that are the row's in float32, and others in float64
     spelled_grad: Callable[..., Tensor] | None = None  # dz from dy and z in their dtype, as exact as the first spelling
     # PyTorch's kernels for the same formulas: one pass over memory, and the numbers users have today.
     aten_value: Callable[..., Tensor] | None = None
@@ -174,7 +174,8 @@ _gelu_backward_kernel: Callable[..., Tensor] = _aten.gelu_backward.default
 
 def _gelu(z: Tensor) -> Tensor:
     # A fake tensor is not asked for its size, which may be a symbol: the graph would be of small sizes alone.
-    return F.gelu(z.mT).mT if type(z) is Tensor and z.numel() <= _SMALL and z.dim() > 1 and z.is_cpu else F.gelu(z)
+    gelu = _nn.gelu
+    return gelu(z.mT).mT if type(z) is Tensor and z.numel() <= _SMALL and z.dim() > 1 and z.is_cpu else gelu(z)
 
 
 def _gelu_backward(dy: Tensor, z: Tensor) -> Tensor:
@@ -193,20 +194,20 @@ def _sides(name: str) -> dict[str, Any]:
 TABLE: tuple[Activation, ...] = (
     Activation(
         "identity", "z", f.identity, f.identity_grad, f.identity_grad_from_output,
-        module=nn.Identity,
+        module=nn.modules.linear.Identity,
         aten_value=lambda z: z, aten_grad=lambda dy, z: dy, aten_grad_from_output=lambda dy, y: dy,
     ),
     Activation(
         "relu", "max(z, 0)", f.relu, f.relu_grad, f.relu_grad_from_output, torch_keeps_output=True,
-        module=nn.ReLU, functions=(F.relu, torch.relu, F.relu_, torch.relu_),
-        aten_value=torch.relu, aten_grad=lambda dy, z: _aten.threshold_backward.default(dy, z, 0),
+        module=_modules.ReLU, functions=own("F.relu torch.relu F.relu_ torch.relu_"),
+        aten_value=_native.relu, aten_grad=lambda dy, z: _aten.threshold_backward.default(dy, z, 0),
         aten_grad_from_output=lambda dy, y: _aten.threshold_backward.default(dy, y, 0),
     ),
     Activation(
         "leaky_relu", "z if z > 0 else negative_slope · z",
         f.leaky_relu, f.leaky_relu_grad, f.leaky_relu_grad_from_output,
         params=(("negative_slope", 0.01),), output_lost=_nonnegative("negative_slope"),
-        module=nn.LeakyReLU, functions=(F.leaky_relu, F.leaky_relu_),
+        module=_modules.LeakyReLU, functions=own("F.leaky_relu F.leaky_relu_"),
         aten_value=_aten.leaky_relu.default,
         aten_grad=lambda dy, z, slope: _aten.leaky_relu_backward.default(dy, z, slope, False),
         aten_grad_from_output=lambda dy, y, slope: _aten.leaky_relu_backward.default(dy, y, slope, True),
@@ -214,63 +215,63 @@ TABLE: tuple[Activation, ...] = (
     ),
     Activation(
         "relu6", "min(max(z, 0), 6)", **_HARDTANH, params=(("min_val", 0.0), ("max_val", 6.0)),
-        module=nn.ReLU6, functions=(F.relu6,),
+        module=_modules.ReLU6, functions=own("F.relu6"),
     ),
     Activation(
         "hardtanh", "min(max(z, min_val), max_val)", **_HARDTANH, params=(("min_val", -1.0), ("max_val", 1.0)),
-        module=nn.Hardtanh, functions=(F.hardtanh, F.hardtanh_),
+        module=_modules.Hardtanh, functions=own("F.hardtanh F.hardtanh_"),
         node="HardtanhBackward0", node_params=lambda node: (node._saved_min_val, node._saved_max_val),
     ),
     # From y, the slope of a saturated unit is y + alpha, where all digits cancel: `auto` keeps z for elu, celu, selu.
     Activation(
         "elu", "z if z > 0 else alpha · (eᶻ − 1)", f.elu, f.elu_grad, f.elu_grad_from_output,
         params=(("alpha", 1.0),), output_lost=_nonnegative("alpha"), output_exact=False,
-        module=nn.ELU, functions=(F.elu, F.elu_),
+        module=_modules.ELU, functions=own("F.elu F.elu_"),
         aten_value=_aten.elu.default, aten_grad=_elu_backward(False), aten_grad_from_output=_elu_backward(True),
         node="EluBackward0", node_params=lambda node: (node._saved_alpha,) if _scales_of(node) == (1, 1) else None,
     ),
     Activation(
         "celu", "z if z > 0 else alpha · (e^(z / alpha) − 1)", f.celu, f.celu_grad, f.celu_grad_from_output,
         params=(("alpha", 1.0),), invalid=_nonzero("alpha"), output_lost=_nonnegative("alpha"), output_exact=False,
-        module=nn.CELU, functions=(F.celu, F.celu_, torch.celu, torch.celu_),
+        module=_modules.CELU, functions=own("F.celu F.celu_ torch.celu torch.celu_"),
         aten_value=_aten.celu.default, aten_grad=_celu_backward(False), aten_grad_from_output=_celu_backward(True),
     ),
     Activation(
         "selu", "1.0507 · (z if z > 0 else 1.6733 · (eᶻ − 1))", f.selu, f.selu_grad, f.selu_grad_from_output,
-        output_exact=False, module=nn.SELU, functions=(F.selu, F.selu_, torch.selu, torch.selu_),
-        aten_value=torch.selu, aten_grad=_selu_backward(False), aten_grad_from_output=_selu_backward(True),
+        output_exact=False, module=_modules.SELU, functions=own("F.selu F.selu_ torch.selu torch.selu_"),
+        aten_value=_native.selu, aten_grad=_selu_backward(False), aten_grad_from_output=_selu_backward(True),
         node="EluBackward0", node_params=lambda node: () if (node._saved_alpha, *_scales_of(node)) == _SELU else None,
     ),
     Activation(
         "sigmoid", "1 / (1 + e⁻ᶻ)", f.sigmoid_, f.sigmoid_grad, f.sigmoid_grad_from_output,
-        torch_keeps_output=True, module=nn.Sigmoid, functions=(torch.sigmoid, F.sigmoid, torch.special.expit),
-        aten_value=torch.sigmoid, aten_grad_from_output=_aten.sigmoid_backward.default,
+        torch_keeps_output=True, module=_modules.Sigmoid, functions=own("torch.sigmoid F.sigmoid torch.special.expit"),
+        aten_value=_native.sigmoid, aten_grad_from_output=_aten.sigmoid_backward.default,
     ),
     Activation(
         "tanh", "tanh(z)", f.tanh_, f.tanh_grad, f.tanh_grad_from_output,
-        torch_keeps_output=True, module=nn.Tanh, functions=(torch.tanh, F.tanh),
-        aten_value=torch.tanh, aten_grad_from_output=_aten.tanh_backward.default,
+        torch_keeps_output=True, module=_modules.Tanh, functions=own("torch.tanh F.tanh"),
+        aten_value=_native.tanh, aten_grad_from_output=_aten.tanh_backward.default,
     ),
     Activation(
         "softplus", "log(1 + e^(beta · z)) / beta", f.softplus, f.softplus_grad, f.softplus_grad_from_output,
         params=(("beta", 1.0), ("threshold", 20.0)), invalid=_nonzero("beta"), output_lost=_softplus_lost,
-        module=nn.Softplus, functions=(F.softplus,),
+        module=_modules.Softplus, functions=own("F.softplus"),
         aten_value=_aten.softplus.default, aten_grad=_aten.softplus_backward.default,
         node="SoftplusBackward0", node_params=lambda node: (node._saved_beta, node._saved_threshold),
     ),
     Activation(
         "softsign", "z / (1 + |z|)", f.softsign, f.softsign_grad, f.softsign_grad_from_output,
-        module=nn.Softsign, functions=(F.softsign,),
+        module=_modules.Softsign, functions=own("F.softsign"),
     ),
     Activation(
         "silu", "z · sigmoid(z)", f.silu, f.silu_grad,
-        module=nn.SiLU, functions=(F.silu,), aten_value=F.silu, aten_grad=_aten.silu_backward.default,
+        module=_modules.SiLU, functions=own("F.silu"), aten_value=_nn.silu, aten_grad=_aten.silu_backward.default,
         node="SiluBackward0", spellings=("z * torch.sigmoid(z)",),
         **_sides("silu"),
     ),
     Activation(
         "gelu", "z · Φ(z), Φ the normal distribution function", f.gelu, f.gelu_grad,
-        module=nn.GELU, module_attributes=(("approximate", "none"),), functions=(F.gelu,),
+        module=_modules.GELU, module_attributes=(("approximate", "none"),), functions=own("F.gelu"),
         spellings=("z * 0.5 * (1.0 + torch.erf(z / math.sqrt(2.0)))",),
         aten_value=_gelu, aten_grad=_gelu_backward,
         node="GeluBackward0", node_params=lambda node: () if node._saved_approximate == "none" else None,
@@ -278,15 +279,18 @@ TABLE: tuple[Activation, ...] = (
     ),
     Activation(
         "gelu_tanh", "z/2 · (1 + tanh(√(2/π) · (z + 0.044715 z³)))", f.gelu_tanh, f.gelu_tanh_grad,
-        module=nn.GELU, module_attributes=(("approximate", "tanh"),),
-        aten_value=lambda z: F.gelu(z, approximate="tanh"),
+        module=_modules.GELU, module_attributes=(("approximate", "tanh"),),
+        aten_value=lambda z: _nn.gelu(z, approximate="tanh"),
         aten_grad=lambda dy, z: _aten.gelu_backward.default(dy, z, approximate="tanh"),
         node="GeluBackward0", node_params=lambda node: () if node._saved_approximate == "tanh" else None,
         spellings=(
             "0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))",
             "0.5 * z * (1.0 + torch.tanh(z * math.sqrt(2.0 / math.pi) * (1.0 + 0.044715 * z * z)))",
         ),
-        spellings_32=("0.5 * z * (1.0 + torch.tanh(z * 0.7978845608 * (1.0 + 0.044715 * z * z)))",),
+        spellings_32=(  # FastGELU's and Bloom's
+            "0.5 * z * (1.0 + torch.tanh(z * 0.7978845608 * (1.0 + 0.044715 * z * z)))",
+            "z * 0.5 * (1.0 + torch.tanh(0.79788456 * z * (1 + 0.044715 * z * z)))",
+        ),
         **_sides("gelu_tanh"),
     ),
     Activation(
@@ -297,20 +301,20 @@ TABLE: tuple[Activation, ...] = (
     ),
     Activation(
         "mish", "z · tanh(log(1 + eᶻ))", f.mish, f.mish_grad,
-        module=nn.Mish, functions=(F.mish,), aten_value=F.mish, aten_grad=_aten.mish_backward.default,
+        module=_modules.Mish, functions=own("F.mish"), aten_value=_nn.mish, aten_grad=_aten.mish_backward.default,
         node="MishBackward0", spellings=("z * torch.tanh(F.softplus(z))",),
         **_sides("mish"),
     ),
     Activation(
         "hardswish", "z · min(max(z + 3, 0), 6) / 6", f.hardswish, f.hardswish_grad,
-        module=nn.Hardswish, functions=(F.hardswish,),
-        aten_value=F.hardswish, aten_grad=_aten.hardswish_backward.default,
+        module=_modules.Hardswish, functions=own("F.hardswish"),
+        aten_value=_nn.hardswish, aten_grad=_aten.hardswish_backward.default,
         node="HardswishBackward0",
     ),
     Activation(
         "hardsigmoid", "min(max(z + 3, 0), 6) / 6", f.hardsigmoid, f.hardsigmoid_grad, f.hardsigmoid_grad_from_output,
-        module=nn.Hardsigmoid, functions=(F.hardsigmoid,),
-        aten_value=F.hardsigmoid, aten_grad=_aten.hardsigmoid_backward.default,
+        module=_modules.Hardsigmoid, functions=own("F.hardsigmoid"),
+        aten_value=_nn.hardsigmoid, aten_grad=_aten.hardsigmoid_backward.default,
     ),
     # From y = z², sqrt(y) is lost where the square leaves the range of the dtype, so `auto` keeps z.
     Activation(

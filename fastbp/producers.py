@@ -10,6 +10,7 @@ its output is f(z), or f(g) · u, with the activation from the table, and which 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -45,6 +46,14 @@ class Producer(NamedTuple):
     inputs: tuple[Tensor, ...]
     activated: list[Tensor] | None = None
     seen: Callable[[], bool] = nobody
+
+
+@lru_cache(maxsize=256)
+def operation(name: str) -> str:
+    """What people call the operation of a node of this name: ``GeluBackward0`` is gelu, ``LinearActFunctionBackward``
+    linear_act."""
+    words = re.sub(r"(Function)?Backward\d*$", "", name)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", words).lower()
 
 
 def _activation(node: Node) -> Bound | None:
@@ -198,10 +207,10 @@ _OF_INPUT: dict[str, Callable[[Node], Tensor]] = {
     **dict.fromkeys(NODES, _of_activation),
     "EluBackward0": lambda n: _aten.elu.default(n._saved_self, n._saved_alpha, n._saved_scale, n._saved_input_scale),
     # Not in the table: PyTorch's gradients have 1 / alpha and 1 / 6 in float32, and ours would be others.
-    "CeluBackward0": lambda n: torch.celu(n._saved_self, n._saved_alpha),
-    "HardsigmoidBackward0": lambda n: torch.nn.functional.hardsigmoid(n._saved_self),
-    _POW: lambda n: torch.pow(n._saved_self, n._saved_exponent),
-    "GluBackward0": lambda n: torch.nn.functional.glu(n._saved_self, _signed(n._saved_dim)),
+    "CeluBackward0": lambda n: _aten.celu.default(n._saved_self, n._saved_alpha),
+    "HardsigmoidBackward0": lambda n: _aten.hardsigmoid.default(n._saved_self),
+    _POW: lambda n: _aten.pow.Tensor_Scalar(n._saved_self, n._saved_exponent),
+    "GluBackward0": lambda n: _aten.glu.default(n._saved_self, _signed(n._saved_dim)),
 }
 _OF_ONE: dict[str, Callable[[Node, Tensor], Tensor]] = {_CAST: _cast, "NativeDropoutBackward0": _dropped}
 # Nodes of Functions of ours: by name, the class and what makes the output again.

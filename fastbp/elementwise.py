@@ -20,7 +20,7 @@ from fastbp.forms import LINEAR_ACT
 from fastbp.problem import Config, configure
 
 
-class Dropped(torch.autograd.Function):
+class Dropout(torch.autograd.Function):
     """``y = x · noise``, noise 0 or 1 / (1 - p): ``apply(x, p)`` draws and computes as F.dropout does on a CPU."""
 
     @staticmethod
@@ -74,7 +74,7 @@ def _spelled(row: Activation) -> Callable[[Tensor], Tensor]:
     return row.spelled[0]
 
 
-_dropped, _activated = c_apply(Dropped), c_apply(Activated)  # where no transform is active
+_dropped, _activated = c_apply(Dropout), c_apply(Activated)  # where no transform is active
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
@@ -92,8 +92,8 @@ def _value_of_dropped(node: Any) -> Tensor:
     return _noise(node.saved_tensors[0], node.p, x.dtype).mul_(x)
 
 
-producers.OWN["DroppedBackward"] = producers.Own(
-    Dropped._backward_cls,
+producers.OWN["DropoutBackward"] = producers.Own(
+    Dropout._backward_cls,
     lambda node: producers.can_rebuild(node.next_functions[0][0], producers.DEPTH - 1),
     _value_of_dropped,
     lambda node: None,

@@ -23,6 +23,7 @@ from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
+from torch.nn.modules.linear import Linear as StockLinear
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -35,6 +36,7 @@ from fastbp.problem import DTYPES
 from fastbp.producers import Node, Producer
 from fastbp.rebuilt import Product
 from fastbp.settings import configure_settled, defaults
+from fastbp.stock import stock
 from fastbp.unpacking import hooks_allow
 
 READABLE_TENSORS = frozenset((Tensor, FakeTensor))
@@ -191,7 +193,7 @@ def _of_node(product: Product, x: Tensor, node: Node, weight: Any, bias: Any) ->
     if not weight.requires_grad:
         return None, None
     y = rebuilt.rebuilt_linear(product, node, x, weight, bias)
-    return y, Outcome(True, f"linear of {type(node).__name__}", _bytes_of(x))
+    return y, Outcome(True, f"linear of {producers.operation(type(node).__name__)}", _bytes_of(x))
 
 
 def _bytes_of(x: Tensor) -> int:
@@ -210,6 +212,8 @@ def _obstacle(x: Tensor, weight: Any, bias: Any) -> str | None:
     """Why PyTorch is to compute a linear whose input could be made again, or None."""
     if type(weight) not in _WEIGHTS or (bias is not None and type(bias) not in _WEIGHTS):
         return f"its weight is a {type(weight).__name__}"
+    if weight.dim() != 2 or (bias is not None and (bias.dim() != 1 or bias.dtype is not weight.dtype)):
+        return "its weight or its bias has another shape or dtype than a linear's"
     if x.is_nested or x.layout is not torch.strided:
         return "its input is nested or sparse"
     if x._version:
@@ -257,20 +261,23 @@ _BETWEEN = 4  # nodes that are looked at for an activation, to say why it is of 
 def _unread(node: Node, name: str) -> Outcome | None:
     """Why the input of a linear cannot be made again, where an activation is near."""
     if name in producers.KEEPS_OUTPUT:
-        return Outcome(None, f"{name} keeps its output, which is this linear's input, and it is kept once")
+        keeps = f"{producers.operation(name)} keeps its output"
+        return Outcome(None, f"{keeps}, which is this linear's input, and it is kept once")
     passed, below = [name], node
     for _ in range(_BETWEEN):
         below = next((n for n, _ in below.next_functions if n is not None), None)
         if below is None:
             return None
         found = type(below).__name__
-        if found in producers.KEEPS_OUTPUT or found in NODES:
-            return Outcome(False, f"between {found} and this linear there is {', '.join(reversed(passed))}")
+        ours = producers.own(below)
+        if found in producers.KEEPS_OUTPUT or found in NODES or (ours is not None and ours.activation):
+            activation, *between = map(producers.operation, (found, *reversed(passed)))
+            return Outcome(False, f"between {activation} and this linear there is {', '.join(between)}")
         passed.append(found)
     return None
 
 
-class Linear(nn.Linear):
+class Linear(StockLinear):
     """An ``nn.Linear``, ``y = x Wᵀ + b``, that does not keep its input where an activation made it.
 
     x (..., in_features), weight (out_features, in_features), bias (out_features,) or None; y (..., out_features), by
@@ -282,19 +289,20 @@ class Linear(nn.Linear):
     last.
     """
 
-    def __prepare_scriptable__(self) -> nn.Linear:
+    def __prepare_scriptable__(self) -> StockLinear:
         """What ``torch.jit.script`` compiles in its place: an nn.Linear with the same parameters."""
-        stock = nn.Linear.__new__(nn.Linear)
+        stock = StockLinear.__new__(StockLinear)
         stock.__dict__.update({name: value for name, value in self.__dict__.items() if name not in _OWN})
         return stock
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) to y (..., out_features); errors as ``F.linear``."""
-        if is_compiling() or nn.Linear.forward is not _STOCK_FORWARD or F.linear is not _STOCK_LINEAR:
-            return nn.Linear.forward(self, input)
+        if is_compiling() or (StockLinear.forward, F.linear, nn.Module.__getattr__) != _STOCK:
+            return StockLinear.forward(self, input)
         its = self._parameters  # looking there first spares nn.Module's __getattr__
-        weight, bias = (its["weight"], its["bias"]) if "weight" in its and "bias" in its else (self.weight, self.bias)
         own = self.__dict__
+        plain = "weight" in its and "bias" in its and "weight" not in own and "bias" not in own
+        weight, bias = (its["weight"], its["bias"]) if plain else (self.weight, self.bias)
         small = type(input) is Tensor and is_small(input, own.get(SETTINGS) or _UNSET)
         # What makes the input of a small call is looked at once: the look costs more than the rest of it.
         seen = small and own.get(OUTCOME) in _SMALL_ONES and input.requires_grad and not input.is_leaf
@@ -305,7 +313,8 @@ class Linear(nn.Linear):
                 del node
                 return run(self, _STOCK_LINEAR, input, latest, weight, bias)
             own[OUTCOME] = _SMALL_ELSEWHERE if small and node is not None else None
-        return _STOCK_LINEAR(input, weight, bias)  # type: ignore[arg-type]
+        return _STOCK_LINEAR(input, weight, bias)  # type: ignore[no-any-return]
 
 
-_STOCK_FORWARD, _STOCK_LINEAR = nn.Linear.forward, F.linear
+_STOCK_LINEAR = stock(F, "linear")
+_STOCK = stock(StockLinear, "forward"), _STOCK_LINEAR, stock(nn.Module, "__getattr__")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.linear import Linear as StockLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbp import backends, functional, main_grad, recognition, saving, sharding
@@ -21,7 +22,7 @@ from fastbp.linear import Linear
 from fastbp.readers import ReadingLinear
 from fastbp.recognition import has_hooks
 
-_LINEARS = frozenset((nn.Linear, Linear, ReadingLinear))
+_LINEARS = frozenset((StockLinear, Linear, ReadingLinear))
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, fx.Proxy, fx.proxy.ParameterProxy)
 
 
@@ -48,7 +49,10 @@ def plain_parts(
         if type(linear) not in _LINEARS or has_hooks(linear):
             return None
         own = linear._parameters
-        lent = "weight" not in own or "bias" not in own  # plain attributes, as wrappers set that shard parameters
+        set_apart = linear.__dict__
+        lent = (
+            "weight" not in own or "bias" not in own or "weight" in set_apart or "bias" in set_apart
+        )  # plain attributes, as wrappers set that shard parameters
         weight, bias = (linear.weight, linear.bias) if lent else (own["weight"], own["bias"])
         if type(weight) not in PLAIN_TENSORS and not (on_mesh and sharding.is_dtensor(weight)):
             return None
@@ -139,7 +143,7 @@ class LinearAct(_Settings):
     ``weight`` (out_features, in_features) and ``bias`` (out_features,) are made and initialised as nn.Linear's, so a
     state_dict moves both ways. ``activation``, ``save``, ``backend`` and ``gradient_accumulation_fusion`` as in
     ``fastbp.linear_act``; unknown or illegal ones raise ValueError here. Not a subclass of nn.Linear on purpose: tools
-    that look for nn.Linear (LoRA, quantisers) compute ``W x`` themselves and would drop the activation.
+    that look for StockLinear (LoRA, quantisers) compute ``W x`` themselves and would drop the activation.
     """
 
     form = LINEAR_ACT
@@ -170,7 +174,7 @@ class LinearAct(_Settings):
 
     def reset_parameters(self) -> None:
         """Initialise as nn.Linear does."""
-        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+        StockLinear.reset_parameters(self)  # type: ignore[arg-type]
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) to y (..., out_features)."""
@@ -199,7 +203,7 @@ class _Block(_Settings):
     def _add_linears(self, sizes: dict[str, tuple[int, int]], bias: bool, device: Any, dtype: Any) -> None:
         self._names = tuple(sizes)
         for name, (size_in, size_out) in sizes.items():
-            setattr(self, name, nn.Linear(size_in, size_out, bias=bias, device=device, dtype=dtype))
+            setattr(self, name, StockLinear(size_in, size_out, bias=bias, device=device, dtype=dtype))
 
     def extra_repr(self) -> str:
         return self._settings_repr()

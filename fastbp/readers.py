@@ -1,28 +1,34 @@
 """Modules whose class is changed for one that keeps less for backward, and back: the object stays what it is.
 
-nn.Linear and transformers' Conv1D read what their input was made of. A dropout keeps a byte a number of its mask, and
-an activation written in several operations keeps z alone. Pickles and names are those of the class that was found;
-copies are changed as the module is.
+nn.Linear and what transformers has in its place (Conv1D, FalconLinear) read what their input was made of. A dropout
+keeps a byte a number of its mask, and an activation written in several operations keeps z alone. Pickles and names are
+those of the class that was found; copies are changed as the module is.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled as any_autocast
 from torch._C import _is_tracing as is_tracing
 from torch.compiler import is_compiling
+from torch.nn.modules.dropout import Dropout
+from torch.nn.modules.linear import Linear as StockLinear
 
 from fastbp import elementwise, linear, producers
 from fastbp.casts import cast_weight
 from fastbp.copies import BASE, base_of, derived_copy, shown_class, stock_copy, stock_reduce
 from fastbp.known_acts import KnownAct, read_act
 from fastbp.linear import OUTCOME, READABLE_TENSORS, SETTINGS, Linear, Settings
+from fastbp.stock import is_defined_in, stock
 
 _ACT = "_fastbp_activation"  # of a module's __dict__: the activation that it was read as
 _OWN = (SETTINGS, OUTCOME, _ACT)
@@ -30,12 +36,13 @@ _OWN = (SETTINGS, OUTCOME, _ACT)
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module reads in every call what its input was made of, or can be made to."""
-    return isinstance(module, Linear) or base_of(module) is nn.Linear or base_of(module) is _conv1d()
+    kind = base_of(module)
+    return isinstance(module, Linear) or kind is StockLinear or _foreign(kind) is not None
 
 
 def reads(module: nn.Module) -> bool:
     """Whether a linear reads in every call what its input was made of."""
-    swapped = isinstance(module, Linear) or (hasattr(type(module), BASE) and base_of(module) is _conv1d())
+    swapped = isinstance(module, Linear) or (hasattr(type(module), BASE) and _foreign(base_of(module)) is not None)
     return swapped and module.__dict__.get(SETTINGS, ()) is not None
 
 
@@ -68,20 +75,17 @@ def swap_out(module: nn.Module) -> bool:
     return True
 
 
-def _conv1d() -> Any:
-    """transformers' Conv1D, where somebody has imported it."""
-    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-
-
 def _reader_for(module: nn.Module) -> tuple[type[nn.Module] | None, KnownAct | None]:
     """The class that serves a module, and what it is read as if it is an activation; None for what is left alone."""
     kind: Any = base_of(module)
-    if kind is nn.Linear:
+    if kind is StockLinear:
         return ReadingLinear, None
-    if kind is nn.Dropout:
+    if kind is Dropout:
         return ThriftyDropout, None
-    if kind is _conv1d():
-        return _conv1d_reader(kind), None
+    foreign = _foreign(kind)
+    if foreign is not None:
+        own = is_defined_in(kind.forward, "forward", "transformers")
+        return (_foreign_reader(kind, foreign) if own or hasattr(type(module), BASE) else None), None
     # An activation of PyTorch's is one node already.
     act = None if kind.__module__.startswith("torch.") or next(module.children(), None) else read_act(module)
     if isinstance(act, KnownAct) and act.spelled:
@@ -112,47 +116,76 @@ def _body(base: type[nn.Module]) -> dict[str, Any]:
     return {**names, "__reduce_ex__": _reduce, "__copy__": _copied, "__deepcopy__": _copied}
 
 
-ReadingLinear: type[Linear] = type("Linear", (Linear,), _body(nn.Linear))
+ReadingLinear: type[Linear] = type("Linear", (Linear,), _body(StockLinear))
 
 
-def _product(h: Tensor, weight: Tensor, bias: Any) -> Tensor:
-    """y as Conv1D computes it, y = x W + b with W (in, out); ``weight`` is its transposed."""
+@dataclass(frozen=True)
+class _Foreign:
+    """A linear of another package: y of h, weight and bias as it computes it, and its weight as (out, in)."""
+
+    product: Callable[..., Tensor]
+    weight: Callable[[Any], Tensor]
+    autocasts: bool  # whether autocast has its arguments cast as those of F.linear
+
+
+def _addmm(h: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    """y = x W + b with W (in, out); ``weight`` is its transposed."""
     y = torch.addmm(bias, h.view(-1, h.size(-1)), weight.mT)
     return y.view(*h.shape[:-1], y.size(-1))
 
 
-@cache
-def _conv1d_reader(base: type[nn.Module]) -> type[nn.Module]:
-    stock: Any = base.forward
+def _matmul(h: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    y = h @ weight.T
+    return y if bias is None else y + bias
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if is_compiling() or base.forward is not stock:
-            return base.forward(self, x)  # type: ignore[no-any-return]
+
+_FOREIGN = {
+    # Of the cast, where autocast makes one: that of a view would be made in every call.
+    ("transformers.pytorch_utils", "Conv1D"): _Foreign(_addmm, lambda m: cast_weight(m.weight).mT, True),
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"): _Foreign(_matmul, lambda m: m.weight, False),
+}
+
+
+def _foreign(kind: type[nn.Module]) -> _Foreign | None:
+    """What is known of a class of another package."""
+    found = _FOREIGN.get((kind.__module__, kind.__name__))
+    return found if found and getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind else None
+
+
+@cache
+def _foreign_reader(base: type[nn.Module], foreign: _Foreign) -> type[nn.Module]:
+    theirs: Any = base.forward
+
+    @functools.wraps(theirs)  # what reads the signature sees the module's
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = base.forward is theirs and not is_compiling() and not (any_autocast() and not foreign.autocasts)
+        if not own or kwargs or len(args) != 1:
+            return base.forward(self, *args, **kwargs)
+        (x,) = args
         node = x.grad_fn if type(x) in READABLE_TENSORS else None
         if node is not None and producers.is_near(node) and not is_tracing():
             latest = producers.is_latest(node)
             del node
-            # Of the cast, where autocast makes one: that of a view would be made in every call.
-            return linear.run(self, _product, x, latest, cast_weight(self.weight).mT, self.bias)
+            return linear.run(self, foreign.product, x, latest, foreign.weight(self), self.bias)
         self.__dict__[OUTCOME] = None
-        return stock(self, x)  # type: ignore[no-any-return]
+        return theirs(self, x)
 
     return type(base.__name__, (base,), {"forward": forward, **_body(base)})
 
 
-_DROPOUT, _F_DROPOUT = nn.Dropout.forward, F.dropout  # before anybody patched them
+_DROPOUT, _F_DROPOUT = stock(Dropout, "forward"), stock(F, "dropout")
 
 
-def _drop(self: Any, input: Tensor) -> Tensor:
+def _drop(self: Any, input: Tensor) -> Any:
     p = self.p
-    if not self.training or is_compiling() or nn.Dropout.forward is not _DROPOUT or F.dropout is not _F_DROPOUT:
-        return nn.Dropout.forward(self, input)
+    if not self.training or is_compiling() or Dropout.forward is not _DROPOUT or F.dropout is not _F_DROPOUT:
+        return Dropout.forward(self, input)
     if self.inplace or not linear.can_replace(input, self) or not input.is_cpu or not 0.0 < p < 1.0:
-        return nn.Dropout.forward(self, input)  # on a GPU the mask is a byte a number already
+        return Dropout.forward(self, input)  # on a GPU the mask is a byte a number already
     return elementwise.dropped(input, p)
 
 
-ThriftyDropout: type[nn.Module] = type("Dropout", (nn.Dropout,), {"forward": _drop, **_body(nn.Dropout)})
+ThriftyDropout: type[nn.Module] = type("Dropout", (Dropout,), {"forward": _drop, **_body(Dropout)})
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What a method computes of its one argument, read from its source and never run.
+"""What a method or a function computes of its one argument, read from its source and never run.
 
 Known are straight lines: locals assigned, the last one returned, calls of what ``self`` or the method's globals have
 under a name, arithmetic, constants. Anything else is named, and the method is not read. Its source is believed only
@@ -35,20 +35,30 @@ class Reading:
     code: CodeType
 
 
-_READ: WeakKeyDictionary[FunctionType, tuple[CodeType, Reading | str]] = WeakKeyDictionary()
+_READ: WeakKeyDictionary[FunctionType, dict[bool, tuple[CodeType, Reading | str]]] = WeakKeyDictionary()
 
 
 def read(method: object) -> Reading | str:
     """What a method computes of its one argument besides self, or what is not known about it. Each is read once."""
+    return _once(method, True)
+
+
+def read_function(function: object) -> Reading | str:
+    """The same of a function, which has no self."""
+    return _once(function, False)
+
+
+def _once(method: object, owned: bool) -> Reading | str:
     if type(method) is not FunctionType:
         return "its forward is no plain function"
-    before = _READ.get(method)
+    read_as = _READ.setdefault(method, {})
+    before = read_as.get(owned)
     if before is None or before[0] is not method.__code__:
         try:
-            found: Reading | str = _read(method)
+            found: Reading | str = _read(method, owned)
         except _Unknown as unknown:
             found = str(unknown)
-        _READ[method] = before = method.__code__, found
+        read_as[owned] = before = method.__code__, found
     return before[1]
 
 
@@ -85,7 +95,7 @@ def _has(node: ast.AST) -> _Unknown:
     return _Unknown(f"its forward has `{ast.unparse(node).splitlines()[0]}`")
 
 
-def _read(method: FunctionType) -> Reading:
+def _read(method: FunctionType, owned: bool) -> Reading:
     code = method.__code__
     if hasattr(method, "__wrapped__"):
         raise _Unknown("its forward is decorated")
@@ -102,7 +112,7 @@ def _read(method: FunctionType) -> Reading:
         raise _Unknown("its forward is written without def")
     if node.decorator_list:
         raise _has(node.decorator_list[0])
-    owner, argument = _names_of(node.args)
+    owner, argument = _names_of(node.args, owned)
     value = _Reader(owner, argument, frozenset(code.co_varnames)).run(node.body)
     if not any(_traits(compiled) == _traits(code) for compiled in _compiled(node, value)):
         raise _Unknown("its forward is not what its source says")
@@ -119,13 +129,14 @@ def _compiled(node: ast.FunctionDef, value: Value) -> Iterator[CodeType]:
             yield _code_in(compile(module, "<source>", "exec", dont_inherit=True), node.name)
 
 
-def _names_of(given: ast.arguments) -> tuple[str, str]:
-    """What self and the one argument are called; other arguments must have defaults."""
-    needed = [a.arg for a in given.args[: max(2, len(given.args) - len(given.defaults))]]
+def _names_of(given: ast.arguments, owned: bool) -> tuple[str, str]:
+    """What self, if there is one, and the one argument are called; other arguments must have defaults."""
+    count = 2 if owned else 1
+    needed = [a.arg for a in given.args[: max(count, len(given.args) - len(given.defaults))]]
     needed += [a.arg for a, default in zip(given.kwonlyargs, given.kw_defaults, strict=True) if default is None]
-    if given.posonlyargs or len(given.args) < 2 or len(needed) > 2:
+    if given.posonlyargs or len(given.args) < count or len(needed) > count:
         raise _Unknown(f"its forward takes ({ast.unparse(given)})")
-    return needed[0], needed[1]
+    return needed[0] if owned else "", needed[-1]
 
 
 def _code_in(compiled: CodeType, name: str) -> CodeType:

@@ -35,7 +35,7 @@ OTHERS = {
     "EVA-02, norm in the block": made(
         "timm.models.Eva",
         X,
-        {},
+        {"blocks.*.mlp": "gated_linear_act, silu"},
         depth=2,
         swiglu_mlp=True,
         scale_mlp=True,
@@ -44,7 +44,7 @@ OTHERS = {
     "MLP-Mixer": made(
         "timm.models.MlpMixer", X, {"blocks.*.mlp_tokens": "mlp, gelu", "blocks.*.mlp_channels": "mlp, gelu"}, **MIXER
     ),
-    "gMLP": Known("timm", "MlpMixer", gmlp, X, {}),
+    "gMLP": Known("timm", "MlpMixer", gmlp, X, {"blocks.*.mlp_channels": "linear_act, gelu"}),
     "Swin": made(
         "timm.models.SwinTransformer",
         X,
@@ -61,9 +61,9 @@ OTHERS = {
     "ConvNeXt V2": made(
         "timm.models.ConvNeXt",
         X32,
-        {},
+        {"stages.*.blocks.*.mlp": "linear_act, gelu"},
         use_grn=True,
-        left={"stages.*.blocks.*.mlp.fc2": "between GeluBackward0 and this linear there is AddBackward0"},
+        left={"stages.*.blocks.*.mlp.fc2": "between linear_act and this linear there is add"},
         **CONVNEXT,
     ),
     "MLP, torchvision": made(

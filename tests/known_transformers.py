@@ -29,20 +29,20 @@ T5_SITES = ("encoder.block.*.layer.1.DenseReluDense.wo", "decoder.block.*.layer.
 BART_SITES = {"model.encoder.layers.*.fc2": "act_linear, gelu", "model.decoder.layers.*.fc2": "act_linear, gelu"}
 THREE_D = "weights of three dimensions"
 KEPT = "keeps its output"  # which is what the linear keeps
-DROPPED = "linear of DroppedBackward"  # by a mask and what came before
+DROPPED = "linear of dropout"  # by a mask and what came before
 
 
 def bert(name: str) -> dict[str, str]:
     """A layer whose two linears stand in modules of their own: known whole, and read."""
     layer = f"{name}.encoder.layer.*"
-    return {f"{layer}.intermediate": "linear_act, gelu", f"{layer}.output.dense": "linear of LinearActFunctionBackward"}
+    return {f"{layer}.intermediate": "linear_act, gelu", f"{layer}.output.dense": "linear of linear_act"}
 
 
 TRANSFORMERS = {
     "BERT": hf(
         "BertForPreTraining",
         IDS,
-        bert("bert"),
+        bert("bert") | {"cls.predictions.transform": "linear_act, gelu"},
         TINY,
         left={"cls.seq_relationship": KEPT},
     ),
@@ -61,7 +61,7 @@ TRANSFORMERS = {
     "DeBERTa-v2": hf(
         "DebertaV2ForMaskedLM",
         IDS,
-        bert("deberta"),
+        bert("deberta") | {"cls.predictions.transform": "linear_act, gelu"},
         TINY | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     ),
     "DistilBERT": hf(
@@ -73,13 +73,16 @@ TRANSFORMERS = {
     "ALBERT": hf(  # one layer, run twice
         "AlbertForMaskedLM",
         IDS,
-        {"albert.encoder.albert_layer_groups.*.albert_layers.*.ffn_output": "act_linear, gelu_tanh"},
+        {
+            "albert.encoder.albert_layer_groups.*.albert_layers.*.ffn_output": "act_linear, gelu_tanh",
+            "predictions": "linear_act, gelu_tanh",
+        },
         TINY | {"embedding_size": 12},
     ),
-    "ESM": hf(  # its GELU is a function of its own
+    "ESM": hf(  # its GELU is a function of its own, known by its source
         "EsmForMaskedLM",
         IDS,
-        {"esm.encoder.layer.*.output.dense": "linear of MulBackward0"},
+        bert("esm"),
         TINY | {"pad_token_id": 0, "position_embedding_type": "rotary"},
     ),
     "XLNet": hf(
@@ -92,7 +95,7 @@ TRANSFORMERS = {
     "ModernBERT": hf(
         "ModernBertForMaskedLM",
         IDS,
-        {"model.layers.*.mlp.Wo": "gated_act_linear, gelu"},
+        {"model.layers.*.mlp.Wo": "gated_act_linear, gelu", "head": "linear_act, gelu"},
         TINY | {"pad_token_id": 0},
     ),
     "GPT-2": hf(
@@ -118,7 +121,7 @@ TRANSFORMERS = {
     "Bloom": hf(  # its GELU is a Function of its own
         "BloomForCausalLM",
         CAUSAL,
-        {},
+        {"transformer.h.*.mlp.dense_4h_to_h": "act_linear, gelu_tanh"},
         {"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 2},
         dtype=torch.float32,  # to which the constants of its activation are rounded
         bound=1e-5,
@@ -126,9 +129,8 @@ TRANSFORMERS = {
     "Falcon": hf(
         "FalconForCausalLM",
         CAUSAL,
-        {},
+        {"transformer.h.*.mlp.dense_4h_to_h": "act_linear, gelu"},
         TINY | {"ffn_hidden_size": 24},
-        left={"transformer.h.*.mlp.dense_4h_to_h": "a FalconLinear, which has a forward of its own"},
     ),
     "MPT": hf(
         "MptForCausalLM",
@@ -193,7 +195,7 @@ TRANSFORMERS = {
     "BART, dropout in the block": hf(
         "BartForConditionalGeneration",
         SEQ2SEQ,
-        dict.fromkeys(BART_SITES, "linear of MulBackward0"),
+        dict.fromkeys(BART_SITES, "linear of mul"),
         BART | SPECIAL | {"activation_dropout": 0.1},
     ),
     "BART, classifier": hf(

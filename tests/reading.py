@@ -17,6 +17,10 @@ WIDTH, HIDDEN = 12, 20
 _numbers = itertools.count()
 
 
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
 def method(text, names=None, head="def forward(self, x):"):
     """A function of this source, whose globals are ``names``, as from a file."""
     lines = [line + "\n" for line in (head + "\n" + textwrap.indent(textwrap.dedent(text), "    ")).splitlines()]

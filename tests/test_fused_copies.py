@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import fastbp
 from fastbp.fusion.surgery import is_fused
@@ -126,67 +126,6 @@ class Holder(nn.Module):
 
     def __getstate__(self):
         return {**self.__dict__, "lost": None}
-
-
-# Conv1D
-
-
-class Attention(nn.Module):
-    """GPT-2's MLP, with more in its forward than a fused call."""
-
-    def __init__(self, kind) -> None:
-        super().__init__()
-        self.c_fc, self.c_proj = kind(4 * WIDTH, WIDTH), kind(WIDTH, 4 * WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.c_fc(x), approximate="tanh")
-        self.seen = h.detach().mean()
-        return self.c_proj(h)
-
-
-@pytest.mark.parametrize("shape", [(5, WIDTH), (2, 3, WIDTH)], ids=str)
-def test_conv1d(shape):
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    stock = Attention(conv1d)
-    model = copy.deepcopy(stock)
-    assert fastbp.fuse(model).linears == 2
-    x = torch.randn(shape)
-    found = []
-    for net in (model, stock):
-        with of_any_size(), fastbp.SavedBytes(exclude=[x, net]) as saved:
-            y = net(x)
-        found.append((saved.total, y, torch.autograd.grad(y.square().sum(), list(net.parameters()))))
-    assert found[1][0] - found[0][0] == 4 * 4 * x.numel()
-    assert torch.equal(found[0][1], found[1][1])
-    for a, b in zip(found[0][2], found[1][2], strict=True):
-        torch.testing.assert_close(a, b)
-    assert [(s.name, s.status, s.what) for s in fastbp.report(model).sites] == [
-        ("c_proj", "fused", "act_linear, gelu_tanh")
-    ]
-    assert isinstance(copy.deepcopy(model).c_proj, conv1d) and reads(copy.deepcopy(model).c_proj)
-    assert type(pickle.loads(pickle.dumps(model.c_proj))) is conv1d
-    fastbp.unfuse(model)
-    assert type(model.c_proj) is conv1d
-
-
-def test_patched_conv1d_is_called(monkeypatch):
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    model = Attention(conv1d)
-    fastbp.fuse(model)
-    x = torch.randn(5, WIDTH)
-    monkeypatch.setattr(conv1d, "forward", lambda self, x: torch.ones(()))
-    assert model(x).shape == ()
-
-
-def test_conv1d_under_fp8():
-    """The weight of a call is a view of the parameter; that is no reader of h."""
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    model = Attention(conv1d)
-    fastbp.fuse(model, save="fp8")
-    x = torch.randn(64, WIDTH)
-    with of_any_size(), fastbp.SavedBytes(exclude=[x, model]) as saved:
-        y = model(x)
-    assert saved.total == pytest.approx(64 * 4 * WIDTH, rel=0.1) and y.requires_grad
 
 
 def derived(module, factor):

@@ -178,9 +178,7 @@ def test_dry_run_changes_nothing(sample):
 def test_strict():
     model, x = Net(), torch.randn(2, WIDTH)
     before = [(type(m), dict(m.__dict__)) for m in model.modules()]
-    with pytest.raises(
-        RuntimeError, match=r"(?s)strict.*the model is as it was.*between GeluBackward0 and this linear"
-    ):
+    with pytest.raises(RuntimeError, match=r"(?s)strict.*the model is as it was.*between gelu and this linear"):
         fastbp.fuse(model, sample_inputs=x, strict=True)
     assert [(type(m), dict(m.__dict__)) for m in model.modules()] == before
     assert fastbp.fuse(model.block, sample_inputs=x, strict=True).fused
@@ -295,7 +293,7 @@ def test_report_of_the_last_call():
     rows = {s.name: s for s in report.sites}
     assert (rows["block.down"].status, rows["block.down"].what) == ("fused", "gated_act_linear, silu")
     assert rows["block.down"].unkept == 2 * 2 * 20 * 4
-    assert rows["head"].reason == "between GeluBackward0 and this linear there is ClampBackward1"
+    assert rows["head"].reason == "between gelu and this linear there is clamp"
     assert [s.name for s in report.fused] == ["block.down", "mlp"] and [s.name for s in report.left] == ["head"]
     text = str(report)
     assert "320 B" in text and "2 fused, 1 left; 7 linears look at their input" in text

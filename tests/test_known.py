@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from future_annotations import Block
 from known_cases import activations_of_transformers
-from reading import WIDTH, Written, act_module, assert_same, count_calls, method, pair, written
+from reading import WIDTH, Written, act_module, assert_same, count_calls, draw, method, pair, written
 from torch import nn
 
 from fastbp import known
@@ -21,10 +21,6 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 PLAIN = "return self.fc2(self.act(self.fc1(x)))"
 IDLE = "return self.fc2(self.drop(self.act(self.idle(self.fc1(x)))))"
-
-
-def draw(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 # What is known
@@ -50,6 +46,12 @@ KNOWN = {
     "return self.up(x) * self.fn(self.fc1(x))": "gated_linear_act, silu",
     "g = self.act(self.fc1(x))\nu = self.up(x)\nreturn self.fc2(g * u)": "gated_mlp, gelu",
     "return self.fc2(self.drop(self.idle(self.up(x)) * F.silu(self.fc1(x))))": "gated_mlp, silu",
+    # What comes behind the call is called child by child.
+    "return self.fc2(self.norm(self.act(self.fc1(x))))": "linear_act, gelu",
+    "return self.fc2(self.norm(self.drop(F.silu(self.fc1(x)) * self.up(x))))": "gated_linear_act, silu",
+    "return self.fc2(self.act(self.act(self.fc1(x))))": "linear_act, gelu",
+    "return self.act(self.fc2(self.act(self.fc1(x))))": "mlp, gelu",
+    "return self.narrow(self.act(self.narrow(self.act(self.fc1(x)))))": "mlp, gelu",
 }
 
 
@@ -168,7 +170,6 @@ UNKNOWN = {
     "return 2 * self.fc2(self.act(self.fc1(x)))": "has 2",
     "return self.fc2(self.act(2 * self.fc1(x)))": "has 2",
     "return self.scale * self.fc2(self.act(self.fc1(x)))": "reads scale",
-    "return self.fc2(self.norm(self.act(self.fc1(x))))": "norm: LayerNorm",
     "return self.fc2(self.act(self.fc1(x)).clamp(max=3))": r"`self.act\(self.fc1\(x\)\).clamp`",
     "return self.fc2(torch.clamp(self.act(self.fc1(x)), max=3))": "has clamp",
     "return self.fc2(F.dropout(self.act(self.fc1(x)), 0.1, self.training))": "has dropout",
@@ -179,15 +180,12 @@ UNKNOWN = {
     "return self.fc2(F.leaky_relu(self.fc1(x), negative_slope=self.scale))": "has leaky_relu",
     "return self.fc2(torch.relu(self.fc1(x), inplace=True))": "has relu",
     "return self.fc2(F.celu(self.fc1(x), alpha=0.0))": "has celu",
-    "return self.fc2(self.act(self.act(self.fc1(x))))": "another way",
     "return self.fc2(self.fn(self.act(self.fc1(x))))": "another way",
     "return self.fc2(self.fn(self.narrow(self.act(self.fc1(x)))))": "another way",
-    "return self.act(self.fc2(self.act(self.fc1(x))))": "another way",
     "return self.fc2(self.fc1(x))": "another way",
     "return self.fc1(x)": "another way",
     "return self.act(x)": "another way",
     "return x": "another way",
-    "return self.narrow(self.act(self.narrow(self.act(self.fc1(x)))))": "another way",
     "return self.act(self.fc1(x)) * self.fc1(x)": "another way",
     "h = self.act(self.fc1(x))\nreturn h * h": "another way",
     "return self.act(self.fc1(x)) * self.act(self.up(x))": "another way",
@@ -353,8 +351,8 @@ def _changed(change):
 
 UNFIT = {
     "complex": lambda m: m.to(torch.complex128),
-    "several dtypes": lambda m: m.fc2.float(),
-    "several devices": lambda m: m.fc2.to("meta"),
+    "several dtypes": lambda m: setattr(m.fc1, "bias", nn.Parameter(m.fc1.bias.detach().float())),
+    "several devices": lambda m: setattr(m.fc1, "bias", nn.Parameter(m.fc1.bias.detach().to("meta"))),
     "sparse": lambda m: setattr(m.fc1, "weight", nn.Parameter(m.fc1.weight.detach().to_sparse(), requires_grad=False)),
     "another class": lambda m: setattr(m, "fc1", nn.LazyLinear(20)),
     "a hook": lambda m: m.fc1.register_forward_hook(lambda *_: None),
@@ -366,6 +364,29 @@ UNFIT = {
 @pytest.mark.parametrize("what", UNFIT)
 def test_unfit_children_are_left(what):
     assert isinstance(known.read(_changed(UNFIT[what])), str)
+
+
+def test_children_behind_a_call_are_what_they_are_in_each_call(monkeypatch):
+    """Hooked, replaced, gone, or of another dtype: as in the module's own forward."""
+    stock, fused = pair(written("return self.fc2(self.norm(self.act(self.fc1(x))))"))
+    calls, x = count_calls(monkeypatch), draw(4, WIDTH)
+    for change in (
+        lambda m: m.norm.register_forward_hook(lambda module, inputs, y: 2 * y),
+        lambda m: setattr(m, "norm", nn.Dropout(0.3)),
+        lambda m: setattr(m, "norm", nn.Sequential(nn.Tanh(), m.narrow)),
+    ):
+        for m in (stock, fused):
+            change(m)
+        assert_same(fused, stock, x)
+    assert calls == ["linear_act"] * 3
+    for change, error in ((lambda m: m.fc2.float(), RuntimeError), (lambda m: delattr(m, "norm"), AttributeError)):
+        words = []
+        for m in (stock, fused):
+            change(m)
+            with pytest.raises(error) as caught:
+                m(x)
+            words.append(str(caught.value))
+        assert words[0] == words[1]
 
 
 def test_reading_needs_no_data_and_draws_nothing():

@@ -48,9 +48,7 @@ def test_autocast(maker, where, dtype):
         with torch.autocast("cpu", dtype=dtype, enabled=where == "backward too"):
             return torch.autograd.grad(y.float().square().sum(), [x, *parameters], allow_unused=True)
 
-    fused = (
-        "linear of ToCopyBackward0" if where in ("around h alone", "around the linear alone", "off inside") else what
-    )
+    fused = "linear of to_copy" if where in ("around h alone", "around the linear alone", "off inside") else what
     options = {"dtype": torch.float32, "rows": 64, "width": 32, "tolerance": 5e-2}
     assert_as_stock(program, fused=fused, after=backward, **options)
 

@@ -121,7 +121,7 @@ def test_a_tuned_module_computes_the_same_another_way():
     x, dy = torch.randn(64, 300, requires_grad=True), torch.randn(64, 40)
     key = "linear_act 64x300x40 gelu float32 preact"
     found = {}
-    for route in ("narrow", "wide"):
+    for route in ("narrow", "library"):
         torch.ops.fastbp_native.set_debug(False, route)
         forced, _ = results(layer, x, dy)
         torch.ops.fastbp_native.set_debug(False, "")
@@ -130,13 +130,13 @@ def test_a_tuned_module_computes_the_same_another_way():
         assert node.startswith("LinearActFunction") and all(map(torch.equal, found[route], forced))
         with torch.no_grad():
             assert torch.equal(layer(x), forced[0]), "without gradients too"
-    assert not all(map(torch.equal, found["narrow"], found["wide"])), (
+    assert not all(map(torch.equal, found["narrow"], found["library"])), (
         "the ways differ in rounding, or this tests nothing"
     )
     put(key, EAGER)
     plain, node = results(layer, x, dy)
     assert not node.startswith("LinearActFunction")
-    torch.testing.assert_close(plain, found["wide"])
+    torch.testing.assert_close(plain, found["library"])
     with fastbp.use(backend="native"):
         assert results(layer, x, dy)[1].startswith("LinearActFunction")
     x64 = x[:4].detach().double().requires_grad_()

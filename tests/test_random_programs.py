@@ -13,7 +13,7 @@ import fastbp
 from fastbp.linear import of_any_size
 
 PROGRAMS, IN_ONE = 500, 100
-FUSED = {"act_linear": 20, "gated_act_linear": 20, "linear of MulBackward0": 50}  # at least, of IN_ONE programs
+FUSED = {"act_linear": 20, "gated_act_linear": 20, "linear of mul": 50}  # at least, of IN_ONE programs
 
 
 def gradients(model: Program, y: Tensor, x: Tensor, twice: bool) -> list[Tensor | None]:

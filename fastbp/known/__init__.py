@@ -7,22 +7,32 @@ the code reads. Where one of them stands for something else now, the module's ow
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 from torch.compiler import is_compiling
+from torch.nn.modules.container import Sequential
 
 from fastbp.activations import Bound
 from fastbp.copies import base_of
-from fastbp.forms import GATED_LINEAR_ACT, GATED_MLP, LINEAR_ACT, MLP
+from fastbp.forms import LINEAR_ACT, MLP
+from fastbp.known.block import Block
 from fastbp.known.calls import FusedCall, is_idle, looks_linear, make_call, may_idle
-from fastbp.known_acts import KnownAct, Names, function_of, kept, looks_plainly, read_act, read_resolved, unchanged
-from fastbp.source import ARGUMENT, Value, parts_of
+from fastbp.known_acts import (
+    KnownAct,
+    Names,
+    kept,
+    looks_plainly,
+    read_act,
+    read_resolved,
+    unchanged,
+)
+from fastbp.stock import stock
 
-_SEQUENTIAL = nn.Sequential.forward, nn.Sequential.__iter__  # as they were before anybody patched them
+_SEQUENTIAL = stock(Sequential, "forward"), stock(Sequential, "__iter__")
 
 
 RAN = "_fastbp_ran"  # of a fused module's __dict__: of each of the plan's calls, whether it was one the last time
@@ -37,7 +47,7 @@ class _Plan:
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan(_Plan):
-    """How a module runs whose forward was read: one fused call, and perhaps dropouts behind it."""
+    """How a module runs whose forward was read: one fused call, and perhaps other children behind it, one by one."""
 
     call: FusedCall
     forward_read: FunctionType
@@ -64,14 +74,20 @@ class BlockPlan(_Plan):
         y = None
         if len(args) + len(kwargs) == 1 and (args or self.argument in kwargs) and self._holds(module, base):
             x = args[0] if args else kwargs[self.argument]
+            children: Any = [module._modules[name] for name in self.after]
             y = self.call.run(module._modules, x, self.save, self.backend)
         if not is_compiling():
             module.__dict__[RAN] = (y is not None,)
         if y is None:
             return base.forward(module, *args, **kwargs)
-        for name in self.after:
-            child: Any = module._modules[name]
-            y = y if is_idle(child) else child(y)
+        for name, found in zip(self.after, children, strict=True):
+            child: Any = module._modules.get(name)
+            if child is not found or name in module.__dict__:
+                raise RuntimeError(
+                    f"fastbp: {name} of {base.__qualname__} was replaced while the forward ran, and a fused module "
+                    "cannot tell which its forward would call; leave it out by fuse(filter_fn=), or call fastbp.unfuse"
+                )
+            y = y if is_idle(child, y) else child(y)
         return y
 
     def _holds(self, module: nn.Module, base: type[nn.Module]) -> bool:
@@ -143,7 +159,7 @@ def read(module: nn.Module) -> Plan | str:
     kind = base_of(module)
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    if issubclass(kind, nn.Sequential) and (kind.forward, kind.__iter__) == _SEQUENTIAL:
+    if issubclass(kind, Sequential) and (kind.forward, kind.__iter__) == _SEQUENTIAL:
         return _read_sequential(module)
     forward: Any = inspect.getattr_static(kind, "forward")
     found = read_resolved(forward)
@@ -152,112 +168,13 @@ def read(module: nn.Module) -> Plan | str:
     if not looks_plainly(kind):
         return "its class finds attributes in a way of its own"
     reading, names, value = found
-    block = _Block(module, value)
+    block = Block(module, value)
     call, after = block.match(value)
     if isinstance(call, str):
         return call
     functions = tuple((name, kept(module.__dict__[name])) for name, role in block.roles.items() if type(role) is Bound)
     children = tuple(name for name, role in block.roles.items() if type(role) is not Bound)
     return BlockPlan(call, forward, reading.code, reading.argument, names, children, functions, after)
-
-
-_LINEAR_ROLE, _IDLE_ROLE = "linear", "idle"
-_NO_BLOCK = "its forward puts linears and activations together in another way than a block"
-
-
-class _Block:
-    """What the names stand for that a forward reads, and the call that they make together."""
-
-    def __init__(self, module: nn.Module, value: Value) -> None:
-        self._children = module._modules
-        names = dict.fromkeys(part[1] for part in parts_of(value) if part[0] == "own")
-        self.roles = {name: self._role(module, name) for name in names}
-
-    def _role(self, module: nn.Module, name: str) -> str | KnownAct | Bound:
-        """What a name stands for; a reason if for nothing that is known."""
-        child = self._children.get(name)
-        if hasattr(base_of(module), name) or name in module._parameters or name in module._buffers:
-            return f"its forward reads {name}, which is no child"
-        if name in module.__dict__:
-            return function_of(module.__dict__[name]) or f"its forward reads {name}, which is no activation function"
-        if child is None:
-            return f"its forward reads {name}, which is not there"
-        if looks_linear(child):
-            return _LINEAR_ROLE
-        if may_idle(child):
-            return _IDLE_ROLE
-        act = read_act(child)
-        return f"{name}: {act}" if isinstance(act, str) else act
-
-    def match(self, value: Value) -> tuple[FusedCall | str, tuple[str, ...]]:
-        """The call that a value is, or why it is none; and the dropouts behind it."""
-        reason = next(self._strangers(value), None)
-        acts = {name: role for name, role in self.roles.items() if isinstance(role, KnownAct)}
-        bounds = {role for role in self.roles.values() if type(role) is Bound} | {a.activation for a in acts.values()}
-        bounds |= {part[1] for part in parts_of(value) if part[0] == "constant" and type(part[1]) is Bound}
-        value, after = self._strip(value)
-        form, *linears = self._shape(value)
-        if reason or form is None or len(bounds) != 1 or len(set(linears)) != len(linears):
-            return reason or _NO_BLOCK, ()
-        idle = tuple(part[1] for part in parts_of(value) if part[0] == "own" and self.roles[part[1]] == _IDLE_ROLE)
-        found = tuple(acts.items()), tuple(dict.fromkeys(idle))
-        return make_call(form, self._children, linears, bounds.pop(), *found), tuple(reversed(after))
-
-    def _strangers(self, value: Value) -> Iterator[str]:
-        for part in parts_of(value):
-            match part:
-                case ("own", name):
-                    role = self.roles[name]
-                    if isinstance(role, str) and role not in (_LINEAR_ROLE, _IDLE_ROLE):
-                        yield role
-                case ("constant", thing) if type(thing) is not Bound:
-                    yield f"its forward has {getattr(thing, '__name__', repr(thing))}"
-                case (sign, _, _) if sign != "*":
-                    yield f"its forward has `{sign}`"
-
-    def _shape(self, value: Value) -> tuple[Any, ...]:
-        """The form and the names of the linears; form None where it is none."""
-        linears: list[str] = []
-        name, inner = self._inner(value, _LINEAR_ROLE)
-        if projected := bool(name) and (inner := self._strip(inner)[0]) != ARGUMENT:
-            linears, value = [name], inner
-        if value[0] == "*":
-            for gate, up in (value[1:], value[:0:-1]):
-                first, below = self._layer(self._strip(gate)[0])
-                second, beside = self._inner(self._strip(up)[0], _LINEAR_ROLE)
-                if first and second and self._strip(below)[0] == self._strip(beside)[0] == ARGUMENT:
-                    return GATED_MLP if linears else GATED_LINEAR_ACT, first, second, *linears
-            return (None,)
-        while value != ARGUMENT:
-            name, inner = self._layer(value)
-            if not name:
-                return (None,)
-            linears, value = [name, *linears], self._strip(inner)[0]
-        return MLP if projected else LINEAR_ACT if len(linears) == 1 else None, *linears
-
-    def _inner(self, value: Value, role: str) -> tuple[str, Value]:
-        """Of a call of a child in this role: its name, and what it is called with; else ""."""
-        match value:
-            case ("call", ("own", name), (inner,), ()) if self.roles[name] == role:
-                return name, inner
-        return "", value
-
-    def _strip(self, value: Value) -> tuple[Value, list[str]]:
-        """What idle children are called with, and their names."""
-        names = []
-        while (found := self._inner(value, _IDLE_ROLE))[0]:
-            names.append(found[0])
-            value = found[1]
-        return value, names
-
-    def _layer(self, value: Value) -> tuple[str, Value]:
-        """Of an activation of a linear: its name, and what it is called with; else ""."""
-        match value:
-            case ("call", ("constant", Bound()), (inner,), ()):
-                return self._inner(self._strip(inner)[0], _LINEAR_ROLE)
-            case ("call", ("own", name), (inner,), ()) if isinstance(self.roles[name], (KnownAct, Bound)):
-                return self._inner(self._strip(inner)[0], _LINEAR_ROLE)
-        return "", value
 
 
 def _read_sequential(module: nn.Module) -> SequentialPlan | str:

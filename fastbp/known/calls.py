@@ -12,24 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._C import _is_any_autocast_enabled as any_autocast
 from torch.compiler import is_compiling
+from torch.nn.modules.dropout import Dropout
+from torch.nn.modules.linear import Identity
+from torch.nn.modules.linear import Linear as StockLinear
 
 from fastbp import functional, saving, sharding
 from fastbp.activations import Bound
 from fastbp.casts import cast_all, cast_weight
 from fastbp.copies import base_of
 from fastbp.forms import Form
-from fastbp.known_acts import KnownAct
+from fastbp.known_acts import KnownAct, WrittenAct
 from fastbp.linear import Linear
 from fastbp.modules import PLAIN_TENSORS, plain_parts
 from fastbp.problem import DTYPES, check
 from fastbp.recognition import has_hooks
+from fastbp.stock import is_defined_in, stock
 
 Parts = tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]
 
-# As they were before anybody patched them.
-_LINEAR = F.linear, nn.Linear.forward, Linear.forward
-_CALL = nn.Module.__call__
-_IDLE = F.dropout, nn.Dropout.forward, nn.Identity.forward
+_LINEAR = stock(F, "linear"), stock(StockLinear, "forward"), Linear.forward
+_IDLE = stock(F, "dropout"), stock(Dropout, "forward"), stock(Identity, "forward")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +39,16 @@ class Transposed:
     """The class of transformers' Conv1D, whose weight is (in, out)."""
 
     kind: type[nn.Module]
-    forward: Any
+    found: tuple[Any, ...]
+
+    @staticmethod
+    def look(kind: Any) -> tuple[Any, ...]:
+        """What a call of the class runs."""
+        return kind.forward, kind.__call__, torch.addmm
 
     def parts(self, linears: Sequence[nn.Module | None]) -> Parts | None:
         """The weights as (out, in), cast where autocast is on, and the biases, if all are of the class and plain."""
-        if self.kind.forward is not self.forward or plain_parts(()) is None:
+        if self.look(self.kind) != self.found or plain_parts(()) is None:
             return None
         weights: tuple[Any, ...] = ()
         biases: tuple[Any, ...] = ()
@@ -57,21 +64,39 @@ class Transposed:
 def transposed() -> Transposed | None:
     """transformers' Conv1D, where somebody has imported it."""
     kind: Any = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    own = kind is not None and getattr(kind.forward, "__qualname__", "") == "Conv1D.forward"
-    return Transposed(kind, kind.forward) if own and kind.forward.__module__ == kind.__module__ else None
+    own = kind is not None and is_defined_in(kind.forward, "forward", "transformers")
+    rest = stock(nn.Module, "__call__"), stock(torch, "addmm")
+    return Transposed(kind, (kind.forward, *rest)) if own else None
 
 
 def may_idle(child: nn.Module | None) -> bool:
     """Whether a child is of a kind that can be idle."""
-    return base_of(child) in (nn.Identity, nn.Dropout)
+    return base_of(child) in (Identity, Dropout)
 
 
-def is_idle(child: nn.Module | None) -> bool:
-    """Whether a child hands on what it gets: an nn.Identity, or a dropout that does not drop now."""
-    if child is None or not may_idle(child) or has_hooks(child):
+def is_idle(child: nn.Module | None, x: Any) -> bool:
+    """Whether a child hands on the tensor x: an nn.Identity, or a dropout that does not drop now."""
+    if child is None or not may_idle(child) or has_hooks(child) or not isinstance(x, (Tensor, fx.Proxy)):
         return False
-    now = F.dropout, nn.Dropout.forward, nn.Identity.forward
-    return now == _IDLE and (not isinstance(child, nn.Dropout) or not child.training or child.p == 0)
+    now = F.dropout, Dropout.forward, Identity.forward
+    if now != _IDLE or not isinstance(child, Dropout):
+        return now == _IDLE
+    p = child.p
+    drops = child.training or type(x) is fx.Proxy  # a graph drops when its module trains
+    return type(p) in (int, float) and (p == 0 or (not drops and 0 <= p <= 1))
+
+
+def _calls_now() -> tuple[Any, ...]:
+    """How modules are called, and how they find their attributes."""
+    module, kinds = nn.Module, (StockLinear.__call__, Linear.__call__, Dropout.__call__, Identity.__call__)
+    return module.__call__, module._call_impl, module.__getattr__, *kinds
+
+
+_CALLS = tuple(stock(nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__", *["__call__"] * 4))
+
+
+def _is_wide(x: Any) -> bool:
+    return getattr(x, "dtype", None) is torch.float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +109,7 @@ class FusedCall:
     acts: tuple[tuple[str, KnownAct], ...]  # the children that are the activation; none where a function is
     idle: tuple[str, ...]  # the children that have to be idle
     transposed: Transposed | None
+    written: tuple[WrittenAct, ...] = ()  # functions that are the activation
 
     @property
     def words(self) -> tuple[tuple[str, ...], str]:
@@ -97,14 +123,17 @@ class FusedCall:
     def run(self, children: Mapping[str, nn.Module | None], x: Any, save: str, backend: str | None) -> Tensor | None:
         """y, or None where children, tensors or surroundings are not what the call needs."""
         for name, act in self.acts:
-            if not act.holds(children.get(name)) or (act.narrow and x.dtype is torch.float64):
+            if not act.holds(children.get(name)) or (act.narrow and _is_wide(x)):
+                return None
+        for written in self.written:
+            if written.narrow and _is_wide(x):
                 return None
         for name in self.idle:
-            if not is_idle(children.get(name)):
+            if not is_idle(children.get(name), x):
                 return None
-        if (F.linear, nn.Linear.forward, Linear.forward) != _LINEAR:
+        if (F.linear, StockLinear.forward, Linear.forward) != _LINEAR:
             return None
-        if nn.Module.__call__ is not _CALL and not is_compiling() and type(x) is not fx.Proxy:
+        if not is_compiling() and type(x) is not fx.Proxy and _calls_now() != _CALLS:
             return None  # somebody watches every call, who is none of PyTorch's tracers
         on_mesh = type(x) not in PLAIN_TENSORS
         linears: Any = [children.get(name) for name in self.linears]
@@ -125,7 +154,8 @@ class FusedCall:
     @property
     def _widened(self) -> bool:
         """Whether under autocast PyTorch gives the result in float32, where fastbp gives it as a linear does."""
-        return not self.form.projected and (self.activation.name == "softplus" or any(a.spelled for _, a in self.acts))
+        spelled = any(act.spelled for act in self.written) or any(act.spelled for _, act in self.acts)
+        return not self.form.projected and (self.activation.name == "softplus" or spelled)
 
 
 # A default device, and what torch.export watches with: they leave the functions that are called as they are.
@@ -153,7 +183,7 @@ def _only_known_modes() -> bool:
 def looks_linear(child: nn.Module | None) -> bool:
     """Whether a child is a linear layer, or what somebody put around one."""
     like = hasattr(child, "in_features") and hasattr(child, "out_features")
-    return isinstance(child, nn.Linear) or like or type(child).__name__ == "Conv1D"
+    return isinstance(child, StockLinear) or like or type(child).__name__ == "Conv1D"
 
 
 def make_call(
@@ -163,6 +193,7 @@ def make_call(
     activation: Bound,
     acts: tuple[tuple[str, KnownAct], ...],
     idle: tuple[str, ...],
+    written: tuple[WrittenAct, ...] = (),
 ) -> FusedCall | str:
     linears: Any = [children[name] for name in names]
     kind = transposed()
@@ -176,4 +207,4 @@ def make_call(
     kinds = {(t.dtype, t.device, t.layout) for t in (*parts[0], *parts[1]) if t is not None}
     if len(kinds) > 1 or kinds.pop()[0] not in DTYPES or parts[0][0].layout is not torch.strided:
         return "its weights are on several devices, of several dtypes, or no dense floating-point numbers"
-    return FusedCall(form, tuple(names), activation, acts, idle, kind)
+    return FusedCall(form, tuple(names), activation, acts, idle, kind, written)

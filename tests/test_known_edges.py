@@ -155,3 +155,16 @@ def test_patched_classes_of_transformers_are_called(monkeypatch):
     assert calls == []
     assert_same(fused, stock, x)
     assert calls == ["mlp"]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: setattr(m, "bias", None), lambda m: setattr(m, "nf", 3)], ids=["bias", "nf"]
+)
+def test_a_conv1d_that_cannot_run_raises_as_stock(change):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    module = written("return self.fc2(self.act(self.fc1(x)))")
+    module.fc1, module.fc2 = conv1d(20, WIDTH).double(), conv1d(WIDTH, 20).double()
+    stock, fused = pair(module)
+    for m in (stock, fused):
+        change(m.fc2)
+    assert_raises_alike(fused, stock, draw(4, WIDTH))

@@ -55,9 +55,12 @@ class Transposed:
         for linear in linears:
             if linear is None or base_of(linear) is not self.kind or has_hooks(linear):
                 return None
-            if type(linear.weight) not in PLAIN_TENSORS:
+            weight: Any = linear.weight
+            if type(weight) not in PLAIN_TENSORS:
                 return None
-            weights, biases = (*weights, cast_weight(linear.weight).mT), (*biases, linear.bias)  # type: ignore[arg-type]
+            if linear.bias is None or linear.nf != weight.shape[1]:
+                return None  # its own forward raises
+            weights, biases = (*weights, cast_weight(weight).mT), (*biases, linear.bias)
         return weights, biases
 
 

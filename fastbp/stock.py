@@ -37,11 +37,8 @@ def stock(owner: Any, name: str) -> Any:
         mine = is_defined_in(found, name, "torch") or _is_native(found, name)
     else:
         owner = next(kind for kind in owner.__mro__ if name in kind.__dict__)
-        path = f"{owner.__name__}.{_ALIASES.get(name, name)}"
-        mine = is_defined_in(found, name, "torch") and (found.__module__, found.__qualname__) == (
-            owner.__module__,
-            path,
-        )
+        path = owner.__module__, f"{owner.__name__}.{_ALIASES.get(name, name)}"
+        mine = is_defined_in(found, name, "torch") and (found.__module__, found.__qualname__) == path
     return found if mine else Replaced(name)
 
 
@@ -61,7 +58,7 @@ def own(paths: str) -> tuple[Any, ...]:
 def is_defined_in(function: Any, name: str, package: str) -> bool:
     """Whether a function has this name and was written in a file of the package, by what nobody sets in passing."""
     names = {function.__name__, function.__code__.co_name} if type(function) is FunctionType else {""}
-    if names != {_ALIASES.get(name, name)} or function.__closure__ or hasattr(function, "__wrapped__"):  # decorated
+    if names != {_ALIASES.get(name, name)}:  # a decorator's has another name than it shows
         return False
     module = function.__globals__.get("__name__", "")
     file, path = function.__code__.co_filename.replace("\\", "/"), module.replace(".", "/")

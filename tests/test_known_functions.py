@@ -112,6 +112,19 @@ def test_other_functions_are_not_known(what):
     assert isinstance(known.read(calling(OTHERS[what])), str)
 
 
+def test_a_keyword_of_a_function_is_not_passed_over():
+    assert isinstance(known.read(calling(KNOWN["spelled"][0], "return self.fc2(act(self.fc1(x), inplace=True))")), str)
+
+
+def test_what_autocast_may_widen_is_pytorchs_where_no_linear_follows(monkeypatch):
+    stock, fused = pair(calling(function("return x * torch.sigmoid(x)"), "return act(self.fc1(x))").float())
+    calls, x = count_calls(monkeypatch), draw(4, WIDTH).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fused(x), stock(x)) and calls == []
+    fused(x)
+    assert calls == ["linear_act"]
+
+
 def test_a_block_with_a_function_compiles_whole_and_sees_changes():
     act = function("return x * torch.sigmoid(x)")
     stock, fused = pair(calling(act))

@@ -15,7 +15,7 @@ def name_of(dtype: torch.dtype) -> str:
 class Case:
     """A block of linears: what it is made of, and the rows it is given."""
 
-    kind: str  # layer, gated, mlp, gated_mlp
+    kind: str  # layer, gated, mlp, gated_mlp; or activation, which has no linear
     rows: int
     features: tuple[int, ...]  # in, hidden ..., out; a gated block has one hidden size
     activation: str = "gelu"

@@ -92,6 +92,7 @@ STAGES: dict[str, Stage] = {
     "edges": suite("edges", *TUNED),
     "overhead": suite("overhead", *TUNED),
     "reading": suite("reading"),
+    "activations": suite("activations"),
     "policies": suite("policies"),
     "models": suite("models", *TUNED),
     "tuned": Stage(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import fastbp
 from benchmarks import outside
 from benchmarks.cases import Case, Model, name_of
 from benchmarks.suites import MODES
-from fastbp.activations import bind
+from fastbp.activations import TABLE, bind
 from fastbp.backends import AUTO, BACKENDS, native
 from fastbp.forms import FORMS
 from fastbp.problem import Problem, configure
@@ -30,12 +31,9 @@ KINDS = {"layer": "linear_act", "gated": "gated_linear_act", "mlp": "mlp", "gate
 MODELS = {"vit": "mlp", "gpt2": "mlp", "llama": "gated_mlp"}  # the form of their blocks' MLPs
 PARTITIONED = "aot_eager_decomp_partition"  # Inductor's decompositions and partitioner, and no code
 _MODULES: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU,
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
+    row.name: partial(row.module, **dict(row.module_attributes)) for row in TABLE if row.module is not None
 }
+ALONE = "activation"  # the kind of a case without a linear
 
 
 class Gated(nn.Module):
@@ -61,6 +59,8 @@ def eager(case: Case, parts: list[Any]) -> nn.Module:
     if isinstance(case, Model):
         return parts[0]  # type: ignore[no-any-return]
     activation = _MODULES[case.activation]()
+    if case.kind == ALONE:
+        return activation
     if case.kind.startswith("gated"):
         return Gated(parts, activation)
     layers: list[nn.Module] = []
@@ -84,6 +84,13 @@ def reading(save: str = "auto") -> Make:
         return module if save == "auto" else under_policy
 
     return make
+
+
+def exchanged(case: Case, parts: list[Any]) -> nn.Module:
+    """The module of an activation as ``fuse`` leaves it."""
+    module = eager(case, parts)
+    fastbp.fuse(module)
+    return module
 
 
 def linears_alone(case: Case, linears: list[nn.Linear]) -> nn.Module:
@@ -247,10 +254,11 @@ def _by_fastbp(backend: str | None = None, save: str = "auto", **row: Any) -> Ri
     return Rival(fused(backend, save), exact=exact, refuses=_refuses(backend, save), backend=backend, **row)
 
 
+ANY = (*KINDS, *MODELS, ALONE)
 SIXTEEN = (torch.bfloat16, torch.float16)
 RIVALS: dict[str, Rival] = {
-    "eager": Rival(eager),
-    "eager again": Rival(eager),  # the same thing twice: what a difference must exceed to mean anything
+    "eager": Rival(eager, ANY),
+    "eager again": Rival(eager, ANY),  # the same thing twice: what a difference must exceed to mean anything
     "linears alone": Rival(linears_alone, tuple(KINDS), same_function=False),
     "torch addmm_activation": Rival(
         addmm_activation, ("layer",), ("relu", "gelu", "gelu_tanh"), modes=("fwd",), refuses=_erf_on_cpu
@@ -268,6 +276,7 @@ RIVALS: dict[str, Rival] = {
     },
     "fastbp.Linear": Rival(reading(), ("mlp", "gated_mlp")),
     "fastbp.Linear preact": Rival(reading("preact"), ("mlp", "gated_mlp")),  # small calls too
+    "fastbp.fuse": Rival(exchanged, (ALONE,)),
     "fastbp library": _by_fastbp("triton", route="library"),
     "fastbp fused": _by_fastbp("triton", route="fused"),
     **{

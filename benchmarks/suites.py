@@ -88,6 +88,13 @@ READING = tuple(
         *((1024, 512, 2048), (2048, 768, 3072)),
     )
 )
+# Of every activation with a module whose kernel is exchanged, and of one whose is not.
+ALONE = tuple(
+    ("activation", rows, (width,), row.name)
+    for rows, width in ((1024, 3072), (512, 1024), (64, 256))
+    for row in TABLE
+    if row.module is not None and (row.cpu_pass or row.name == "relu")
+)
 OVERHEAD = tuple((kind, 4, (8,) * sizes) for kind, sizes in (("layer", 2), ("mlp", 3), ("gated_mlp", 3)))
 
 FLAGS = (
@@ -223,6 +230,12 @@ SUITES: dict[str, Suite] = {
         "blocks as people write them, with a fastbp.Linear behind the activation",
         dict.fromkeys(("cpu", "cuda"), _each(READING, FLOAT, BFLOAT)),
         dict.fromkeys(("cpu", "cuda"), ("eager", "eager again", "fastbp.Linear", "fastbp.Linear preact")),
+    ),
+    "activations": Suite(
+        "modules of activations alone, whose kernel fuse exchanges on a CPU",
+        {"cpu": _each(ALONE, FLOAT, BFLOAT), "cuda": _each(ALONE[:1], BFLOAT)},  # a GPU's are PyTorch's
+        dict.fromkeys(("cpu", "cuda"), ("eager", "eager again", "fastbp.fuse")),
+        modes=("fwd_bwd", "fwd"),
     ),
     "policies": Suite(
         "every save policy; on a CPU without the largest in bfloat16, where one may have no products of it",

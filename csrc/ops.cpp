@@ -29,6 +29,9 @@ STABLE_TORCH_LIBRARY(fastbp_native, m) {
   // entry of needs, which is about x, the weights, the biases. With 2048 added to `settings` the residuals (policy
   // preact) may be written over.
   m.def("backward(Tensor dy, Tensor[] saved, int settings, float[] params, bool[] needs) -> Tensor[]");
+  // The activation of such settings alone, policy preact, on contiguous tensors of a CPU: f(z), and dz from dy and z.
+  m.def("activate(Tensor z, int settings, float[] params) -> Tensor");
+  m.def("activate_backward(Tensor dy, Tensor z, int settings, float[] params) -> Tensor");
 #ifdef FASTBP_CUDA_ARCHITECTURES
   // In a library with CUDA kernels: what they are compiled for; whether PyTorch exports what they need; why they cannot
   // serve a device, or nothing; and for tests the way of computing.
@@ -56,6 +59,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastbp_native, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastbp_native, CPU, m) {
   m.impl("forward", TORCH_BOX(&fastbp::cpu::forward));
   m.impl("backward", TORCH_BOX(&fastbp::cpu::backward));
+  m.impl("activate", TORCH_BOX(&fastbp::cpu::activate));
+  m.impl("activate_backward", TORCH_BOX(&fastbp::cpu::activate_backward));
 }
 
 #ifdef FASTBP_CUDA_ARCHITECTURES

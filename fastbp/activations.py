@@ -61,6 +61,8 @@ class Activation:
     aten_value: Callable[..., Tensor] | None = None
     aten_grad: Callable[..., Tensor] | None = None
     aten_grad_from_output: Callable[..., Tensor] | None = None
+    # The least of a CPU's capabilities on which our own pass over z takes less time: the suite ``activations``.
+    cpu_pass: str = ""
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
         """How torch.fx writes a row into a graph: as the look-up that finds it."""
@@ -229,6 +231,7 @@ TABLE: tuple[Activation, ...] = (
         module=_modules.ELU, functions=own("F.elu F.elu_"),
         aten_value=_aten.elu.default, aten_grad=_elu_backward(False), aten_grad_from_output=_elu_backward(True),
         node="EluBackward0", node_params=lambda node: (node._saved_alpha,) if _scales_of(node) == (1, 1) else None,
+        cpu_pass="avx2",
     ),
     Activation(
         "celu", "z if z > 0 else alpha · (e^(z / alpha) − 1)", f.celu, f.celu_grad, f.celu_grad_from_output,
@@ -241,33 +244,34 @@ TABLE: tuple[Activation, ...] = (
         output_exact=False, module=_modules.SELU, functions=own("F.selu F.selu_ torch.selu torch.selu_"),
         aten_value=_native.selu, aten_grad=_selu_backward(False), aten_grad_from_output=_selu_backward(True),
         node="EluBackward0", node_params=lambda node: () if (node._saved_alpha, *_scales_of(node)) == _SELU else None,
+        cpu_pass="avx2",
     ),
     Activation(
         "sigmoid", "1 / (1 + e⁻ᶻ)", f.sigmoid_, f.sigmoid_grad, f.sigmoid_grad_from_output,
         torch_keeps_output=True, module=_modules.Sigmoid, functions=own("torch.sigmoid F.sigmoid torch.special.expit"),
-        aten_value=_native.sigmoid, aten_grad_from_output=_aten.sigmoid_backward.default,
+        aten_value=_native.sigmoid, aten_grad_from_output=_aten.sigmoid_backward.default, cpu_pass="avx2",
     ),
     Activation(
         "tanh", "tanh(z)", f.tanh_, f.tanh_grad, f.tanh_grad_from_output,
         torch_keeps_output=True, module=_modules.Tanh, functions=own("torch.tanh F.tanh"),
-        aten_value=_native.tanh, aten_grad_from_output=_aten.tanh_backward.default,
+        aten_value=_native.tanh, aten_grad_from_output=_aten.tanh_backward.default, cpu_pass="avx2",
     ),
     Activation(
         "softplus", "log(1 + e^(beta · z)) / beta", f.softplus, f.softplus_grad, f.softplus_grad_from_output,
         params=(("beta", 1.0), ("threshold", 20.0)), invalid=_nonzero("beta"), output_lost=_softplus_lost,
         module=_modules.Softplus, functions=own("F.softplus"),
         aten_value=_aten.softplus.default, aten_grad=_aten.softplus_backward.default,
-        node="SoftplusBackward0", node_params=lambda node: (node._saved_beta, node._saved_threshold),
+        node="SoftplusBackward0", node_params=lambda node: (node._saved_beta, node._saved_threshold), cpu_pass="avx2",
     ),
     Activation(
         "softsign", "z / (1 + |z|)", f.softsign, f.softsign_grad, f.softsign_grad_from_output,
-        module=_modules.Softsign, functions=own("F.softsign"),
+        module=_modules.Softsign, functions=own("F.softsign"), cpu_pass="avx2",
     ),
     Activation(
         "silu", "z · sigmoid(z)", f.silu, f.silu_grad,
         module=_modules.SiLU, functions=own("F.silu"), aten_value=_nn.silu, aten_grad=_aten.silu_backward.default,
         node="SiluBackward0", spellings=("z * torch.sigmoid(z)",),
-        **_sides("silu"),
+        **_sides("silu"), cpu_pass="avx2",
     ),
     Activation(
         "gelu", "z · Φ(z), Φ the normal distribution function", f.gelu, f.gelu_grad,
@@ -275,7 +279,7 @@ TABLE: tuple[Activation, ...] = (
         spellings=("z * 0.5 * (1.0 + torch.erf(z / math.sqrt(2.0)))",),
         aten_value=_gelu, aten_grad=_gelu_backward,
         node="GeluBackward0", node_params=lambda node: () if node._saved_approximate == "none" else None,
-        **_sides("gelu"),
+        **_sides("gelu"), cpu_pass="avx512",
     ),
     Activation(
         "gelu_tanh", "z/2 · (1 + tanh(√(2/π) · (z + 0.044715 z³)))", f.gelu_tanh, f.gelu_tanh_grad,
@@ -291,19 +295,19 @@ TABLE: tuple[Activation, ...] = (
             "0.5 * z * (1.0 + torch.tanh(z * 0.7978845608 * (1.0 + 0.044715 * z * z)))",
             "z * 0.5 * (1.0 + torch.tanh(0.79788456 * z * (1 + 0.044715 * z * z)))",
         ),
-        **_sides("gelu_tanh"),
+        **_sides("gelu_tanh"), cpu_pass="avx2",
     ),
     Activation(
         "quick_gelu", "z · sigmoid(1.702 z)", f.quick_gelu, f.quick_gelu_grad,
         aten_grad=lambda dy, z: quick_gelu_backward(*(t.to(wide(t.dtype)) for t in (dy, z))).to(z.dtype),
         spellings=("z * torch.sigmoid(1.702 * z)",), spelled_grad=quick_gelu_backward,
-        **_sides("quick_gelu"),
+        **_sides("quick_gelu"), cpu_pass="avx2",
     ),
     Activation(
         "mish", "z · tanh(log(1 + eᶻ))", f.mish, f.mish_grad,
         module=_modules.Mish, functions=own("F.mish"), aten_value=_nn.mish, aten_grad=_aten.mish_backward.default,
         node="MishBackward0", spellings=("z * torch.tanh(F.softplus(z))",),
-        **_sides("mish"),
+        **_sides("mish"), cpu_pass="avx2",
     ),
     Activation(
         "hardswish", "z · min(max(z + 3, 0), 6) / 6", f.hardswish, f.hardswish_grad,
@@ -319,7 +323,7 @@ TABLE: tuple[Activation, ...] = (
     # From y = z², sqrt(y) is lost where the square leaves the range of the dtype, so `auto` keeps z.
     Activation(
         "relu2", "max(z, 0)²", f.relu2, f.relu2_grad, f.relu2_grad_from_output, output_exact=False,
-        spellings=("torch.square(F.relu(z))",),
+        spellings=("torch.square(F.relu(z))",), cpu_pass="avx2",
     ),
 )  # fmt: skip
 

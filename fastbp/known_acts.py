@@ -201,6 +201,11 @@ class KnownAct:
     spelled: bool  # in several operations
     narrow: bool  # with constants that are others in float64
 
+    @property
+    def widened(self) -> bool:
+        """Whether under autocast PyTorch gives the result in float32."""
+        return self.spelled or self.activation.name == "softplus"
+
     def holds(self, child: nn.Module | None) -> bool:
         """Whether this child is that activation now."""
         if child is None or base_of(child) is not self.kind or has_hooks(child) or not is_called_plainly(self.kind):

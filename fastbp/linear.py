@@ -75,7 +75,7 @@ class Outcome(NamedTuple):
 OUTCOME, SETTINGS = "_fastbp_outcome", "_fastbp_settings"  # of a module's __dict__
 _OWN = (OUTCOME, SETTINGS)
 Settings = tuple[str, str | None]  # save policy and backend
-_UNSET: Settings = ("auto", None)
+UNSET: Settings = ("auto", None)
 
 
 def is_small(x: Tensor, settings: Settings) -> bool:
@@ -95,7 +95,7 @@ def run(module: nn.Module, product: Product, x: Tensor, latest: bool, weight: An
     not hold the node: with it f(g) would live on.
     """
     own = module.__dict__
-    settings = own.get(SETTINGS, _UNSET)
+    settings = own.get(SETTINGS, UNSET)
     if settings is None:  # unfused, of a class that others have made since
         return product(x, weight, bias)
     if is_small(x, settings):
@@ -120,7 +120,7 @@ def _linear(product: Product, x: Tensor, latest: bool, weight: Any, bias: Any, s
     node = x.grad_fn
     name = type(node).__name__
     if name not in producers.READABLE and producers.own(node) is None:
-        return None, _unread(node, name)
+        return None, _unread(node)
     reason = _obstacle(x, weight, bias)
     if reason is not None:
         return None, Outcome(False, reason)
@@ -135,7 +135,7 @@ def _linear(product: Product, x: Tensor, latest: bool, weight: Any, bias: Any, s
         del node
         return _of_producer(product, x, latest, weight, bias, settings, found)
     if not producers.can_rebuild(node):
-        return None, _unread(node, name)
+        return None, _unread(node)
     return _of_node(product, x, node, weight, bias)
 
 
@@ -193,7 +193,7 @@ def _of_node(product: Product, x: Tensor, node: Node, weight: Any, bias: Any) ->
     if not weight.requires_grad:
         return None, None
     y = rebuilt.rebuilt_linear(product, node, x, weight, bias)
-    return y, Outcome(True, f"linear of {producers.operation(type(node).__name__)}", _bytes_of(x))
+    return y, Outcome(True, f"linear of {producers.operation(node)}", _bytes_of(x))
 
 
 def _bytes_of(x: Tensor) -> int:
@@ -222,27 +222,10 @@ def _obstacle(x: Tensor, weight: Any, bias: Any) -> str | None:
         return f"its input is {x.dtype}, its weight {weight.dtype} and {weight.layout}"
     if weight.device != x.device:
         return f"its input is on {x.device}, its weight on {weight.device}"
-    return _surroundings()
+    return surroundings()
 
 
-def can_replace(x: Any, module: nn.Module) -> bool:
-    """Whether a Function of ours may stand for a module's operation on x: worth it, and seen by nobody."""
-    return (
-        type(x) in READABLE_TENSORS
-        and x.requires_grad
-        and not is_small(x, module.__dict__.get(SETTINGS) or _UNSET)
-        and x.dtype in _DTYPES
-        and not x.is_nested
-        and x.layout is torch.strided
-        and is_grad_enabled()
-        and not is_inference_mode_enabled()
-        and not is_tracing()
-        and not any_autocast()
-        and _surroundings() is None
-    )
-
-
-def _surroundings() -> str | None:
+def surroundings() -> str | None:
     """What is at work around a call that has to see PyTorch's own operations, or None."""
     if functorch_active() or forward_ad._current_level >= 0:
         return "a transform or forward-mode differentiation is at work"
@@ -258,12 +241,12 @@ def _only_watches(mode: Any) -> bool:
 _BETWEEN = 4  # nodes that are looked at for an activation, to say why it is of no use
 
 
-def _unread(node: Node, name: str) -> Outcome | None:
+def _unread(node: Node) -> Outcome | None:
     """Why the input of a linear cannot be made again, where an activation is near."""
-    if name in producers.KEEPS_OUTPUT:
-        keeps = f"{producers.operation(name)} keeps its output"
+    if producers.keeps_output(node):
+        keeps = f"{producers.operation(node)} keeps its output"
         return Outcome(None, f"{keeps}, which is this linear's input, and it is kept once")
-    passed, below = [name], node
+    passed, below = [node], node
     for _ in range(_BETWEEN):
         below = next((n for n, _ in below.next_functions if n is not None), None)
         if below is None:
@@ -271,9 +254,9 @@ def _unread(node: Node, name: str) -> Outcome | None:
         found = type(below).__name__
         ours = producers.own(below)
         if found in producers.KEEPS_OUTPUT or found in NODES or (ours is not None and ours.activation):
-            activation, *between = map(producers.operation, (found, *reversed(passed)))
+            activation, *between = map(producers.operation, (below, *reversed(passed)))
             return Outcome(False, f"between {activation} and this linear there is {', '.join(between)}")
-        passed.append(found)
+        passed.append(below)
     return None
 
 
@@ -303,7 +286,7 @@ class Linear(StockLinear):
         own = self.__dict__
         plain = "weight" in its and "bias" in its and "weight" not in own and "bias" not in own
         weight, bias = (its["weight"], its["bias"]) if plain else (self.weight, self.bias)
-        small = type(input) is Tensor and is_small(input, own.get(SETTINGS) or _UNSET)
+        small = type(input) is Tensor and is_small(input, own.get(SETTINGS) or UNSET)
         # What makes the input of a small call is looked at once: the look costs more than the rest of it.
         seen = small and own.get(OUTCOME) in _SMALL_ONES and input.requires_grad and not input.is_leaf
         if not seen:

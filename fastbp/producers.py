@@ -48,10 +48,14 @@ class Producer(NamedTuple):
     seen: Callable[[], bool] = nobody
 
 
+def operation(node: Node) -> str:
+    """What people call the operation of a node: ``GeluBackward0`` is gelu, ``LinearActFunctionBackward`` linear_act."""
+    ours = own(node)
+    return _said(type(node).__name__) if ours is None or ours.said is None else ours.said(node)
+
+
 @lru_cache(maxsize=256)
-def operation(name: str) -> str:
-    """What people call the operation of a node of this name: ``GeluBackward0`` is gelu, ``LinearActFunctionBackward``
-    linear_act."""
+def _said(name: str) -> str:
     words = re.sub(r"(Function)?Backward\d*$", "", name)
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", words).lower()
 
@@ -73,6 +77,8 @@ class Own(NamedTuple):
     value: Callable[[Node], Tensor]
     read: Callable[[Node], Producer | None]
     activation: bool = True  # whether an activation made the output
+    keeps_output: Callable[[Node], bool] = lambda node: False  # whether the node keeps its output
+    said: Callable[[Node], str] | None = None  # what people call it, if not by the name of the Function
 
 
 def own(node: Node) -> Own | None:
@@ -81,11 +87,19 @@ def own(node: Node) -> Own | None:
     return found if found is not None and type(node) is found.kind else None
 
 
+def keeps_output(node: Node) -> bool:
+    """Whether an activation's node keeps its output, which a linear then keeps a second time for nothing."""
+    ours = own(node)
+    return type(node).__name__ in KEEPS_OUTPUT if ours is None else ours.keeps_output(node)
+
+
 def can_rebuild(node: Node, depth: int = DEPTH) -> bool:
     """Whether ``rebuild`` makes the output of this node, of what the graph keeps anyway. Unpacks nothing."""
     name = type(node).__name__
-    if name in _OF_INPUT or (name in KEEPS_OUTPUT and depth < DEPTH):  # the linear's own input is kept once anyway
+    if name in _OF_INPUT:
         return True
+    if keeps_output(node):
+        return depth < DEPTH  # the linear's own input is kept once anyway
     if depth == 0:
         return False
     if name in (PRODUCT, _DIV):
@@ -224,7 +238,6 @@ _ELEMENTWISE = frozenset(
     )
 )
 READABLE = frozenset((PRODUCT, _DIV, *_OF_INPUT, *_OF_ONE))
-# What keeps the output itself, which the linear then keeps a second time for nothing.
 KEEPS_OUTPUT = frozenset(("ReluBackward0", "SigmoidBackward0", "TanhBackward0", "SoftmaxBackward0", "ExpBackward0"))
 _READ = READABLE | KEEPS_OUTPUT
 _ACTIVATIONS = KEEPS_OUTPUT.union(_OF_INPUT, ("ErfBackward0",))  # erf: of a GELU written by hand

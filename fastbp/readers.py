@@ -1,8 +1,8 @@
 """Modules whose class is changed for one that keeps less for backward, and back: the object stays what it is.
 
 nn.Linear and what transformers has in its place (Conv1D, FalconLinear) read what their input was made of. A dropout
-keeps a byte a number of its mask, and an activation written in several operations keeps z alone. Pickles and names are
-those of the class that was found; copies are changed as the module is.
+keeps a byte a number of its mask. An activation written in several operations keeps z alone, and most take less time
+on a CPU. Pickles and names are those of the class that was found; copies are changed as the module is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _is_any_autocast_enabled as any_autocast
 from torch._C import _is_tracing as is_tracing
 from torch.compiler import is_compiling
@@ -28,6 +28,8 @@ from fastbp.casts import cast_weight
 from fastbp.copies import BASE, base_of, derived_copy, shown_class, stock_copy, stock_reduce
 from fastbp.known_acts import KnownAct, read_act
 from fastbp.linear import OUTCOME, READABLE_TENSORS, SETTINGS, Linear, Settings
+from fastbp.problem import DTYPES
+from fastbp.settings import defaults
 from fastbp.stock import is_defined_in, stock
 
 _ACT = "_fastbp_activation"  # of a module's __dict__: the activation that it was read as
@@ -86,9 +88,8 @@ def _reader_for(module: nn.Module) -> tuple[type[nn.Module] | None, KnownAct | N
     if foreign is not None:
         own = is_defined_in(kind.forward, "forward", "transformers")
         return (_foreign_reader(kind, foreign) if own or hasattr(type(module), BASE) else None), None
-    # An activation of PyTorch's is one node already.
-    act = None if kind.__module__.startswith("torch.") or next(module.children(), None) else read_act(module)
-    if isinstance(act, KnownAct) and act.spelled:
+    act = None if next(module.children(), None) else read_act(module)
+    if isinstance(act, KnownAct) and (act.spelled or act.activation.row.cpu_pass):
         return _thrifty_activation(kind), act
     return None, None
 
@@ -173,6 +174,28 @@ def _foreign_reader(base: type[nn.Module], foreign: _Foreign) -> type[nn.Module]
     return type(base.__name__, (base,), {"forward": forward, **_body(base)})
 
 
+def _is_recorded(x: Any) -> bool:
+    """Whether what is done with x is recorded for backward."""
+    return type(x) in READABLE_TENSORS and x.requires_grad and is_grad_enabled() and not is_inference_mode_enabled()
+
+
+def _can_replace(x: Any, module: nn.Module, widened: bool = True) -> bool:
+    """Whether an operation of ours may stand for a module's on x: worth it, and seen by nobody.
+
+    ``widened``: whether autocast has the module's operations give float32.
+    """
+    return (
+        type(x) in READABLE_TENSORS
+        and not linear.is_small(x, module.__dict__.get(SETTINGS) or linear.UNSET)
+        and x.dtype in DTYPES
+        and not x.is_nested
+        and x.layout is torch.strided
+        and not is_tracing()
+        and not (widened and any_autocast())
+        and linear.surroundings() is None
+    )
+
+
 _DROPOUT, _F_DROPOUT = stock(Dropout, "forward"), stock(F, "dropout")
 
 
@@ -180,7 +203,13 @@ def _drop(self: Any, input: Tensor) -> Any:
     p = self.p
     if not self.training or is_compiling() or Dropout.forward is not _DROPOUT or F.dropout is not _F_DROPOUT:
         return Dropout.forward(self, input)
-    if self.inplace or not linear.can_replace(input, self) or not input.is_cpu or not 0.0 < p < 1.0:
+    if (
+        self.inplace
+        or not _is_recorded(input)
+        or not _can_replace(input, self)
+        or not input.is_cpu
+        or not 0.0 < p < 1.0
+    ):
         return Dropout.forward(self, input)  # on a GPU the mask is a byte a number already
     return elementwise.dropped(input, p)
 
@@ -193,10 +222,13 @@ def _thrifty_activation(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)  # what reads the signature sees the module's
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         act: KnownAct | None = self.__dict__.get(_ACT)
-        if act is None or is_compiling() or kwargs or len(args) != 1 or not linear.can_replace(args[0], self):
+        if act is None or is_compiling() or kwargs or len(args) != 1 or getattr(self, "inplace", False):
             return base.forward(self, *args, **kwargs)
-        if not act.holds(self) or (act.narrow and args[0].dtype is torch.float64):
-            return base.forward(self, *args)
-        return elementwise.activated(act.activation, args[0])
+        (z,) = args
+        if not _can_replace(z, self, act.widened) or (act.narrow and z.dtype is torch.float64):
+            return base.forward(self, z)
+        bound, backend = act.activation, (self.__dict__.get(SETTINGS) or linear.UNSET)[1] or defaults.both[1]
+        worth = elementwise.is_faster(bound, backend, z) or (act.spelled and _is_recorded(z))
+        return elementwise.activated(bound, backend, z) if worth and act.holds(self) else base.forward(self, z)
 
     return type(base.__name__, (base,), {"forward": forward, **_body(base)})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbp.activations import ROWS, TABLE, Activation, Bound, bind, nearest
+from fastbp.copies import base_of
 
 _DEFAULTS = {name: bind(name) for name in ROWS}
 _BY_FUNCTION = {function: row for row in TABLE for function in row.functions}
@@ -97,7 +98,7 @@ def _recognised_module(module: nn.Module, name: str, where: str) -> Bound:
 
 def of_known_module(module: nn.Module, where: str = "fastbp") -> Bound | None:
     """The activation of one of PyTorch's activation modules, by its class and attributes; None for other modules."""
-    for row in _BY_MODULE.get(type(module), ()):
+    for row in _BY_MODULE.get(base_of(module), ()):
         if all(getattr(module, k) == v for k, v in row.module_attributes):
             return _checked(row, tuple(getattr(module, n) for n, _ in row.params), where)
     return None

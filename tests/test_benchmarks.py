@@ -40,7 +40,9 @@ def test_dry_run(tmp_path):
     assert "no figure here means anything" in text
     for name, suite in SUITES.items():
         for row in rows_of(tmp_path / f"{name}.jsonl") if not suite.module else ():
-            ours = {"policies": "fastbp preact", "reading": "fastbp.Linear"}.get(name, "fastbp")
+            ours = {"policies": "fastbp preact", "reading": "fastbp.Linear", "activations": "fastbp.fuse"}.get(
+                name, "fastbp"
+            )
             assert row["rivals"][ours]["over_eager"] > 0
             assert row["mode"] in suite.modes
             assert f"| {row['case']} |" in text

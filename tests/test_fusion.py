@@ -94,7 +94,7 @@ def test_unfuse_takes_it_back():
     with of_any_size():
         model(torch.randn(2, WIDTH))
     changed = fastbp.unfuse(model)
-    assert changed == ["first", "block.gate", "block.up", "block.down", "mlp", "mlp.0", "mlp.2", "head"]
+    assert changed == ["first", "block.gate", "block.up", "block.down", "mlp", "mlp.0", "mlp.1", "mlp.2", "head"]
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
     assert fastbp.unfuse(model) == []

@@ -39,7 +39,7 @@ def test_a_file_that_is_no_library(tmp_path):
 
 def fake_ops(monkeypatch, info):
     fake = types.SimpleNamespace(build_info=lambda: info, capability=lambda: "generic")
-    monkeypatch.setattr(native, "_ops", lambda: fake)
+    monkeypatch.setattr(native.library, "ops", lambda: fake)
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
 
 
@@ -69,7 +69,7 @@ def gpu_problem():
 
 
 def test_a_library_without_cuda_kernels_leaves_gpus_to_others(monkeypatch, gpu_problem):
-    monkeypatch.setattr(native, "_ops", lambda: types.SimpleNamespace())
+    monkeypatch.setattr(native.library, "ops", lambda: types.SimpleNamespace())
     reason = native.supports(gpu_problem)
     assert "was built without CUDA kernels" in reason and "FASTBP_BUILD=cuda pip install" in reason
 
@@ -81,7 +81,7 @@ def test_a_gpu_is_served_or_refused_in_the_words_of_the_library(monkeypatch, gpu
     fake = types.SimpleNamespace(
         cuda_architectures=lambda: "sm_80", cuda_refusal=lambda index: asked.append(index) or said
     )
-    monkeypatch.setattr(native, "_ops", lambda: fake)
+    monkeypatch.setattr(native.library, "ops", lambda: fake)
     assert [native.supports(gpu_problem) for _ in range(2)] == [said or None] * 2
     assert asked == [1]
 

@@ -28,28 +28,14 @@ static_assert(
 #define FASTBP_HAS_SIDE(A) act::A::has_grad_from_side,
 constexpr bool kHasSide[] = {FASTBP_FOR_EACH_ACTIVATION(FASTBP_HAS_SIDE)};
 
+}  // namespace
+
 // Every tensor that reaches a pointer passes here: the Python side has said it better, but an op can be called alone.
 void check(const Tensor& tensor, const Call& call, const char* name) {
   STD_TORCH_CHECK(device_of(tensor) == call.device, "fastbp_native: ", name, " must be on the device of the others");
   STD_TORCH_CHECK(tensor.dim() > 0, "fastbp_native: ", name, " must have a dimension");
   STD_TORCH_CHECK(dtype_of(tensor) == call.dtype, "fastbp_native: ", name, " must have the dtype of the other tensors");
 }
-
-Weight weight_of(const Tensor& tensor, const Call& call) {
-  check(tensor, call, "weight");
-  STD_TORCH_CHECK(tensor.dim() == 2, "fastbp_native: weight must be a matrix");
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  return {true, tensor.const_data_ptr(), call.dtype, sizes[0], sizes[1], strides[0], strides[1]};
-}
-
-// How many tensors before the weights a call has, the first of them x; and how many linears of its it does not have.
-struct Shape {
-  explicit Shape(int64_t settings)
-      : given((settings & kGiven) != 0), inputs(given ? width(settings) : 1), missing(given ? width(settings) : 0) {}
-  static int64_t width(int64_t settings) { return 1 + (settings & 1); }
-  const bool given;
-  const int64_t inputs, missing;
-};
 
 Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std::vector<double>& params) {
   const bool given = (settings & kGiven) != 0;
@@ -85,6 +71,24 @@ Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std:
   call.weights.resize(linears);
   return call;
 }
+
+namespace {
+
+Weight weight_of(const Tensor& tensor, const Call& call) {
+  check(tensor, call, "weight");
+  STD_TORCH_CHECK(tensor.dim() == 2, "fastbp_native: weight must be a matrix");
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  return {true, tensor.const_data_ptr(), call.dtype, sizes[0], sizes[1], strides[0], strides[1]};
+}
+
+// How many tensors before the weights a call has, the first of them x; and how many linears of its it does not have.
+struct Shape {
+  explicit Shape(int64_t settings)
+      : given((settings & kGiven) != 0), inputs(given ? width(settings) : 1), missing(given ? width(settings) : 0) {}
+  static int64_t width(int64_t settings) { return 1 + (settings & 1); }
+  const bool given;
+  const int64_t inputs, missing;
+};
 
 void check_bias(const Maybe& bias, const Weight& weight, const Call& call) {
   if (!bias) return;

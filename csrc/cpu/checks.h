@@ -19,6 +19,10 @@ Call backward_call(const Tensor& dy, const std::vector<Tensor>& saved, int64_t s
                    const std::vector<double>& params, const std::vector<bool>& needs, Maybe& x,
                    std::vector<Maybe>& weights);
 
+// A call of so many linears, as yet unseen, on rows like those of `data`; and that a tensor belongs to it.
+Call make_call(const Tensor& data, int64_t linears, int64_t settings, const std::vector<double>& params);
+void check(const Tensor& tensor, const Call& call, const char* name);
+
 // The gradients that are needed, in their order.
 std::vector<Tensor> only_needed(const std::vector<Maybe>& grads, const std::vector<bool>& needs);
 

@@ -20,4 +20,8 @@ std::vector<Tensor> forward(const Tensor& x, std::vector<Tensor> tensors, int64_
 std::vector<Tensor> backward(const Tensor& dy, std::vector<Tensor> saved, int64_t settings, std::vector<double> params,
                              std::vector<bool> needs);
 
+// f(z); and dz from dy and z.
+Tensor activate(const Tensor& z, int64_t settings, std::vector<double> params);
+Tensor activate_backward(const Tensor& dy, const Tensor& z, int64_t settings, std::vector<double> params);
+
 }  // namespace fastbp::cpu

@@ -34,12 +34,14 @@ def fuse(
 
     Every ``nn.Linear`` (and transformers' ``Conv1D``) becomes one that reads in each call what its input was made of:
     where autograd's graph says that an activation or a gate made it, it is not kept (``fastbp.Linear``). The model's
-    own code goes on to run, so outputs are equal to the bit. An ``nn.Dropout`` keeps a byte a number of its mask on a
-    CPU, and a module that writes an activation in several operations, its code known, keeps z alone. Blocks whose code
-    is known to the last token (an ``nn.Sequential`` of PyTorch's classes, a short forward that its source explains) run
-    as one call, where every name is looked up again each time, and otherwise by their own code. Parameters, their
-    objects, state_dict keys, hooks and children stay as they are, so an optimizer made before stays valid. Nothing is
-    run and no values are compared. Subclasses of nn.Linear, quantised, sparse and complex weights are left to PyTorch.
+    own code goes on to run. An ``nn.Dropout`` keeps a byte a number of its mask on a CPU, and a module that writes an
+    activation in several operations, its code known, keeps z alone. On a CPU an activation module of PyTorch's, by
+    exact class, runs our own pass over z where that takes less time. Blocks whose code is known to the last token (an
+    ``nn.Sequential`` of PyTorch's classes, a short forward that its source explains) run as one call, where every name
+    is looked up again each time, and otherwise by their own code. Outputs are equal to the bit but for these blocks and
+    activations, which round in their own way. Parameters, their objects, state_dict keys, hooks and children stay as
+    they are, so an optimizer made before stays valid. Nothing is run and no values are compared. Subclasses of
+    nn.Linear, quantised, sparse and complex weights are left to PyTorch.
 
     ``sample_inputs``: a tensor, a tuple of arguments or a mapping of keyword arguments; with it the model is run once,
     on a copy with the same parameters, and the report has a row for each linear behind an activation. Without it

@@ -107,7 +107,7 @@ def _suite(suite: str, rows: list[Row], of: str) -> list[str]:
     for mode in dict.fromkeys(row.get("mode", "fwd_bwd") for row in rows):
         chosen = [row for row in rows if row.get("mode", "fwd_bwd") == mode]
         names = {name for row in chosen for name in row["rivals"]}
-        ours = next(name for name in ("fastbp", "fastbp.Linear", "fastbp.fuse") if name in names)
+        ours = next((name for name in ("fastbp", "fastbp.Linear", "fastbp.fuse") if name in names), "fastbp")
         beside = list(dict.fromkeys(name for row in chosen for name in row["rivals"] if name not in ("eager", ours)))
         found = []
         for row in chosen:

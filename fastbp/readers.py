@@ -8,9 +8,6 @@ on a CPU. Pickles and names are those of the class that was found; copies are ch
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -24,13 +21,13 @@ from torch.nn.modules.dropout import Dropout
 from torch.nn.modules.linear import Linear as StockLinear
 
 from fastbp import elementwise, linear, producers
-from fastbp.casts import cast_weight
 from fastbp.copies import BASE, base_of, derived_copy, shown_class, stock_copy, stock_reduce
+from fastbp.foreign import Foreign, foreign, has_own_forward
 from fastbp.known_acts import KnownAct, read_act
 from fastbp.linear import OUTCOME, READABLE_TENSORS, SETTINGS, Linear, Settings
 from fastbp.problem import DTYPES
 from fastbp.settings import defaults
-from fastbp.stock import is_defined_in, stock
+from fastbp.stock import stock
 
 _ACT = "_fastbp_activation"  # of a module's __dict__: the activation that it was read as
 _OWN = (SETTINGS, OUTCOME, _ACT)
@@ -39,12 +36,12 @@ _OWN = (SETTINGS, OUTCOME, _ACT)
 def is_linear(module: nn.Module) -> bool:
     """Whether a module reads in every call what its input was made of, or can be made to."""
     kind = base_of(module)
-    return isinstance(module, Linear) or kind is StockLinear or _foreign(kind) is not None
+    return isinstance(module, Linear) or kind is StockLinear or foreign(kind) is not None
 
 
 def reads(module: nn.Module) -> bool:
     """Whether a linear reads in every call what its input was made of."""
-    swapped = isinstance(module, Linear) or (hasattr(type(module), BASE) and _foreign(base_of(module)) is not None)
+    swapped = isinstance(module, Linear) or (hasattr(type(module), BASE) and foreign(base_of(module)) is not None)
     return swapped and module.__dict__.get(SETTINGS, ()) is not None
 
 
@@ -84,10 +81,10 @@ def _reader_for(module: nn.Module) -> tuple[type[nn.Module] | None, KnownAct | N
         return ReadingLinear, None
     if kind is Dropout:
         return ThriftyDropout, None
-    foreign = _foreign(kind)
-    if foreign is not None:
-        own = is_defined_in(kind.forward, "forward", "transformers")
-        return (_foreign_reader(kind, foreign) if own or hasattr(type(module), BASE) else None), None
+    known = foreign(kind)
+    if known is not None:
+        own = has_own_forward(kind) or hasattr(type(module), BASE)
+        return (_foreign_reader(kind, known) if own else None), None
     act = None if next(module.children(), None) else read_act(module)
     if isinstance(act, KnownAct) and (act.spelled or act.activation.row.cpu_pass):
         return _thrifty_activation(kind), act
@@ -120,46 +117,13 @@ def _body(base: type[nn.Module]) -> dict[str, Any]:
 ReadingLinear: type[Linear] = type("Linear", (Linear,), _body(StockLinear))
 
 
-@dataclass(frozen=True)
-class _Foreign:
-    """A linear of another package: y of h, weight and bias as it computes it, and its weight as (out, in)."""
-
-    product: Callable[..., Tensor]
-    weight: Callable[[Any], Tensor]
-    autocasts: bool  # whether autocast has its arguments cast as those of F.linear
-
-
-def _addmm(h: Tensor, weight: Tensor, bias: Any) -> Tensor:
-    """y = x W + b with W (in, out); ``weight`` is its transposed."""
-    y = torch.addmm(bias, h.view(-1, h.size(-1)), weight.mT)
-    return y.view(*h.shape[:-1], y.size(-1))
-
-
-def _matmul(h: Tensor, weight: Tensor, bias: Any) -> Tensor:
-    y = h @ weight.T
-    return y if bias is None else y + bias
-
-
-_FOREIGN = {
-    # Of the cast, where autocast makes one: that of a view would be made in every call.
-    ("transformers.pytorch_utils", "Conv1D"): _Foreign(_addmm, lambda m: cast_weight(m.weight).mT, True),
-    ("transformers.models.falcon.modeling_falcon", "FalconLinear"): _Foreign(_matmul, lambda m: m.weight, False),
-}
-
-
-def _foreign(kind: type[nn.Module]) -> _Foreign | None:
-    """What is known of a class of another package."""
-    found = _FOREIGN.get((kind.__module__, kind.__name__))
-    return found if found and getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind else None
-
-
 @cache
-def _foreign_reader(base: type[nn.Module], foreign: _Foreign) -> type[nn.Module]:
+def _foreign_reader(base: type[nn.Module], known: Foreign) -> type[nn.Module]:
     theirs: Any = base.forward
 
     @functools.wraps(theirs)  # what reads the signature sees the module's
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = base.forward is theirs and not is_compiling() and not (any_autocast() and not foreign.autocasts)
+        own = base.forward is theirs and not is_compiling() and not (any_autocast() and not known.autocasts)
         if not own or kwargs or len(args) != 1:
             return base.forward(self, *args, **kwargs)
         (x,) = args
@@ -167,7 +131,7 @@ def _foreign_reader(base: type[nn.Module], foreign: _Foreign) -> type[nn.Module]
         if node is not None and producers.is_near(node) and not is_tracing():
             latest = producers.is_latest(node)
             del node
-            return linear.run(self, foreign.product, x, latest, foreign.weight(self), self.bias)
+            return linear.run(self, known.product, x, latest, known.weight(self), self.bias)
         self.__dict__[OUTCOME] = None
         return theirs(self, x)
 

@@ -25,7 +25,7 @@ FLOORS = (
     ("formulas", "version", "cache", "casts", "accumulation", "memory", "copies", "source", "imports", "stock"),
     ("side_formulas", "compression", "flops"),
     ("activations",),
-    ("recognition", "forms"),
+    ("recognition", "forms", "foreign"),
     ("saving", "known_acts"),
     ("problem", "sharding", "shapes"),
     ("residuals", "producers"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +19,14 @@ from fastbp import functional, saving, sharding
 from fastbp.activations import Bound
 from fastbp.casts import cast_all, cast_weight
 from fastbp.copies import base_of
+from fastbp.foreign import CONV1D, foreign, has_own_forward, imported
 from fastbp.forms import Form
 from fastbp.known_acts import KnownAct, WrittenAct
 from fastbp.linear import Linear
 from fastbp.modules import PLAIN_TENSORS, plain_parts
 from fastbp.problem import DTYPES, check
 from fastbp.recognition import has_hooks
-from fastbp.stock import is_defined_in, stock
+from fastbp.stock import stock
 
 Parts = tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]
 
@@ -66,8 +66,8 @@ class Transposed:
 
 def transposed() -> Transposed | None:
     """transformers' Conv1D, where somebody has imported it."""
-    kind: Any = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    own = kind is not None and is_defined_in(kind.forward, "forward", "transformers")
+    kind = imported(CONV1D)
+    own = kind is not None and has_own_forward(kind)
     rest = stock(nn.Module, "__call__"), stock(torch, "addmm")
     return Transposed(kind, (kind.forward, *rest)) if own else None
 
@@ -186,7 +186,7 @@ def _only_known_modes() -> bool:
 def looks_linear(child: nn.Module | None) -> bool:
     """Whether a child is a linear layer, or what somebody put around one."""
     like = hasattr(child, "in_features") and hasattr(child, "out_features")
-    return isinstance(child, StockLinear) or like or type(child).__name__ == "Conv1D"
+    return isinstance(child, StockLinear) or like or (child is not None and foreign(base_of(child)) is not None)
 
 
 def make_call(

@@ -45,23 +45,26 @@ _DTYPES = frozenset(DTYPES)
 # Bytes of h. Below, on a CPU, what Python does takes more time than all that is saved:
 # docs/decisions/2026-11-29-small-calls-stay-pytorchs.md.
 _SMALLEST = 2 << 20
+# Numbers of an activation's input, from which on our own pass over them pays for the Python around it:
+# docs/decisions/2026-11-30-activation-modules.md.
+_FEWEST = 1 << 18
 
 
 class _Size(threading.local):
-    smallest = _SMALLEST
+    smallest, fewest = _SMALLEST, _FEWEST
 
 
-_size = _Size()
+size = _Size()
 
 
 @contextmanager
 def of_any_size() -> Iterator[None]:
     """In this thread small calls too: for tests, and to see what a model would do with larger inputs."""
-    _size.smallest = 0
+    size.smallest = size.fewest = 0
     try:
         yield
     finally:
-        _size.smallest = _SMALLEST
+        size.smallest, size.fewest = _SMALLEST, _FEWEST
 
 
 class Outcome(NamedTuple):
@@ -80,7 +83,7 @@ UNSET: Settings = ("auto", None)
 
 def is_small(x: Tensor, settings: Settings) -> bool:
     """Whether a Function of ours takes more time on x than its bytes are worth, to who names no policy."""
-    small = x.numel() * x.element_size() < _size.smallest
+    small = x.numel() * x.element_size() < size.smallest
     return small and settings[0] == "auto" and defaults.both[0] is None
 
 

@@ -87,7 +87,7 @@ def _reader_for(module: nn.Module) -> tuple[type[nn.Module] | None, KnownAct | N
         return (_foreign_reader(kind, known) if own else None), None
     act = None if next(module.children(), None) else read_act(module)
     if isinstance(act, KnownAct) and (act.spelled or act.activation.row.cpu_pass):
-        return _thrifty_activation(kind), act
+        return (_thrifty_activation if act.spelled else _faster_activation)(kind), act
     return None, None
 
 
@@ -143,15 +143,13 @@ def _is_recorded(x: Any) -> bool:
     return type(x) in READABLE_TENSORS and x.requires_grad and is_grad_enabled() and not is_inference_mode_enabled()
 
 
-def _can_replace(x: Any, module: nn.Module, widened: bool = True) -> bool:
-    """Whether an operation of ours may stand for a module's on x: worth it, and seen by nobody.
+def _can_replace(x: Tensor, widened: bool) -> bool:
+    """Whether an operation of ours may stand for a module's on x, seen by nobody.
 
     ``widened``: whether autocast has the module's operations give float32.
     """
     return (
-        type(x) in READABLE_TENSORS
-        and not linear.is_small(x, module.__dict__.get(SETTINGS) or linear.UNSET)
-        and x.dtype in DTYPES
+        x.dtype in DTYPES
         and not x.is_nested
         and x.layout is torch.strided
         and not is_tracing()
@@ -174,7 +172,7 @@ def _drop(self: Any, input: Tensor) -> Any:
         or not input.is_cpu
         or not 0.0 < p < 1.0
     ):
-        return Dropout.forward(self, input)  # on a GPU the mask is a byte a number already
+        return Dropout.forward(self, input)
     return elementwise.dropped(input, p)
 
 
@@ -183,16 +181,52 @@ ThriftyDropout: type[nn.Module] = type("Dropout", (Dropout,), {"forward": _drop,
 
 @cache
 def _thrifty_activation(base: type[nn.Module]) -> type[nn.Module]:
+    """A class for an activation that is written in several operations."""
+
     @functools.wraps(base.forward)  # what reads the signature sees the module's
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        act: KnownAct | None = self.__dict__.get(_ACT)
-        if act is None or is_compiling() or kwargs or len(args) != 1 or getattr(self, "inplace", False):
+        if is_compiling() or kwargs or len(args) != 1:
             return base.forward(self, *args, **kwargs)
         (z,) = args
-        if not _can_replace(z, self, act.widened) or (act.narrow and z.dtype is torch.float64):
-            return base.forward(self, z)
-        bound, backend = act.activation, (self.__dict__.get(SETTINGS) or linear.UNSET)[1] or defaults.both[1]
-        worth = elementwise.is_faster(bound, backend, z) or (act.spelled and _is_recorded(z))
-        return elementwise.activated(bound, backend, z) if worth and act.holds(self) else base.forward(self, z)
+        own = self.__dict__
+        if not _is_passed(own, z):
+            small = type(z) in READABLE_TENSORS and linear.is_small(z, own.get(SETTINGS) or linear.UNSET)
+            if small or not _is_recorded(z):
+                return base.forward(self, z)
+        return _activated(self, base, z)
 
     return type(base.__name__, (base,), {"forward": forward, **_body(base)})
+
+
+@cache
+def _faster_activation(base: type[nn.Module]) -> type[nn.Module]:
+    """A class for an activation of which our own pass over z takes less time than PyTorch's."""
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling() or kwargs or len(args) != 1 or not _is_passed(self.__dict__, args[0]):
+            return base.forward(self, *args, **kwargs)
+        return _activated(self, base, args[0])
+
+    return type(base.__name__, (base,), {"forward": forward, **_body(base)})
+
+
+def _is_passed(own: dict[str, Any], z: Any) -> bool:
+    """Whether our own pass over z is the faster one, of the activation in a module's ``__dict__``."""
+    if type(z) is not Tensor or z.numel() < linear.size.fewest:  # first, for that is nearly all that small calls pay
+        return False
+    act: KnownAct | None = own.get(_ACT)
+    return act is not None and elementwise.is_faster(act.activation, _backend_of(own), z)
+
+
+def _backend_of(own: dict[str, Any]) -> str | None:
+    return (own.get(SETTINGS) or linear.UNSET)[1] or defaults.both[1]
+
+
+def _activated(self: Any, base: Any, z: Tensor) -> Any:
+    """f(z) by an operation of ours where that may stand for the module's."""
+    act: KnownAct | None = self.__dict__.get(_ACT)
+    fine = act is not None and not getattr(self, "inplace", False) and _can_replace(z, act.widened) and act.holds(self)
+    if not fine or (act.narrow and z.dtype is torch.float64):  # type: ignore[union-attr]
+        return base.forward(self, z)
+    return elementwise.activated(act.activation, _backend_of(self.__dict__), z)  # type: ignore[union-attr]

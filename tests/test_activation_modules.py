@@ -17,7 +17,7 @@ import fastbp
 from fastbp.activations import ROWS, bind
 from fastbp.backends import native
 from fastbp.elementwise import is_faster
-from fastbp.linear import of_any_size
+from fastbp.linear import of_any_size, size
 from fastbp.problem import DTYPES, configure
 
 pytestmark = [
@@ -332,7 +332,6 @@ def test_small_ones_are_pytorch_s():
     fused, z = exchanged(nn.GELU()), torch.randn(64, 64, requires_grad=True)
     with torch.no_grad():
         expected = F.gelu(z)
-    from fastbp.linear import _size
-
-    _size.smallest = 2 << 20
+    size.fewest = 1 << 18
     assert torch.equal(fused(z), expected) and not is_exchanged(fused(z))
+    assert is_exchanged(fused(torch.randn(512, 512, requires_grad=True)))

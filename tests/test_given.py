@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import FEW, call, cases, compressed_cases, each, eager, flatten, grads, like, saved_row, stock, tensors
+from torch.profiler import ProfilerActivity, profile
 
 import fastbp
 from fastbp.activations import bind
@@ -65,6 +66,24 @@ def test_a_second_derivative_takes_what_the_policy_dropped(form, activation, sav
     words = rf"^fastbp\.{form.name}: .* \(create_graph=True\) takes .* was not kept.*use save='preact'$"
     with pytest.raises(RuntimeError, match=words):
         torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
+
+
+@pytest.mark.skipif(native.unavailable is not None, reason="native")
+@each("route", ["library"], indirect=True)
+@each("form", GIVEN)
+def test_dz_of_what_is_given_goes_over_dh(form, route):
+    """So backward makes nothing of that size but what it returns, and h where the weight's gradient takes it."""
+    x, weights, biases = tensors(form, torch.float32, seed=108, rows=64, requires_grad=False)
+    flat = flatten(x, weights, biases)
+    config = configure(form.name, "gelu", (), "preact", "native")
+    (y,) = native.forward(config, x, flat[1:])
+    for some in range(1, 2**form.inputs):
+        for weight in (False, True):
+            needs = (*(bool(some >> i & 1) for i in range(form.inputs)), weight, False)
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+                native.backward(config, y, saved_row(form, flat, None, []), needs)
+            made = [e.nbytes() for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+            assert made.count(x.nbytes) == sum(needs[: form.inputs]) + weight
 
 
 @each("form", GIVEN)

@@ -86,6 +86,19 @@ def test_strides(form, view, dtype, route):
     accurate(form, GELU, "preact", strided, view=lambda dy: viewed(dy).detach())
 
 
+@each_route
+@each("view", VIEWS)
+@each("form", [form for form in FORMS.values() if form.given])
+def test_strides_of_one_alone(form, view, dtype, route):
+    """Of gate, up and dy one may lie in one piece where another does not."""
+    rows = (1, 1, ROWS[route]) if route in ROWS else (3, 2, 5)
+    flat = [t.detach() for t in flatten(*tensors(form, dtype, seed=14, rows=rows))]
+    for i in range(len(flat) + 1):  # the last time it is dy
+        one = [(VIEWS[view](t) if at == i else t).requires_grad_() for at, t in enumerate(t.clone() for t in flat)]
+        dy_view = VIEWS[view] if i == len(flat) else lambda dy: dy
+        accurate(form, GELU, "preact", unflatten(form, one), view=dy_view)
+
+
 def test_rows_that_no_single_stride_reaches():
     x, weights, biases = tensors(LINEAR_ACT, torch.float32, seed=15, rows=(4, 3, 5))
     turned = x.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
@@ -93,6 +106,18 @@ def test_rows_that_no_single_stride_reaches():
     assert torch.equal(*results)
     dys = [torch.ones(()).expand_as(results[0]), torch.ones_like(results[0])]
     assert torch.equal(*(grads(y, [t], dy)[0] for y, t, dy in zip(results, (x, turned), dys, strict=True)))
+
+
+@each_route
+@each(("form", "activation", "save"), cases([GELU, bind("tanh")], [form for form in FORMS.values() if form.given]))
+def test_every_choice_of_what_is_needed(form, activation, save, dtype, route):
+    """One of two slopes alone has memory and loops of its own, and the weight is asked for beside it or not."""
+    inputs = tensors(form, dtype, seed=20, rows=ROWS.get(route, 37))
+    flat = flatten(*inputs)
+    for some in range(1, 2 ** len(flat)):
+        for i, tensor in enumerate(flat):
+            tensor.requires_grad_(bool(some >> i & 1))
+        accurate(form, activation, save, inputs)
 
 
 def step(form, rows, features, dtype):

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import call, flatten, grads, like, tensors
 
 import fastbp
+from fastbp.activations import bind
 from fastbp.backends import native
+from fastbp.forms import FORMS
 
 pytestmark = [
     pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}"),
@@ -18,6 +21,7 @@ pytestmark = [
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
 AMX = pytest.mark.skipif("amx_bf16" not in CPU, reason="this CPU has no AMX")
 INTEL = pytest.mark.skipif("GenuineIntel" not in CPU, reason="this CPU is not Intel's")
+PAIRS = pytest.mark.skipif("avx512_bf16" not in CPU, reason="this CPU does not multiply bfloat16 itself")
 OTHERS = pytest.mark.skipif("GenuineIntel" in CPU, reason="this CPU is Intel's")
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 
@@ -40,9 +44,13 @@ def results(x, layer, dy):
         pytest.param(256, 256, FLOAT, "library", "narrow", marks=INTEL),
         pytest.param(1024, 256, FLOAT, "narrow", "library", marks=INTEL),
         pytest.param(256, 64, FLOAT, "narrow", "library", marks=INTEL),
+        pytest.param(1024, 512, BFLOAT, "library", "wide", marks=PAIRS),
+        pytest.param(200, 256, FLOAT, "narrow", "wide", marks=OTHERS),
         pytest.param(1024, 688, FLOAT, "narrow", "wide", marks=OTHERS),
         pytest.param(512, 688, FLOAT, "wide", "narrow", marks=OTHERS),
         pytest.param(1200, 776, torch.float64, "wide", "narrow", marks=OTHERS),
+        (1, 256, FLOAT, "row", "wide"),
+        (1, 256, FLOAT, "row", "library"),
     ],
 )
 def test_narrow_layers_take_the_faster_way(rows, features, dtype, chosen, other, seeded):
@@ -59,6 +67,34 @@ def test_narrow_layers_take_the_faster_way(rows, features, dtype, chosen, other,
         torch.ops.fastbp_native.set_debug(False, "")
     assert all(map(torch.equal, found, same))
     assert not all(map(torch.equal, found, different))
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "dtype", "chosen", "other"),
+    [
+        (256, 64, FLOAT, "library", "wide"),
+        (255, 64, FLOAT, "wide", "library"),
+        (256, 64, torch.float64, "library", "wide"),
+        (255, 64, torch.float64, "wide", "library"),
+        pytest.param(2048, 64, BFLOAT, "library", "wide", marks=PAIRS),
+        pytest.param(1024, 64, BFLOAT, "wide", "library", marks=PAIRS),
+        pytest.param(4096, 32, BFLOAT, "wide", "library", marks=PAIRS),
+    ],
+)
+@pytest.mark.parametrize("form", [form for form in FORMS.values() if form.given], ids=lambda form: form.name)
+def test_what_is_given_takes_the_faster_way(form, rows, features, dtype, chosen, other):
+    inputs = tensors(form, dtype, seed=111, rows=rows, features=(features,) * 4)
+    found = []
+    try:
+        for route in ("", chosen, other):
+            torch.ops.fastbp_native.set_debug(False, route)
+            y = call(form, *inputs, activation=bind("gelu"), backend="native")
+            found.append([y, *grads(y, flatten(*inputs), like(y, 112))])
+    finally:
+        torch.ops.fastbp_native.set_debug(False, "")
+    by_itself, same, different = found
+    assert all(map(torch.equal, by_itself, same))
+    assert not all(map(torch.equal, by_itself, different))
 
 
 @pytest.mark.parametrize("route", ["narrow", "wide", "library"])

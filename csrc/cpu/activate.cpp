@@ -12,8 +12,8 @@ namespace fastbp::cpu {
 
 namespace {
 
-constexpr int64_t kPiece = 1 << 13;  // numbers
-constexpr double kWorkOfOne = 20;    // operations of an activation, about
+constexpr int64_t kLine = 64;      // numbers: no two threads write to one line of a cache
+constexpr double kWorkOfOne = 20;  // operations of an activation, about
 
 // A call of one layer, whose linear is not looked at.
 Call call_of(std::initializer_list<const Tensor*> tensors, int64_t settings, const std::vector<double>& params) {
@@ -36,14 +36,15 @@ const Elementwise& loops_of(const Call& call) {
   return call.dtype == Dtype::float64 ? call.loops<double>(call.dtype) : call.loops<float>(call.dtype);
 }
 
-// f(count, the offset in bytes of the first) for pieces of so many numbers.
+// f(count, the offset in bytes of the first) for as many pieces as there are threads: long ones, for the CPU fetches
+// ahead along them, and pieces of 32 KiB took 1.25 times as long.
 template <class F>
 void for_each_piece(const Call& call, int64_t numbers, const F& f) {
-  const int64_t item = kItemSize[static_cast<int>(call.dtype)];
-  for_each((numbers + kPiece - 1) / kPiece, threads_for(kWorkOfOne * numbers), [&](int64_t piece) {
-    const int64_t first = piece * kPiece;
-    f(std::min(kPiece, numbers - first), first * item);
-  });
+  const int64_t item = kItemSize[static_cast<int>(call.dtype)], threads = threads_for(kWorkOfOne * numbers);
+  const int64_t piece = ((numbers + threads - 1) / threads + kLine - 1) / kLine * kLine;
+  if (numbers == 0) return;
+  for_each((numbers + piece - 1) / piece, threads,
+           [&](int64_t i) { f(std::min(piece, numbers - i * piece), i * piece * item); });
 }
 
 }  // namespace

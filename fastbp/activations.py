@@ -249,7 +249,7 @@ TABLE: tuple[Activation, ...] = (
     Activation(
         "sigmoid", "1 / (1 + e⁻ᶻ)", f.sigmoid_, f.sigmoid_grad, f.sigmoid_grad_from_output,
         torch_keeps_output=True, module=_modules.Sigmoid, functions=own("torch.sigmoid F.sigmoid torch.special.expit"),
-        aten_value=_native.sigmoid, aten_grad_from_output=_aten.sigmoid_backward.default, cpu_pass="avx2",
+        aten_value=_native.sigmoid, aten_grad_from_output=_aten.sigmoid_backward.default,
     ),
     Activation(
         "tanh", "tanh(z)", f.tanh_, f.tanh_grad, f.tanh_grad_from_output,

@@ -259,6 +259,29 @@ def test_a_linear_behind_reads_it(activation):
     assert_close(y, stock(x), rtol=1e-12, atol=1e-12)
 
 
+def test_a_gate_is_read():
+    """g and u are kept, and f(g) not, although the node of f is ours."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.act = nn.Linear(24, 96), nn.Linear(24, 96), nn.SiLU()
+            self.down = nn.Linear(96, 24)
+
+        def forward(self, x, scale=None):
+            return self.down(self.act(self.gate(x)) * self.up(x))
+
+    stock = Gated().double()
+    model, x = copy.deepcopy(stock), torch.randn(50, 24, dtype=torch.float64)
+    fastbp.fuse(model, filter_fn=lambda module, name: name != "")
+    with fastbp.SavedBytes(exclude=[model, x]) as saved:
+        y = model(x)
+    assert saved.total == 2 * 50 * 96 * 8
+    mine, theirs = (torch.autograd.grad(f(x).square().sum(), list(f.parameters())) for f in (model, stock))
+    assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    assert_close(y, stock(x), rtol=1e-12, atol=1e-12)
+
+
 @each("name", ["gelu", "tanh"])
 def test_a_linear_behind_a_dropout_reads_it(name):
     stock = Behind(stock_module(bind(name))).double()

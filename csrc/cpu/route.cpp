@@ -90,7 +90,7 @@ Route route_of(const Call& call) {
       break;
     default:
       if (given && call.rows >= kGivenRows) return Route::library;
-      if (narrow && (total <= kSmallWeights || (call.rows >= kRowsWorthPacking)) break;
+      if (narrow && (total <= kSmallWeights || call.rows >= kRowsWorthPacking)) break;
       if (call.dtype == Dtype::float32 && is_intel()) return Route::library;  // MKL is at the CPU's limit there
       if (!given && widest * kItemSize[static_cast<int>(call.dtype)] <= kPanelRowBytes &&
           call.rows >= kRowsOfWidest * widest)

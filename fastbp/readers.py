@@ -143,7 +143,7 @@ def _is_recorded(x: Any) -> bool:
     return type(x) in READABLE_TENSORS and x.requires_grad and is_grad_enabled() and not is_inference_mode_enabled()
 
 
-def _can_replace(x: Tensor, widened: bool) -> bool:
+def _can_replace(x: Tensor, *, widened: bool) -> bool:
     """Whether an operation of ours may stand for a module's on x, seen by nobody.
 
     ``widened``: whether autocast has the module's operations give float32.
@@ -165,13 +165,9 @@ def _drop(self: Any, input: Tensor) -> Any:
     p = self.p
     if not self.training or is_compiling() or Dropout.forward is not _DROPOUT or F.dropout is not _F_DROPOUT:
         return Dropout.forward(self, input)
-    if (
-        self.inplace
-        or not _is_recorded(input)
-        or not _can_replace(input, self)
-        or not input.is_cpu
-        or not 0.0 < p < 1.0
-    ):
+    if self.inplace or not 0.0 < p < 1.0 or not _is_recorded(input) or not input.is_cpu:
+        return Dropout.forward(self, input)  # on a GPU the mask is a byte a number already
+    if linear.is_small(input, self.__dict__.get(SETTINGS) or linear.UNSET) or not _can_replace(input, widened=True):
         return Dropout.forward(self, input)
     return elementwise.dropped(input, p)
 
@@ -216,7 +212,7 @@ def _is_passed(own: dict[str, Any], z: Any) -> bool:
     if type(z) is not Tensor or z.numel() < linear.size.fewest:  # first, for that is nearly all that small calls pay
         return False
     act: KnownAct | None = own.get(_ACT)
-    return act is not None and elementwise.is_faster(act.activation, _backend_of(own), z)
+    return act is not None and z.layout is torch.strided and elementwise.is_faster(act.activation, _backend_of(own), z)
 
 
 def _backend_of(own: dict[str, Any]) -> str | None:
@@ -226,7 +222,12 @@ def _backend_of(own: dict[str, Any]) -> str | None:
 def _activated(self: Any, base: Any, z: Tensor) -> Any:
     """f(z) by an operation of ours where that may stand for the module's."""
     act: KnownAct | None = self.__dict__.get(_ACT)
-    fine = act is not None and not getattr(self, "inplace", False) and _can_replace(z, act.widened) and act.holds(self)
+    fine = (
+        act is not None
+        and not getattr(self, "inplace", False)
+        and _can_replace(z, widened=act.widened)
+        and act.holds(self)
+    )
     if not fine or (act.narrow and z.dtype is torch.float64):  # type: ignore[union-attr]
         return base.forward(self, z)
     return elementwise.activated(act.activation, _backend_of(self.__dict__), z)  # type: ignore[union-attr]

@@ -174,6 +174,7 @@ LEFT = {
     "in place": (nn.SiLU(inplace=True), lambda z: z.clone()),
     "by columns": (nn.SiLU(), lambda z: z.mT),
     "no dimension": (nn.SiLU(), lambda z: z.sum()),
+    "a sparse one": (nn.Tanh(), lambda z: z.to_sparse()),
     "no faster": (nn.ReLU(), lambda z: z),
     "a gradient of its own in float32": (nn.CELU(), lambda z: z),
     "softplus under autocast": (nn.Softplus(), lambda z: z.bfloat16()),
@@ -187,7 +188,7 @@ def test_what_is_left_to_pytorch(case):
     with torch.autocast("cpu", enabled="autocast" in case):
         mine, theirs = fused(make(z)), act(make(z))
     assert not is_exchanged(mine)
-    assert torch.equal(mine, theirs) and mine.dtype is theirs.dtype
+    assert torch.equal(*(y.to_dense() if y.is_sparse else y for y in (mine, theirs))) and mine.dtype is theirs.dtype
 
 
 def test_under_autocast_the_dtype_is_stock_s():
@@ -358,3 +359,13 @@ def test_small_ones_are_pytorch_s():
     size.fewest = 1 << 18
     assert torch.equal(fused(z), expected) and not is_exchanged(fused(z))
     assert is_exchanged(fused(torch.randn(512, 512, requires_grad=True)))
+
+
+@each("policy", [None, "preact"])
+def test_small_dropouts_are_pytorch_s_unless_a_policy_is_named(policy):
+    size.smallest = 2 << 20
+    model = nn.Sequential(nn.Dropout(0.5))
+    fastbp.fuse(model, save=policy or "auto")
+    for rows, ours in ((8, policy is not None), (1024, True)):
+        y = model(torch.randn(rows, 1024, requires_grad=True))
+        assert (type(y.grad_fn).__name__ == "DropoutBackward") == ours

@@ -8,8 +8,10 @@ A pickle is what the class that the module came with would write, so that it loa
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import weakref
+from abc import ABCMeta
 from collections.abc import Collection
 from typing import Any, TypeVar
 
@@ -25,6 +27,13 @@ BASE = "_fastbp_base"  # of a class that was put in place of a module's own: tha
 def base_of(module: Any) -> Any:
     """The class that a module came with."""
     return getattr(type(module), BASE, type(module))
+
+
+def can_derive(kind: type) -> bool:
+    """Whether a class can be made of this one without anybody's code: neither its metaclass's nor of who registers
+    classes made of his own."""
+    plain = inspect.getattr_static(kind, "__init_subclass__") is inspect.getattr_static(object, "__init_subclass__")
+    return type(kind) in (type, ABCMeta) and plain
 
 
 class _Shown(threading.local):
@@ -56,7 +65,7 @@ def stock_reduce(module: nn.Module, base: type[nn.Module], protocol: Any, leave_
 
     The module's class must have ``shown_class`` as its ``__class__``.
     """
-    reduced = _stock(module, base, leave_out).__reduce_ex__(protocol)
+    reduced = stock_twin(module, base, leave_out).__reduce_ex__(protocol)
     if not isinstance(reduced, str) and getattr(reduced[0], "__name__", "") in ("__newobj__", "__newobj_ex__"):
         _shown.module, _shown.base = weakref.ref(module), base
     return reduced
@@ -66,7 +75,7 @@ def stock_copy(
     module: nn.Module, base: type[_Module], memo: dict[int, Any] | None, leave_out: Collection[str] = ()
 ) -> _Module:
     """A copy of the module as a ``base``: shallow, or with a memo as of ``copy.deepcopy`` a deep one."""
-    reduced = _stock(module, base, leave_out).__reduce_ex__(4)
+    reduced = stock_twin(module, base, leave_out).__reduce_ex__(4)
     if isinstance(reduced, str):  # by its name: there is only one
         return module  # type: ignore[return-value]
     # Not copy.deepcopy of the stock twin: what refers to the module in its own attributes must find the copy.
@@ -85,7 +94,7 @@ def derived_copy(module: nn.Module, memo: dict[int, Any] | None) -> Any:
     return replica
 
 
-def _stock(module: nn.Module, base: type[_Module], leave_out: Collection[str]) -> _Module:
+def stock_twin(module: nn.Module, base: type[_Module], leave_out: Collection[str]) -> _Module:
     """A ``base`` with the module's attributes."""
     twin = object.__new__(base)
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in leave_out})

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
 from fastbp import producers, reference
 from fastbp.activations import Activation, Bound
@@ -65,9 +65,9 @@ class Activated(torch.autograd.Function):
             return None, None
         if config.save == "output":
             return None, config.grad_from_output(dy, kept)  # type: ignore[misc]
-        if is_grad_enabled():
+        if is_special(dy):
             return None, reference.formula_grad(config, dy, kept)
-        if native.passes_over(config, kept) and not is_special(dy):
+        if native.passes_over(config, kept) and native.goes_with(dy, kept):
             return None, native.activate_backward(config, dy, kept)
         return None, (config.row.spelled_grad or config.grad)(dy, kept)
 

@@ -54,6 +54,7 @@ class WrittenAct:
     activation: Bound
     spelled: bool  # in several operations
     narrow: bool  # with constants that are others in float64
+    writes: bool  # over its argument
 
     def holds(self) -> bool:
         """Whether it is that activation now."""
@@ -120,7 +121,25 @@ def _written(function: Any) -> WrittenAct | None:
         return None
     reading, names, value = found
     bound, spelled, narrow = _known(value)
-    return None if bound is None else WrittenAct(function, reading.code, names, bound, spelled, narrow)
+    writes = _writes(reading.value, names)
+    return None if bound is None else WrittenAct(function, reading.code, names, bound, spelled, narrow, writes)
+
+
+def _writes(value: Value, names: Names) -> bool:
+    """Whether a forward may write over its argument: by a function whose name says so, or by ``inplace``."""
+    if any(map(_writes_in_place, names.found)) or any(act.writes for act in names.written):
+        return True
+    keywords = [dict(part[3]) for part in parts_of(value) if part[0] == "call"]
+    return any(given.get("inplace", _NOT) != _NOT for given in keywords)
+
+
+_NOT: Value = ("constant", False)
+
+
+def _writes_in_place(function: Any) -> bool:
+    if type(function) is partial:
+        return bool(function.keywords.get("inplace")) or _writes_in_place(function.func)
+    return str(getattr(function, "__name__", "")).endswith("_")
 
 
 def _known(value: Value) -> tuple[Bound | None, bool, bool]:
@@ -200,6 +219,7 @@ class KnownAct:
     activation: Bound
     spelled: bool  # in several operations
     narrow: bool  # with constants that are others in float64
+    writes: bool  # over its argument; not of one of PyTorch's, whose ``inplace`` may change
 
     @property
     def widened(self) -> bool:
@@ -231,20 +251,23 @@ def read_act(child: nn.Module) -> KnownAct | str:
         return f"{kind.__name__}: {found}"
     reading, names, value = found
     settings: dict[str, Any] = {}
+    writes = _writes(reading.value, names)
     activation, spelled, narrow = _known(value)
     match value:
         case _ if forward is _FORWARDS.get(kind):
             if all(f is named(path) for path, f in zip(_paths_of(reading.value), names.found, strict=True)):
                 activation = _of_module(child)
+            writes = False
             if activation is not None:
                 row = activation.row
                 settings = {name: getattr(child, name) for name, _ in (*row.module_attributes, *row.params)}
         case ("call", ("own", name), (inner,), ()) if inner == ARGUMENT and looks_plainly(kind):
             activation = None if hasattr(kind, name) else function_of(own.get(name))
             settings = {name: kept(own.get(name))}
+            writes = writes or _writes_in_place(own.get(name))
     if activation is None or activation.name == "identity" or any(map(_may_change, settings.values())):
         return f"{kind.__name__} is no activation whose code is known"
-    return KnownAct(kind, forward, reading.code, names, tuple(settings.items()), activation, spelled, narrow)
+    return KnownAct(kind, forward, reading.code, names, tuple(settings.items()), activation, spelled, narrow, writes)
 
 
 _BLOOM = "transformers.models.bloom.modeling_bloom", "BloomGelu"
@@ -270,7 +293,7 @@ def _read_bloom(kind: type[nn.Module], forward: Any) -> KnownAct | str:
     if act is None or not all(is_defined_in(f, f.__name__, "transformers") for f in found[1:6]):
         return f"{kind.__name__}: its function is not transformers'"
     names = Names(look, found, (act,))
-    return KnownAct(kind, forward, forward.__code__, names, (), act.activation, act.spelled, act.narrow)
+    return KnownAct(kind, forward, forward.__code__, names, (), act.activation, act.spelled, act.narrow, act.writes)
 
 
 def _spelled(value: Value, spellings: dict[Value, Bound]) -> Bound | None:

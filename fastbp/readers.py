@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import Dropout
 from torch.nn.modules.linear import Linear as StockLinear
 
 from fastbp import elementwise, linear, producers
-from fastbp.copies import BASE, base_of, derived_copy, shown_class, stock_copy, stock_reduce
+from fastbp.copies import BASE, base_of, can_derive, derived_copy, shown_class, stock_copy, stock_reduce, stock_twin
 from fastbp.foreign import Foreign, foreign, has_own_forward
 from fastbp.known_acts import KnownAct, read_act
 from fastbp.linear import OUTCOME, READABLE_TENSORS, SETTINGS, Linear, Settings
@@ -85,8 +85,8 @@ def _reader_for(module: nn.Module) -> tuple[type[nn.Module] | None, KnownAct | N
     if known is not None:
         own = has_own_forward(kind) or hasattr(type(module), BASE)
         return (_foreign_reader(kind, known) if own else None), None
-    act = None if next(module.children(), None) else read_act(module)
-    if isinstance(act, KnownAct) and (act.spelled or act.activation.row.cpu_pass):
+    act = None if next(module.children(), None) or not can_derive(kind) else read_act(module)
+    if isinstance(act, KnownAct) and not act.writes and (act.spelled or act.activation.row.cpu_pass):
         return (_thrifty_activation if act.spelled else _faster_activation)(kind), act
     return None, None
 
@@ -97,6 +97,14 @@ def _reduce(self: Any, protocol: Any) -> Any:
     if made is not base:  # a class that others made of it
         return base.__reduce_ex__(self, protocol)
     return stock_reduce(self, base, protocol, _OWN)
+
+
+_PREPARE = "__prepare_scriptable__"
+
+
+def _scriptable(self: Any) -> Any:
+    """What ``torch.jit.script`` compiles in its place: the module as it came."""
+    return stock_twin(self, base_of(self), _OWN)
 
 
 def _copied(self: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -110,7 +118,14 @@ def _copied(self: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 def _body(base: type[nn.Module]) -> dict[str, Any]:
     """What a class has besides its forward."""
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, BASE: base, "__class__": shown_class}
+    names: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        BASE: base,
+        "__class__": shown_class,
+    }
+    if not hasattr(base, _PREPARE):
+        names[_PREPARE] = _scriptable
     return {**names, "__reduce_ex__": _reduce, "__copy__": _copied, "__deepcopy__": _copied}
 
 
@@ -152,6 +167,7 @@ def _can_replace(x: Tensor, *, widened: bool) -> bool:
         x.dtype in DTYPES
         and not x.is_nested
         and x.layout is torch.strided
+        and not (x.requires_grad and x.is_inference())
         and not is_tracing()
         and not (widened and any_autocast())
         and linear.surroundings() is None
@@ -181,7 +197,7 @@ def _thrifty_activation(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(base.forward)  # what reads the signature sees the module's
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or kwargs or len(args) != 1:
+        if is_compiling() or is_tracing() or kwargs or len(args) != 1:
             return base.forward(self, *args, **kwargs)
         (z,) = args
         own = self.__dict__
@@ -200,7 +216,8 @@ def _faster_activation(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or kwargs or len(args) != 1 or not _is_passed(self.__dict__, args[0]):
+        seen = is_compiling() or is_tracing()
+        if seen or kwargs or len(args) != 1 or not _is_passed(self.__dict__, args[0]):
             return base.forward(self, *args, **kwargs)
         return _activated(self, base, args[0])
 

@@ -1,21 +1,27 @@
 """Activation modules whose kernel ``fuse`` exchanges, where our pass over z takes less time than PyTorch's."""
 
 import copy
+import functools
 import math
 import pickle
+import warnings
+from abc import ABC
 
 import pytest
 import torch
 import torch.nn.functional as F
 from known_cases import activations_of_transformers
+from reading import act_module
 from support import ACTIVATIONS, assert_as_good_as_eager, each, stock, stock_module
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import fastbp
+from fastbp import known
 from fastbp.activations import ROWS, bind
 from fastbp.backends import native
+from fastbp.copies import base_of, can_derive
 from fastbp.elementwise import is_faster
 from fastbp.linear import of_any_size, size
 from fastbp.problem import DTYPES, configure
@@ -217,6 +223,98 @@ CHANGES = {
     "its own forward": lambda act, patch: setattr(act, "forward", lambda z: z * 3),
     "a hook": lambda act, patch: act.register_forward_hook(lambda module, args, y: y * 3),
 }
+
+
+class Writing(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x):
+        return self.act(x)
+
+
+def over_its_input(x):
+    return F.silu(x, inplace=True)
+
+
+WRITING = {
+    "the keyword": act_module("return F.silu(x, inplace=True)"),
+    "the function": act_module("return F.elu_(x)"),
+    "a spelling": act_module("return torch.square(F.relu(x, inplace=True))"),
+    "an attribute": Writing(torch.selu_),
+    "a partial": Writing(functools.partial(F.mish, inplace=True)),
+    "a function by its source": Writing(over_its_input),
+}
+
+
+@each("case", WRITING)
+def test_a_module_that_writes_over_its_input_goes_on_to(case):
+    act = WRITING[case]
+    fused, z = exchanged(copy.deepcopy(act)), numbers()
+    found = []
+    for f in (fused, act):
+        h = z * 1.0
+        found += [f(h), h]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert not torch.equal(found[1], z)
+
+
+def test_batched_gradients_of_what_is_spelled():
+    act, z = act_module("return x * torch.sigmoid(1.702 * x)"), numbers(torch.float64, 5, 4).requires_grad_()
+    many = numbers(torch.float64, 3, 5, 4)
+    assert_close(
+        *(torch.autograd.grad(f(z), z, many, is_grads_batched=True) for f in (exchanged(copy.deepcopy(act)), act))
+    )
+
+
+def test_gradients_that_are_not_as_z_is():
+    """Of another dtype than what a hook hands back; one number in many places; zeros without memory."""
+    act, fused, z = nn.GELU(), exchanged(nn.GELU()), numbers().requires_grad_()
+    found = []
+    for f in (fused, act):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t):
+            y = f(z)
+        found.append(torch.autograd.grad(y.sum(), z))
+    assert_close(*found)
+    zeros = torch._efficientzerotensor((83, 241))
+    assert_close(*(f(zeros) for f in (fused, act)))
+    assert_close(*(torch.autograd.grad(f(z), z, zeros) for f in (fused, act)))
+    with torch.inference_mode():
+        made = torch.ones(5, requires_grad=True)
+    assert not fused(made).requires_grad and not act(made).requires_grad
+
+
+class Keyed(nn.Module):
+    def __init_subclass__(cls, *, key):
+        super().__init_subclass__()
+
+
+class Registered(Keyed, key="a"):
+    def forward(self, x):
+        return F.gelu(x)
+
+
+def test_nobody_s_code_runs_when_a_class_is_made():
+    model = exchanged(Registered())
+    assert type(model[0]) is Registered
+    assert "whenever a class is made of it" in known.read(Registered())
+
+    class Abstract(nn.GELU, ABC):
+        """A metaclass of Python's own is nobody's code."""
+
+    assert can_derive(Abstract)
+
+
+def test_torchscript_compiles_the_module_as_it_came():
+    """Which has names of its own file; and tracing warns as little as with stock."""
+    model = exchanged(act_module("return F.gelu(x)"))
+    assert is_exchanged(model(numbers().requires_grad_()))
+    assert type(model[0].__prepare_scriptable__()) is base_of(model[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, torch.ones(4))
+    assert_close(traced(torch.ones(3)), F.gelu(torch.ones(3)))
 
 
 @each("change", CHANGES)

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules.container import Sequential
 
 from fastbp.activations import Bound
-from fastbp.copies import base_of
+from fastbp.copies import base_of, can_derive
 from fastbp.forms import LINEAR_ACT, MLP
 from fastbp.known.block import Block
 from fastbp.known.calls import FusedCall, is_idle, looks_linear, make_call, may_idle
@@ -159,6 +159,8 @@ def read(module: nn.Module) -> Plan | str:
     kind = base_of(module)
     if "forward" in module.__dict__:
         return "its forward was replaced"
+    if not can_derive(kind):
+        return "its class has code that runs whenever a class is made of it"
     if issubclass(kind, Sequential) and (kind.forward, kind.__iter__) == _SEQUENTIAL:
         return _read_sequential(module)
     forward: Any = inspect.getattr_static(kind, "forward")

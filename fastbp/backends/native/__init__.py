@@ -121,7 +121,13 @@ def passes_over(config: Config, z: Tensor) -> bool:
     """Whether ``activate`` serves: numbers that lie side by side on a CPU, where our pass over them is the faster, and
     no other backend is named."""
     ours = config.backend in ("auto", "native")
-    return ours and z.is_cpu and config.row.cpu_pass in _PASSES and z.dim() > 0 and z.is_contiguous()
+    lies = z.is_cpu and z.dim() > 0 and z.is_contiguous() and not z._is_zerotensor()
+    return ours and lies and config.row.cpu_pass in _PASSES
+
+
+def goes_with(dy: Tensor, z: Tensor) -> bool:
+    """Whether ``activate_backward`` serves this gradient: an ordinary one, that lies as z does."""
+    return type(dy) is type(z) and dy.dtype is z.dtype and dy.is_contiguous() and not dy._is_zerotensor()
 
 
 def activate(config: Config, z: Tensor) -> Tensor:
@@ -130,8 +136,8 @@ def activate(config: Config, z: Tensor) -> Tensor:
 
 
 def activate_backward(config: Config, dy: Tensor, z: Tensor) -> Tensor:
-    """dz = dy · f'(z) of a contiguous z."""
-    return _activate_backward(dy.contiguous(), z, *codes(config, torch.float64, False))  # type: ignore[no-any-return]
+    """dz = dy · f'(z) of contiguous dy and z."""
+    return _activate_backward(dy, z, *codes(config, torch.float64, False))  # type: ignore[no-any-return]
 
 
 _PASSES: frozenset[str] = frozenset()  # what of ``Activation.cpu_pass`` this CPU has

@@ -85,7 +85,7 @@ def on_gpu(standin, monkeypatch):
 
     monkeypatch.setattr(native, "_forward", standin.forward.default._op)
     monkeypatch.setattr(native, "_backward", standin.backward.default._op)
-    monkeypatch.setattr(native, "_ABSENT", standin.absent())
+    monkeypatch.setattr(native, "ABSENT", standin.absent())
     standin.set_debug(True)
     yield standin.set_cuda_route
     standin.set_cuda_route("")

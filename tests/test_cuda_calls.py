@@ -52,8 +52,8 @@ def test_the_fused_route_fuses(on_gpu, standin, dtype):
 
 def test_a_call_may_ask_for_its_route(on_gpu, standin, monkeypatch):
     """By its config, beside others; what is forced on every call goes before, and no other number is a route."""
-    monkeypatch.setattr(native, "_cpu_routes", lambda: native.CUDA_ROUTES)  # the tensors are on the CPU
-    native._codes.cache_clear()
+    monkeypatch.setattr(native.library, "cpu_routes", lambda: native.CUDA_ROUTES)  # the tensors are on the CPU
+    native.library.codes.cache_clear()
     inputs = flatten(*tensors(MLP, torch.bfloat16, seed=92))
     plain = configure("mlp", "gelu", (), "preact", "native")
 
@@ -68,11 +68,11 @@ def test_a_call_may_ask_for_its_route(on_gpu, standin, monkeypatch):
     on_gpu("library")
     assert fused(asking["fused"]) == 0
     on_gpu("")
-    monkeypatch.setattr(native, "CUDA_ROUTES", (*native.CUDA_ROUTES, "another"))
-    monkeypatch.setattr(native, "_cpu_routes", lambda: native.CUDA_ROUTES)
+    monkeypatch.setattr(native.library, "CUDA_ROUTES", (*native.CUDA_ROUTES, "another"))
+    monkeypatch.setattr(native.library, "cpu_routes", lambda: native.library.CUDA_ROUTES)
     with pytest.raises(RuntimeError, match="no such route on a GPU"):
         fused(replace(plain, route="another"))
-    native._codes.cache_clear()
+    native.library.codes.cache_clear()
 
 
 @each(("dtype", "route"), [(torch.float32, "library"), (torch.float16, "library"), (torch.float16, "fused")])

@@ -1,0 +1,186 @@
+"""What a test uses: a device with memory, modules of PTX, launches."""
+
+from __future__ import annotations
+
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+
+from .machine import Fault, Program, Schedule, Result, Simulation
+from .memory import BASE, GlobalMemory
+from .parse import Kernel, Module, parse
+from .tensor import TensorMap
+
+_modules: dict[str, Module] = {}
+
+
+def load_module(source: str | Path) -> Module:
+    """Of a file, or of the text itself."""
+    text = Path(source).read_text() if isinstance(source, Path) or "\n" not in str(source) else source
+    if text not in _modules:
+        _modules[text] = parse(text)
+    return _modules[text]
+
+
+class Struct:
+    """A C struct: `Struct().ptr(a).i64(3).i32(1)`, aligned as C++ does."""
+
+    def __init__(self):
+        self.data, self.most = bytearray(), 1
+
+    def _put(self, fmt: str, value) -> Struct:
+        raw = struct.pack("<" + fmt, value)
+        return self.raw(raw, len(raw))
+
+    def raw(self, raw: bytes, align: int) -> Struct:
+        self.most = max(self.most, align)
+        self.data += b"\0" * (-len(self.data) % align) + raw
+        return self
+
+    def i64(self, *values: int) -> Struct:
+        for value in values:
+            self._put("q", value)
+        return self
+
+    ptr = i64
+
+    def i32(self, *values: int) -> Struct:
+        for value in values:
+            self._put("i", value)
+        return self
+
+    def f64(self, *values: float) -> Struct:
+        for value in values:
+            self._put("d", value)
+        return self
+
+    def f32(self, *values: float) -> Struct:
+        for value in values:
+            self._put("f", value)
+        return self
+
+    def u8(self, *values: int) -> Struct:
+        for value in values:
+            self._put("B", value)
+        return self
+
+    def struct(self, other: Struct) -> Struct:
+        return self.raw(bytes(other), other.most)
+
+    def __bytes__(self) -> bytes:
+        return bytes(self.data) + b"\0" * (-len(self.data) % self.most)
+
+
+class Device:
+    def __init__(self, size: int = 1 << 25):
+        self.memory = GlobalMemory(size)
+        self.memory.base = BASE
+        self.maps: dict[int, TensorMap] = {}
+        self.places: dict[int, tuple[int, np.dtype, tuple[int, ...]]] = {}
+
+    def put(self, array: np.ndarray, name: str = "", writable: bool = False, skew: int = 0) -> int:
+        """A copy of an array on the device; its address. `skew` bytes off the alignment of 256."""
+        array = np.ascontiguousarray(array)
+        at = self.memory.allocate(array.nbytes, name, writable, skew=skew)
+        self.memory.bytes[at - BASE : at - BASE + array.nbytes] = array.reshape(-1).view(np.uint8)
+        self.places[at] = (array.nbytes, array.dtype, array.shape)
+        return at
+
+    def empty(self, shape, dtype, name: str = "", skew: int = 0) -> int:
+        """Space for results, all NaN."""
+        dtype = np.dtype(dtype)
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        size = int(np.prod(shape)) * dtype.itemsize
+        at = self.memory.allocate(size, name, True, skew=skew)
+        self.memory.bytes[at - BASE : at - BASE + size] = 0xFF
+        self.places[at] = (size, dtype, shape)
+        return at
+
+    def get(self, at: int) -> np.ndarray:
+        size, dtype, shape = self.places[at]
+        return self.memory.bytes[at - BASE : at - BASE + size].copy().view(dtype).reshape(shape)
+
+    def reset(self, at: int) -> None:
+        size, _, _ = self.places[at]
+        self.memory.bytes[at - BASE : at - BASE + size] = 0xFF
+
+    def red_zones_whole(self) -> bool:
+        return bool((self.memory.bytes[self.memory.owner == 0] == 0xFF).all())
+
+    def launch(
+        self, kernel: Kernel, grid, block, params, *, shared: int = 0, cluster: int | None = None, schedule: Schedule | int = 0,
+        shared_start: int = 1024, label: str = "",
+    ) -> Result:  # fmt: skip
+        """`params` are ints, floats, bytes, Structs and TensorMaps, in order; `schedule` may be a seed."""
+        grid = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,)
+        block = tuple(block) if isinstance(block, (tuple, list)) else (block,)
+        grid, block = (grid + (1, 1, 1))[:3], (block + (1, 1, 1))[:3]
+        if isinstance(schedule, int):
+            schedule = Schedule.of(schedule)
+        if cluster is None:
+            cluster = kernel.directives.get("reqnctapercluster", (1,))[0]
+        program, size, start = self._program(kernel, shared, shared_start)
+        raw = np.zeros(max(kernel.param_bytes, 1), np.uint8)
+        assert len(params) == len(kernel.params), f"{len(kernel.params)} parameters: {[p.size for p in kernel.params]}"
+        maps = {}
+        for value, param in zip(params, kernel.params):
+            if isinstance(value, TensorMap):
+                maps[param.offset] = value
+                value = bytes(param.size)
+                self._check_map(maps[param.offset])
+            elif isinstance(value, (int, np.integer)):
+                value = (int(value) & ((1 << 8 * param.size) - 1)).to_bytes(param.size, "little")
+            elif isinstance(value, float):
+                value = struct.pack("<d" if param.size == 8 else "<f", value)
+            value = bytes(value)
+            assert len(value) == param.size, f"{param.name} has {param.size} bytes, not {len(value)}"
+            raw[param.offset : param.offset + param.size] = np.frombuffer(value, np.uint8)
+        simulation = Simulation(self, program, grid, block, cluster, size, shared, raw, schedule)
+        simulation.maps, simulation.shared_base = maps, start
+        began = time.perf_counter()
+        try:
+            result = simulation.run()
+        except Fault as fault:
+            fault.label = label
+            raise
+        result.seconds = time.perf_counter() - began
+        return result
+
+    def _check_map(self, described: TensorMap) -> None:
+        first = described.base - BASE
+        owner = self.memory.owner
+        assert owner[first] and owner[first : first + described.extent].all(), "a tensor map of memory that is nobody's"
+
+    def _program(self, kernel: Kernel, dynamic: int, start: int):
+        found = getattr(kernel, "programs", None)
+        if found is None:
+            found = kernel.programs = {}
+        if (dynamic, start) in found:
+            return found[dynamic, start]
+        symbols, at = {p.name: p.offset for p in kernel.params}, start
+        for variable in {**kernel.shared, **kernel.module.shared}.values():
+            if not variable.external:
+                at = -(-at // variable.align) * variable.align
+                symbols[variable.name] = at
+                at += variable.size
+        at = -(-at // 16) * 16
+        for variable in {**kernel.shared, **kernel.module.shared}.values():
+            if variable.external:
+                symbols[variable.name] = at
+        local = 0
+        for variable in kernel.local.values():
+            local = -(-local // variable.align) * variable.align
+            symbols[variable.name] = local
+            local += variable.size
+        for variable in kernel.module.globals.values():
+            if not variable.external:
+                place = self.memory.allocate(max(variable.size, 1), variable.name, variable.space == "global")
+                if variable.data:
+                    self.memory.bytes[place - BASE : place - BASE + len(variable.data)] = np.frombuffer(
+                        variable.data, np.uint8
+                    )
+                symbols[variable.name] = place
+        found[dynamic, start] = Program(kernel, symbols), at + dynamic, start
+        return found[dynamic, start]

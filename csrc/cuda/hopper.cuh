@@ -4,6 +4,11 @@
 // ring of stages, and of B each block of a cluster of two loads a half for both. Two compute, by turns (ping-pong):
 // while one is in its epilogue the other has the tensor cores. So the elementwise work costs nothing as long as it
 // takes less time than the products of a tile: 48 instructions a number at K = 768.
+//
+// The turns have an order. A wait on a stage sees only whether a phase is odd, so a group that looked two phases early
+// would pass. Therefore it begins a tile when the other has waited for every step of the tile before, and has issued
+// its products: two order barriers, one for each group (CUTLASS, OrderedSequenceBarrier). The first tile of a cluster
+// waits for nobody, and after the last nobody is told, so each arrival has its wait.
 #pragma once
 
 #include "hopper_epilogue.cuh"
@@ -15,6 +20,7 @@ constexpr int kStagingBytes = kTile * kTile * 2;
 constexpr int kSharedBytes = 1024 + kStages * kStageBytes + 2 * kStagingBytes + 2 * kStages * 8;
 constexpr int kProductThreads = 3 * kGroupThreads;
 constexpr int kLoaderRegisters = 40, kComputerRegisters = 232;
+constexpr int kFirstOrderBarrier = 3;  // 1 and 2 are the groups' own, in the epilogue
 
 template <Dtype D, Product::Kind KIND, Reads READS>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kProductThreads, 1)
@@ -81,6 +87,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kProductThreads, 1)
       turn = (turn + 2 * steps) % (2 * kStages);
       int before = 0;
       float c[2][64];
+      if (tile != cluster) order_wait(kFirstOrderBarrier + which);
       for (int step = 0; step < steps; ++step) {
         const uint32_t from = shared_address(stages + stage * kStageBytes);
         barrier_wait(full + 8 * stage, parity);
@@ -103,6 +110,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kProductThreads, 1)
           parity ^= 1;
         }
       }
+      if (tile + clusters < tiles) order_arrive(kFirstOrderBarrier + 1 - which);
       products_wait<0>();
       hold(c);
       release(before);

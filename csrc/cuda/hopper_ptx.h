@@ -92,6 +92,12 @@ __device__ __forceinline__ void give_registers() {
 // All threads of a warpgroup, by a barrier of its own.
 __device__ __forceinline__ void group_sync(int number) { asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory"); }
 
+// An order barrier of two warpgroups: one waits on it until the other has arrived, which goes on (PTX ISA, "bar").
+__device__ __forceinline__ void order_wait(int number) { asm volatile("bar.sync %0, 256;" ::"r"(number) : "memory"); }
+__device__ __forceinline__ void order_arrive(int number) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(number) : "memory");
+}
+
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most N groups of products are under way.

@@ -54,8 +54,10 @@ FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-# CUDA: the architectures, and the version of nvcc that knows them; sources for one of them alone.
-ARCHITECTURES = {"80": (11, 0), "90a": (12, 0), "100": (12, 8)}
+# CUDA: the oldest nvcc that has what the sources call (cudaGetDriverEntryPointByVersion); the architectures, and the
+# version of nvcc that knows them; sources for one of them alone.
+OLDEST_NVCC = (12, 5)
+ARCHITECTURES = {"80": OLDEST_NVCC, "90a": OLDEST_NVCC, "100": (12, 8)}
 HOPPER = "90a"
 NVCC_FLAGS = ["-c", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Registers in signatures are fine: they never leave a translation unit.
@@ -80,15 +82,23 @@ def compiler() -> list[str]:
 
 def nvcc() -> tuple[list[str], list[str]]:
     """The compiler of CUDA, and the architectures it compiles for."""
+    oldest = ".".join(map(str, OLDEST_NVCC))
     named = os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if shutil.which(named) is None:
-        raise Unable("no CUDA compiler was found; the CUDA toolkit (12.0 or newer) brings nvcc, NVCC=/path names it")
+        raise Unable(
+            f"no CUDA compiler was found; the CUDA toolkit ({oldest} or newer) brings nvcc, NVCC=/path names it"
+        )
     found = re.search(
         r"release (\d+)\.(\d+)", subprocess.run([named, "--version"], capture_output=True, text=True).stdout
     )
     if found is None:
         raise Unable(f"{named} --version does not say which release it is")
-    known = [name for name, since in ARCHITECTURES.items() if (int(found[1]), int(found[2])) >= since]
+    release = (int(found[1]), int(found[2]))
+    if release < OLDEST_NVCC:
+        raise Unable(
+            f"{named} is of CUDA {found[1]}.{found[2]}, and {oldest} or newer is needed; NVCC=/path names another"
+        )
+    known = [name for name, since in ARCHITECTURES.items() if release >= since]
     wanted = re.split(r"[\s;,]+", os.environ.get("FASTBP_CUDA_ARCHITECTURES", " ".join(known)).strip())
     unknown = [name for name in wanted if name not in known]
     if unknown:

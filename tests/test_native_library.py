@@ -1,6 +1,7 @@
 """A library or a build that cannot serve is explained, not called and not fatal."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,22 @@ def test_cuda_kernels_without_nvcc_are_refused_in_a_line(tmp_path):
     assert outcome.returncode == 1 and not list(tmp_path.rglob("*.o"))
     (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("fastbp:")]
     assert "no CUDA compiler was found" in line and "NVCC=/path" in line
+
+
+@pytest.mark.parametrize(("release", "served"), [("11.8", False), ("12.4", False), ("12.5", True), ("13.0", True)])
+def test_the_oldest_nvcc(tmp_path, monkeypatch, release, served):
+    """12.4 has no cudaGetDriverEntryPointByVersion, and fails in the middle of a build."""
+    fake = tmp_path / "nvcc"
+    fake.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(fake))
+    monkeypatch.delenv("FASTBP_CUDA_ARCHITECTURES", raising=False)
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="tables")
+    if served:
+        assert setup["nvcc"]() == ([str(fake)], ["80", "90a"] + ["100"] * (release == "13.0"))
+    else:
+        with pytest.raises(setup["Unable"], match=f"is of CUDA {release}, and 12.5 or newer is needed"):
+            setup["nvcc"]()
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")

@@ -127,6 +127,12 @@ def test_no_second_list_of_activations(module):
     assert list(lists_of_names('KNOWN = {"relu": 1, "gelu": 2, "silu": 3, "other": 4}'))
 
 
+def test_every_cuda_kernel_is_launched_by_one_function():
+    """There a first launch inside a graph capture is refused, and only there."""
+    launches = [path.name for path in (ROOT / "csrc").rglob("*") if path.is_file() and "<<<" in path.read_text()]
+    assert launches == ["launch.cuh"]
+
+
 def test_public_names():
     """Those of the contract that this version has; a name more or less is a decision, not an accident."""
     contract = """

@@ -1,6 +1,7 @@
 // The elementwise kernel of a forward that keeps less than z (compressed.h).
 #pragma once
 
+#include "launch.cuh"
 #include "memory.cuh"
 
 namespace fastbp::cuda {
@@ -69,7 +70,7 @@ void launch_as(const Activation& activation, const CompressedValue& v, cudaStrea
                          all_at(16, v.y) && all_at(sizeof(E4m3<D>), v.kept[0], v.kept[1]) &&
                          (v.keeps != Keeps::bits || all_at(sizeof(Bits<D>), v.beside[0]));
     const auto kernel = aligned ? compressed_value_kernel<A, D, true> : compressed_value_kernel<A, D, false>;
-    kernel<<<grid_of<D>(v), kThreads, 0, stream>>>(v, activation.params[0], activation.params[1]);
+    launch_kernel(kernel, grid_of<D>(v), kThreads, 0, stream, v, activation.params[0], activation.params[1]);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <type_traits>
 
+#include "capture.h"
 #include "errors.h"
 #include "numbers.h"
 
@@ -25,7 +26,8 @@ enum Attribute : int {
   aux_ld = 12
 };
 enum Of : uint32_t { gelu = 32, gelu_bias = 36, gelu_aux = 160, gelu_aux_bias = 164, dgelu = 192, dgelu_bgrad = 208 };
-constexpr int kWorkspaceBytes = 1, kCompute32F = 68, kNone = 0, kTranspose = 1, kVersions[] = {14, 13, 12};
+enum Preference : int { workspace_bytes = 1, alignment_a = 5, alignment_b = 6, alignment_c = 7, alignment_d = 8 };
+constexpr int kCompute32F = 68, kNone = 0, kTranspose = 1, kVersions[] = {14, 13, 12};
 
 struct Algorithm {
   uint64_t data[8];
@@ -102,13 +104,22 @@ class Described {
   int (*end_)(void*);
 };
 
-void* handle_of(int32_t device) {
+void* handle_of(int32_t device, cudaStream_t stream) {
   constexpr int kMost = 64;
   static std::array<void*, kMost> handles;
   static std::array<std::once_flag, kMost> made;
   check(device >= 0 && device < kMost, "device numbers go up to 63");
-  std::call_once(made[device], [device] { expect(library().create(&handles[device])); });
+  std::call_once(made[device], [device, stream] {
+    first_outside_capture(&handles[device], stream);
+    expect(library().create(&handles[device]));
+  });
   return handles[device];
+}
+
+// The largest power of two that divides an address, up to what cuBLASLt assumes where nobody says it.
+uint32_t alignment_of(const void* pointer) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer) | 256;
+  return static_cast<uint32_t>(address & -address);
 }
 
 bool at_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -153,12 +164,19 @@ bool launch_library_product(const Activation& activation, const Product& p, int3
   expect(l.make_matrix(&a.it, type, k, columns, p.a.stride));
   expect(l.make_matrix(&out.it, type, rows, columns, p.n));
   expect(l.make_preference(&preference.it));
-  expect(l.prefer(preference.it, kWorkspaceBytes, &kLibraryWorkspace, sizeof(kLibraryWorkspace)));
+  const auto prefer = [&](Preference which, const auto& value) {
+    expect(l.prefer(preference.it, which, &value, sizeof(value)));
+  };
+  void* const to = forward ? p.y : p.first;
+  prefer(workspace_bytes, kLibraryWorkspace);
+  prefer(alignment_a, alignment_of(p.b.data));
+  prefer(alignment_b, alignment_of(p.a.data));
+  prefer(alignment_c, alignment_of(to));
+  prefer(alignment_d, alignment_of(to));
   Found best{};
   int count = 0;
-  void* const handle = handle_of(device);
+  void* const handle = handle_of(device, stream);
   if (l.find(handle, product.it, b.it, a.it, out.it, out.it, preference.it, 1, &best, &count) || !count) return false;
-  void* const to = forward ? p.y : p.first;
   const float one = 1, zero = 0;
   expect(l.multiply(handle, product.it, &one, p.b.data, b.it, p.a.data, a.it, &zero, to, out.it, to, out.it,
                     &best.algorithm, workspace, kLibraryWorkspace, stream));

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "compressed.cuh"
+#include "launch.cuh"
 
 namespace fastbp::cuda {
 
@@ -157,11 +158,8 @@ void launch_as(const Activation& activation, const Value& v, cudaStream_t stream
   auto* y = static_cast<Memory<D>*>(v.y);
   const bool aligned = all_at(16, v.gate, v.up, v.y);
   const auto [p0, p1] = activation.params;
-  if (up) {
-    value_kernel<A, D, true><<<blocks, kThreads, 0, stream>>>(gate, up, y, v.size, p0, p1, aligned);
-  } else {
-    value_kernel<A, D, false><<<blocks, kThreads, 0, stream>>>(gate, up, y, v.size, p0, p1, aligned);
-  }
+  const auto kernel = up ? value_kernel<A, D, true> : value_kernel<A, D, false>;
+  launch_kernel(kernel, blocks, kThreads, 0, stream, gate, up, y, v.size, p0, p1, aligned);
 }
 
 // Whether packs of 16 bytes reach all of a matrix, and words what lies beside it or in its place.
@@ -189,7 +187,7 @@ void launch_as(const Activation& activation, const ChainRule& rule, cudaStream_t
       kernel = aligned ? chain_rule_kernel<A, D, Reads::side, true> : chain_rule_kernel<A, D, Reads::side, false>;
     }
   }
-  kernel<<<grid_of<D>(rule), kThreads, 0, stream>>>(rule, activation.params[0], activation.params[1]);
+  launch_kernel(kernel, grid_of<D>(rule), kThreads, 0, stream, rule, activation.params[0], activation.params[1]);
 }
 
 template <class A, Dtype D>
@@ -197,7 +195,7 @@ void launch_as(const Activation& activation, const GatedChainRule& rule, cudaStr
   if (rule.n == 0) return;
   const bool aligned = in_packs<D>(rule, rule.gate, rule.up) && all_at(16, rule.dgate, rule.dup);
   const auto kernel = aligned ? gated_chain_rule_kernel<A, D, true> : gated_chain_rule_kernel<A, D, false>;
-  kernel<<<grid_of<D>(rule), kThreads, 0, stream>>>(rule, activation.params[0], activation.params[1]);
+  launch_kernel(kernel, grid_of<D>(rule), kThreads, 0, stream, rule, activation.params[0], activation.params[1]);
 }
 
 template <Dtype D, class Pass>
@@ -213,8 +211,8 @@ template <Dtype D>
 void launch_column_sum_of(const void* sums, void* out, int64_t strips, int64_t n, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((n + kLanes - 1) / kLanes);
   if (blocks == 0) return;
-  column_sum_kernel<D>
-      <<<blocks, kThreads, 0, stream>>>(static_cast<const Sum<D>*>(sums), static_cast<Memory<D>*>(out), strips, n);
+  launch_kernel(column_sum_kernel<D>, blocks, kThreads, 0, stream, static_cast<const Sum<D>*>(sums),
+                static_cast<Memory<D>*>(out), strips, n);
 }
 
 // What a .cu file instantiates, of one dtype.

@@ -7,6 +7,7 @@
 
 #include "errors.h"
 #include "hopper.cuh"
+#include "launch.cuh"
 
 namespace fastbp::cuda {
 
@@ -30,7 +31,8 @@ void launch_product_as(const Activation& activation, const Product& product, int
   const int64_t tiles = (product.m + 2 * kTile - 1) / (2 * kTile) * ((product.n + columns - 1) / columns);
   const auto clusters = static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>(tiles, processors / 2)));
   const auto [p0, p1] = activation.params;
-  kernel<<<2 * clusters, kProductThreads, kSharedBytes, stream>>>(a, b, b2, {product, activation.number, p0, p1});
+  launch_kernel(kernel, 2 * clusters, kProductThreads, kSharedBytes, stream, a, b, b2,
+                ProductArguments{product, activation.number, p0, p1});
 }
 
 #define FASTBP_PRODUCT(PREFIX, KIND)                                                                             \

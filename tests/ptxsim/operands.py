@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from .alu import LANES, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, Unsupported, i8
+from .dtypes import LANES, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, i8
+from .faults import Fault, Unsupported
+from .ir import Address, Imm, Instr, Not, Reg, Special, Symbol
 from .memory import BASE
-from .parse import Address, Imm, Instr, Not, Reg, Special, Symbol
 
 FULL = np.ones(LANES, bool)
 LANE = np.arange(LANES)
-RANK_SHIFT = 24  # a shared address of a cluster: which block, plus one, and where in it
+RANK_SHIFT = 24  # a shared address of a cluster: which cta, plus one, and where in it
 BLOCK_MASK = (1 << RANK_SHIFT) - 1
 BY_COPY = 0x8000  # in SharedMemory.dirty: by cp.async, after which Triton fences nothing
 
@@ -106,8 +107,6 @@ class Operands:
 
     @staticmethod
     def fault(kind, w, instr, message):
-        from .machine import Fault
-
         raise Fault(kind, f"{w.where(instr)}: {message}")
 
     @staticmethod
@@ -168,7 +167,7 @@ class Operands:
         return at
 
     def check_alone(self, w, instr, at, size, writes) -> None:
-        """That no other warp of this launch has written these bytes: blocks of these kernels tell one another nothing."""
+        """That no other warp of this launch has written these bytes."""
         memory = w.sim.memory
         at = (at[:, None] + np.arange(size)).ravel()
         last = memory.writer[at]
@@ -180,40 +179,40 @@ class Operands:
         if writes:
             memory.writer[at] = w.uid
 
-    def shared_block(self, w, instr, address):
-        """The block of an address, by its first lane, and offsets in it."""
+    def cta_of(self, w, instr, address):
+        """The CTA of an address, by its first lane, and offsets in it."""
         rank = int(address) >> RANK_SHIFT
         if rank == 0:
-            return w.block
-        blocks = w.block.cluster.blocks
-        if not 0 < rank <= len(blocks):
-            self.fault("address", w, instr, f"shared address {int(address):#x} is of no block of the cluster")
-        return blocks[rank - 1]
+            return w.cta
+        ctas = w.cta.cluster.ctas
+        if not 0 < rank <= len(ctas):
+            self.fault("address", w, instr, f"shared address {int(address):#x} is of no CTA of the cluster")
+        return ctas[rank - 1]
 
     def check_shared(self, w, instr, address, m, size, writes, collective=False, same=None):
         if m is not None:
             address = np.where(m, address, address[int(m.argmax())])
-        block = self.shared_block(w, instr, address[0])
+        cta = self.cta_of(w, instr, address[0])
         if (address >> RANK_SHIFT != address[0] >> RANK_SHIFT).any():
-            self.fault("unsupported", w, instr, "lanes that reach into several blocks")
+            self.fault("unsupported", w, instr, "lanes that reach into several CTAs")
         at = address & BLOCK_MASK
-        shared = block.shared
+        shared = cta.shared
         if shared is None:
-            self.fault("exited", w, instr, "the shared memory of a block that has ended")
+            self.fault("exited", w, instr, "the shared memory of a CTA that has ended")
         if int(at.max()) + size > shared.size or int(at.min()) < w.sim.shared_base:
             self.fault("out of bounds", w, instr, f"shared memory at {int(at.max()):#x} of {shared.size:#x} bytes")
         if size > 1 and (at & (size - 1)).any():
             self.fault("misaligned", w, instr, f"{size} bytes of shared memory")
-        races = w.block.cluster.races
+        races = w.cta.cluster.races
         if races is not None:
-            races.access(w, instr, block.rank, at, m, size, writes, collective, same and (lambda: same(shared, at)))
+            races.access(w, instr, cta.rank, at, m, size, writes, collective, same and (lambda: same(shared, at)))
         part = at >> 4
         if shared.flight[part].any():
             what = "overwrites" if writes else "reads"
             w.sim.report("race", f"{w.where(instr)} {what} shared memory into which a copy is under way")
         if writes:
             shared.dirty[part if m is None else part[m]] = w.number + 1
-            for base in block.mbars:
+            for base in cta.mbarriers:
                 if ((at < base + 8) & (at + size > base)).any():
                     self.fault("barrier", w, instr, "an ordinary store to an mbarrier")
         return shared, at

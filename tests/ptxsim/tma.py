@@ -1,17 +1,18 @@
-"""What moves in the background: tensor copies (TMA), bulk groups, and cp.async."""
+"""Tensor copies and bulk-groups (ISA, "cp.async.bulk.tensor")."""
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 import numpy as np
 
-from .alu import LANES, PARAM_WINDOW, Unsupported, i4, i8, u2
-from .memory import BASE
-from .operands import BLOCK_MASK, BY_COPY, FULL, Operands
+from .dtypes import PARAM_WINDOW, i4, u2
+from .faults import Unsupported
+from .operands import BLOCK_MASK, Operands
 
 
-class Copies(Operands):
+class TensorCopies(Operands):
     def make_cp(self, instr):
         mods = instr.mods
         if mods[:3] == ("async", "bulk", "tensor"):
@@ -54,34 +55,34 @@ class Copies(Operands):
                 if len(where) != len(found.box):
                     self.fault("tensor map", w, instr, "its rank is another")
                 target = int(a[lane])
-                home = self.shared_block(w, instr, target)
+                home = self.cta_of(w, instr, target)
                 at, bar = target & BLOCK_MASK, int(b[lane]) & BLOCK_MASK
                 if at % 128 or at < sim.shared_base or at + found.bytes > home.shared.size:
                     self.fault("tensor copy", w, instr, f"to shared memory at {at:#x}")
-                blocks = w.block.cluster.blocks
-                chosen = [x for x in blocks if int(masks[lane]) >> x.rank & 1] if masks is not None else [home]
-                if masks is not None and int(masks[lane]) >> len(blocks):
-                    self.fault("tensor copy", w, instr, f"to blocks {int(masks[lane]):b} of {len(blocks)}")
-                for block in chosen:
-                    self._start_load(w, instr, found, where, block, at, bar)
+                ctas = w.cta.cluster.ctas
+                chosen = [x for x in ctas if int(masks[lane]) >> x.rank & 1] if masks is not None else [home]
+                if masks is not None and int(masks[lane]) >> len(ctas):
+                    self.fault("tensor copy", w, instr, f"to CTAs {int(masks[lane]):b} of {len(ctas)}")
+                for cta in chosen:
+                    self._start_load(w, instr, found, where, cta, at, bar)
             return True
 
         return load
 
-    def _start_load(self, w, instr, found, where, block, at, bar_at):
-        """Into one block, in a few pieces that land when they like."""
+    def _start_load(self, w, instr, found, where, cta, at, bar_at):
+        """Into one cta, in a few pieces that land when they like."""
         sim = w.sim
-        if block.shared is None:
-            self.fault("exited", w, instr, "a copy into a block that has ended")
+        if cta.shared is None:
+            self.fault("exited", w, instr, "a copy into a CTA that has ended")
         rows = found.rows
         # 1, 2 or 4 pieces of whole rows
         pieces = sim.rng.choice([1, 2, 4])
         cuts = sorted({0, rows, *(sim.rng.randrange(1, rows) for _ in range(pieces - 1))}) if rows > 1 else [0, rows]
-        shared = block.shared
+        shared = cta.shared
         parts = found.parts(at)
         flat = parts.ravel()
         wide = shared.views[16]
-        if block.mbars and any(at <= base < at + found.bytes for base in block.mbars):
+        if cta.mbarriers and any(at <= base < at + found.bytes for base in cta.mbarriers):
             self.fault("tensor copy", w, instr, "over an mbarrier")
         if shared.dirty[flat].any():
             sim.report(
@@ -90,9 +91,9 @@ class Copies(Operands):
             shared.dirty[flat] = 0
         if shared.flight[flat].any():
             sim.report("race", f"{w.where(instr)}: two tensor copies into the same shared memory")
-        there = block.mbars.get(bar_at)
+        there = cta.mbarriers.get(bar_at)
         if there is not None and there.clocks:
-            w.block.cluster.races.copy_into(w, instr, block.rank, flat, there.clocks, there.phase)
+            w.cta.cluster.races.copy_into(w, instr, cta.rank, flat, there.clocks, there.phase)
         poison = wide[flat].copy()
         poison.view(np.uint8)[:] = 0xFF
         wide[flat] = poison
@@ -100,12 +101,12 @@ class Copies(Operands):
 
         def land(first, last):
             def operation():
-                if block.shared is None:
-                    self.fault("exited", w, instr, "a copy into a block that has ended")
-                bar = block.mbars.get(bar_at)
+                if cta.shared is None:
+                    self.fault("exited", w, instr, "a copy into a CTA that has ended")
+                bar = cta.mbarriers.get(bar_at)
                 if bar is None:
                     self.fault(
-                        "barrier", w, instr, f"no mbarrier at {bar_at:#x} of block {block.rank} for the bytes of a copy"
+                        "barrier", w, instr, f"no mbarrier at {bar_at:#x} of CTA {cta.rank} for the bytes of a copy"
                     )
                 if not bar.shown:
                     sim.report(
@@ -119,7 +120,7 @@ class Copies(Operands):
 
             return operation
 
-        for first, last in zip(cuts, cuts[1:]):
+        for first, last in itertools.pairwise(cuts):
             sim.later(land(first, last))
 
     def _tensor_store(self, instr):
@@ -136,16 +137,19 @@ class Copies(Operands):
                 found = self.tensor_map(w, instr, int(t[lane]) + target.offset)
                 where = tuple(int(p[lane]) for p in places)
                 at = int(a[lane]) & BLOCK_MASK
-                shared = w.block.shared
+                shared = w.cta.shared
                 if at % 128 or at + found.bytes > shared.size:
                     self.fault("tensor copy", w, instr, f"from shared memory at {at:#x}")
                 parts = found.parts(at)
                 if shared.dirty[parts].any():
                     who = sorted(set(shared.dirty[parts].ravel().tolist()) - {0})
-                    sim.report("proxy", f"{w.where(instr)}: a tensor store reads what warps {[x - 1 for x in who]} wrote "
-                               "without fence.proxy.async")  # fmt: skip
-                if w.block.cluster.races:
-                    w.block.cluster.races.read_async(w, instr, w.block.rank, parts, 1)
+                    sim.report(
+                        "proxy",
+                        f"{w.where(instr)}: a tensor store reads what warps {[x - 1 for x in who]} wrote "
+                        "without fence.proxy.async",
+                    )
+                if w.cta.cluster.races:
+                    w.cta.cluster.races.read_async(w, instr, w.cta.rank, parts, 1)
                 operation = {"read": False, "done": False}
 
                 def read(operation=operation, found=found, parts=parts, shared=shared):
@@ -174,8 +178,8 @@ class Copies(Operands):
             for lane in self.each(m):
                 lane = int(lane)
                 w.bulk_groups.setdefault(lane, deque()).append(w.bulk_open.pop(lane, []))
-            if w.block.cluster.races:
-                w.block.cluster.races.commit(w, 1)
+            if w.cta.cluster.races:
+                w.cta.cluster.races.commit(w, 1)
             return True
 
         return commit
@@ -190,8 +194,8 @@ class Copies(Operands):
                 groups = w.bulk_groups.get(int(lane))
                 if not groups:
                     continue
-                if w.block.cluster.races:
-                    w.block.cluster.races.waited(w, 1, keep)
+                if w.cta.cluster.races:
+                    w.cta.cluster.races.waited(w, 1, keep)
                 for group in list(groups)[: max(0, len(groups) - keep)]:
                     for operation in group:
                         operation["run_read"]()
@@ -200,87 +204,6 @@ class Copies(Operands):
                 if not reads:
                     while len(groups) > keep:
                         groups.popleft()
-            return True
-
-        return wait
-
-    def _copy(self, instr):
-        to, source, size, *rest = instr.args
-        to, source = self.shared_address(to), self.address(source)
-        size = size.value
-        given = self.reader(rest[0], i8) if rest else None
-
-        def copy(w, g, m):
-            sim = w.sim
-            a, b = to(w), source(w)
-            lanes = np.flatnonzero(FULL if m is None else m)
-            count = given(w)[lanes] if given else np.full(len(lanes), size)
-            if ((count != 0) & (count != size)).any():
-                self.fault("unsupported", w, instr, "a copy of a part")
-            block = self.shared_block(w, instr, a[lanes[0]])
-            shared, at = block.shared, a[lanes] & BLOCK_MASK
-            if int(at.max()) + size > shared.size or (at & (size - 1)).any():
-                self.fault("out of bounds", w, instr, "cp.async into shared memory")
-            if w.block.cluster.races is not None:
-                w.block.cluster.races.copy_async(w, instr, block.rank, at, size)
-            reads = count == size
-            from_ = b - np.int64(BASE)
-            if reads.any():
-                chosen = np.zeros(LANES, bool)
-                chosen[lanes[reads]] = True
-                from_ = self.check_global(w, instr, b, None if chosen.all() else chosen, size, False)
-            from_ = from_[lanes]
-            shift = min(size, 16).bit_length() - 1
-            view, memory = shared.views[size], sim.memory.views[size]
-            shared.bytes[(at[:, None] + np.arange(size)).ravel()] = 0xFF
-            part = at >> 4
-            np.add.at(shared.flight, part, 1)
-            state = {"done": False}
-
-            def operation():
-                if state["done"]:
-                    return
-                state["done"] = True
-                view[at[~reads] >> shift] = 0
-                view[at[reads] >> shift] = memory[from_[reads] >> shift]
-                np.subtract.at(shared.flight, part, 1)
-                shared.dirty[part] = BY_COPY | (w.number + 1)
-
-            w.copies.append(operation)
-            sim.later(operation)
-            return True
-
-        return copy
-
-    def _commit(self, instr):
-        def commit(w, g, m):
-            if not self.whole(w, g):
-                return False
-            w.copy_groups.append(w.copies)
-            w.copies = []
-            if w.block.cluster.races:
-                w.block.cluster.races.commit(w, 2)
-            return True
-
-        return commit
-
-    def _wait_group(self, instr):
-        keep = instr.args[0].value if instr.args else 0
-
-        def wait(w, g, m):
-            if not self.whole(w, g):
-                return False
-            races = w.block.cluster.races
-            if "wait_all" in instr.mods:
-                w.copy_groups.append(w.copies)
-                w.copies = []
-                if races:
-                    races.commit(w, 2)
-            if races:
-                races.waited(w, 2, keep)
-            while len(w.copy_groups) > keep:
-                for operation in w.copy_groups.popleft():
-                    operation()
             return True
 
         return wait

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .machine import Fault, Program, Schedule, Result, Simulation
+from .faults import Fault
+from .ir import Kernel, Module
 from .memory import BASE, GlobalMemory
-from .parse import Kernel, Module, parse
-from .tensor import TensorMap
+from .parse_module import parse
+from .program import Program
+from .schedule import Schedule
+from .simulation import Result, Simulation
+from .tensor_map import TensorMap
 
 _modules: dict[str, Module] = {}
 
@@ -110,13 +114,22 @@ class Device:
         return bool((self.memory.bytes[self.memory.owner == 0] == 0xFF).all())
 
     def launch(
-        self, kernel: Kernel, grid, block, params, *, shared: int = 0, cluster: int | None = None, schedule: Schedule | int = 0,
-        shared_start: int = 1024, label: str = "",
-    ) -> Result:  # fmt: skip
+        self,
+        kernel: Kernel,
+        grid,
+        block,
+        params,
+        *,
+        shared: int = 0,
+        cluster: int | None = None,
+        schedule: Schedule | int = 0,
+        shared_start: int = 1024,
+        label: str = "",
+    ) -> Result:
         """`params` are ints, floats, bytes, Structs and TensorMaps, in order; `schedule` may be a seed."""
         grid = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,)
         block = tuple(block) if isinstance(block, (tuple, list)) else (block,)
-        grid, block = (grid + (1, 1, 1))[:3], (block + (1, 1, 1))[:3]
+        grid, block = ((*grid, 1, 1, 1))[:3], ((*block, 1, 1, 1))[:3]
         if isinstance(schedule, int):
             schedule = Schedule.of(schedule)
         if cluster is None:
@@ -125,7 +138,7 @@ class Device:
         raw = np.zeros(max(kernel.param_bytes, 1), np.uint8)
         assert len(params) == len(kernel.params), f"{len(kernel.params)} parameters: {[p.size for p in kernel.params]}"
         maps = {}
-        for value, param in zip(params, kernel.params):
+        for value, param in zip(params, kernel.params, strict=True):
             if isinstance(value, TensorMap):
                 maps[param.offset] = value
                 value = bytes(param.size)

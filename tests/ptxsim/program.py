@@ -1,0 +1,112 @@
+"""A kernel made ready to run: steps by program counter, translated when they are met first."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from .effects import Effects
+from .faults import Fault, Unsupported
+from .ir import Kernel, Not
+from .registers import POISON, bits_of
+from .translator import Translator
+
+
+class Step:
+    __slots__ = ("count", "first", "full", "instr", "kind", "masked", "next")
+
+
+class Program:
+    """A kernel made ready to run: steps by program counter, translated when they are met first."""
+
+    def __init__(self, kernel: Kernel, symbols: dict[str, int]):
+        self.kernel, self.symbols = kernel, symbols
+        self.translator = Translator(kernel, symbols)
+        self.effects = Effects(self)
+        self.steps: list[Step | None] = [None] * (len(kernel.instrs) + 1)
+        self.met: Counter = Counter()  # steps by program counter
+        self.poison = [POISON["pred"] if r.type == "pred" else POISON[bits_of(r.type)] for r in kernel.registers]
+        self.poison = [
+            p if r.type == "pred" else p.view(self.translator.storage[r.number])
+            for p, r in zip(self.poison, kernel.registers, strict=True)
+        ]
+
+    def coverage(self) -> tuple[float, list[tuple[int, int]]]:
+        """The share of instructions that any launch so far has met, and the lines from and to of those it has not."""
+        instrs = self.kernel.instrs
+        seen = np.zeros(len(instrs), bool)
+        for pc, times in self.met.items():
+            if times and pc < len(instrs):
+                seen[pc : max(self.steps[pc].next, pc + 1)] = True
+        gaps: list[tuple[int, int]] = []
+        for pc in np.flatnonzero(~seen):
+            line = instrs[pc].line
+            if pc and not seen[pc - 1] and gaps:
+                gaps[-1] = gaps[-1][0], line
+            else:
+                gaps.append((line, line))
+        return float(seen.mean()) if len(instrs) else 1.0, gaps
+
+    def pure(self, pc: int):
+        """The Python of an instruction of arithmetic, or None."""
+        instr = self.kernel.instrs[pc]
+        if instr.op in Effects.OPS or instr.op in ("bra", "ret", "exit", "brx"):
+            return None
+        return self.translator.statements(instr, False)
+
+    def build(self, pc: int) -> Step:
+        instrs, step = self.kernel.instrs, Step()
+        step.first = pc
+        if pc >= len(instrs):
+            step.kind, step.count, step.instr = "exit", 0, None
+            step.next = pc
+            self.steps[pc] = step
+            return step
+        instr = step.instr = instrs[pc]
+        step.count, step.next, step.masked = 1, pc + 1, None
+        try:
+            if instr.op == "bra":
+                step.kind = "bra"
+                step.full = None
+                if instr.guard is not None:
+                    negated = isinstance(instr.guard, Not)
+                    step.full = ((instr.guard.of if negated else instr.guard).number, negated)
+            elif instr.op in ("ret", "exit"):
+                step.kind = "exit"
+                step.full = self.effects.guard(instr)
+            elif instr.op == "brx":
+                step.kind = "effect"
+                step.full = self.effects.make_brx(instr)
+            elif instr.op in Effects.OPS:
+                step.kind = "effect"
+                step.full = self.effects.make(instr)
+            else:
+                step.kind = "arithmetic"
+                end = pc
+                while end < len(instrs) and (end == pc or end not in self.kernel.leaders) and end - pc < 400:
+                    lines = self.pure(end)
+                    if lines is None:
+                        break
+                    end += 1
+                step.next, step.count = end, end - pc
+                step.full, step.masked = self._function(pc, end, False), None
+        except Unsupported as reason:
+            raise Fault("unsupported", f"line {instr.line}: {instr.text[:120]} ({reason})") from None
+        self.steps[pc] = step
+        return step
+
+    def _function(self, start: int, end: int, masked: bool):
+        lines = ["def run(R, w, m):"]
+        for pc in range(start, end):
+            lines += [f" {line}" for line in self.translator.statements(self.kernel.instrs[pc], masked) if line]
+        if len(lines) == 1:
+            lines.append(" pass")
+        names = self.translator.names
+        exec(compile("\n".join(lines), f"<{self.kernel.name[:40]}:{self.kernel.instrs[start].line}>", "exec"), names)
+        return names["run"]
+
+    def masked(self, step: Step):
+        if step.masked is None:
+            step.masked = self._function(step.first, step.next, True)
+        return step.masked

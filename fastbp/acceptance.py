@@ -13,7 +13,7 @@ of the whole). A number that is small by chance is not held to its own size, for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -44,6 +44,33 @@ def poisoned() -> Iterator[None]:
     finally:
         fill.fill_uninitialized_memory = before  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line, for compilers and drivers write pages."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def rms_error(found: Tensor, exact: Tensor) -> float:
+    """The RMS error over the RMS value, for a figure; infinite where it is no number, or not even the shape is right."""
+    if found.shape != exact.shape:
+        return math.inf
+    error = ((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+    return math.inf if math.isnan(error) else error
+
+
+class Originals:
+    """The tensors of a call, to see whether somebody wrote over them; then they are as they were again."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.pairs = [(t.detach(), t.detach().clone()) for t in tensors]
+
+    def overwritten(self) -> str | None:
+        """Why a candidate is refused that wrote where it may only read, or None."""
+        spoilt = [(t, original) for t, original in self.pairs if not torch.equal(t, original)]
+        for t, original in spoilt:
+            t.copy_(original)
+        return f"it wrote over {_form(spoilt[0][0])}, which it may only read" if spoilt else None
 
 
 class Errors(NamedTuple):

@@ -63,7 +63,7 @@ SPOILT = {
     "nan in one number": (put(-1, -1, float("nan")), "has nan at row {last}, column 39, instead of"),
     "the last row is zero": (put(-1, slice(None), 0.0), "at row {last}, column"),
     "a column is half": (lambda y: y[:, 5].mul_(0.5), "column 5, instead of"),
-    "a column is off by 6 %": (lambda y: y[:, 5].mul_(1.06), "column 5, instead of"),
+    "a column is off by a tenth": (lambda y: y[:, 5].mul_(1.1), "column 5, instead of"),
     "a row is off by 3 %": (lambda y: y[9].mul_(1.03), "row 9"),
     "the largest number is zero": (lambda y: y.view(-1)[y.argmax()].zero_(), ": 0 at row"),
     "one number is its neighbour": (lambda y: y.view(-1).__setitem__(int(y.argmax()), y.min()), "instead of"),

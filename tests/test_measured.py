@@ -17,7 +17,7 @@ from fastbp import backends
 from fastbp.backends import measured, native
 from fastbp.backends.measured import EAGER, Sizes, Subject
 from fastbp.forms import FORMS
-from fastbp.tuning import race
+from fastbp.tuning.drawn import draw
 from fastbp.tuning.jobs import parse
 
 pytestmark = pytest.mark.usefixtures("own_choices")
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("own_choices")
 def test_calls_of_these_sizes_take_what_was_measured(form):
     """Told by the node of autograd that they leave, and by the config that it was given."""
     job = parse("x", KEYS[form], CPU)
-    call = race._draw(job)
+    call = draw(job)
     first, *others = call.inputs
 
     def taken(change=lambda t: t, config=job.config):
@@ -57,7 +57,7 @@ def test_calls_of_these_sizes_take_what_was_measured(form):
 def test_what_is_refused_is_refused_where_sizes_were_measured(form, fastest):
     """With the sizes of the call that was measured, or none, before and after a call that is served."""
     job = parse("x", KEYS[form], CPU)
-    call = race._draw(job)
+    call = draw(job)
     weights, biases = list(call.weights), list(call.biases)
     put(job.key, "reference" if fastest == "native" and native.unavailable else fastest)
 
@@ -99,7 +99,7 @@ def test_what_is_refused_is_refused_where_sizes_were_measured(form, fastest):
 
 def test_a_backward_call_does_not_vouch_for_the_shapes_of_a_forward_one():
     job = parse("x", KEYS["linear_act"], CPU)
-    call = race._draw(job)
+    call = draw(job)
     eager = backends.with_choice(job.config, measured.Choice(EAGER))
     choice = measured.by_sizes(job.config, {job.sizes: eager})
     (weight,), bias = call.weights, call.biases[0][:1]
@@ -193,7 +193,7 @@ def test_an_entry_that_says_nothing_usable_is_as_if_not_there(entry, capsys):
     backends.remember(CPU, key, entry)
     backends.remember(CPU, "no problem at all", {"fastest": "reference"})
     job = parse("x", key, CPU)
-    call = race._draw(job)
+    call = draw(job)
     rule = "native" if native.unavailable is None else "reference"
     taken = backends.choose(job.config, call.inputs[0], (*call.weights, *call.biases), call.weights)
     assert (taken.backend, taken.route) == (rule, "")
@@ -222,7 +222,7 @@ def test_a_warm_cache_costs_nothing_at_import_and_little_a_call(own_choices):
     """0.6 µs, where looking up an unmeasured call takes as much: a ratio, for a busy machine is slower in both."""
     key = "linear_act 4x8x8 gelu float32 preact"
     job = parse("x", key, CPU)
-    call = race._draw(job)
+    call = draw(job)
     tensors = (*call.weights, *call.biases)
 
     def nanoseconds():

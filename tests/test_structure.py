@@ -22,7 +22,19 @@ GENERATED = ("_activations.py", "_activations_16.py", "activations.h")
 
 # From the ground up: a room imports rooms of the floors beneath it, and itself. Rooms of one floor are strangers.
 FLOORS = (
-    ("formulas", "version", "cache", "casts", "accumulation", "memory", "copies", "source", "imports", "stock"),
+    (
+        "formulas",
+        "version",
+        "cache",
+        "acceptance",
+        "casts",
+        "accumulation",
+        "memory",
+        "copies",
+        "source",
+        "imports",
+        "stock",
+    ),
     ("side_formulas", "compression", "flops"),
     ("activations",),
     ("recognition", "forms", "foreign"),

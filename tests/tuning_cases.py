@@ -20,3 +20,24 @@ with_native = pytest.mark.skipif(native.unavailable is not None, reason=f"native
 
 def put(key, fastest, **entry):
     backends.remember(CPU, key, {"fastest": fastest} | entry)
+
+
+def spoiling(name, spoil, result):
+    """A backend that computes as the reference does, and then spoils its output, or the gradient of x."""
+    right = backends.BACKENDS["reference"]
+
+    def forward(config, x, tensors):
+        y, *kept = right.forward(config, x, tensors)
+        if result == "output":
+            spoil(y)
+        return [y, *kept]
+
+    def backward(*arguments, **options):
+        grads = right.backward(*arguments, **options)
+        if result == "gradient":
+            spoil(grads[0])
+        return grads
+
+    module = type(backends)(name)
+    module.__dict__.update(vars(right), forward=forward, backward=backward)
+    return module

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbp import cache
 from fastbp.activations import nearest
 from fastbp.backends import measured, native, reference, triton
 from fastbp.backends.measured import EAGER, Choice
@@ -170,14 +171,13 @@ def watching(watcher: Callable[[Config, Tensor, Sequence[Tensor | None]], None])
 
 def environment(device: torch.device) -> measured.Environment:
     """What a measurement on this device belongs to."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else measured.cpu_facts().get("model name", "unknown")
-    )
+    if device.type == "cuda":
+        facts = cache.gpu_facts(device)
+    else:
+        facts = {"device": measured.cpu_facts().get("model name", "unknown")}
     threads = [("threads", str(torch.get_num_threads()))] if device.type == "cpu" else []
     kernels = [(key, e if isinstance(e, str) else e.identity(device)) for key, e in BACKENDS.items()]
-    return (("device", name), ("torch", torch.__version__), *threads, *kernels)
+    return (*facts.items(), ("torch", torch.__version__), *threads, *kernels)
 
 
 def remember(device: torch.device, problem: str, entry: dict[str, Any]) -> bool:

@@ -2,7 +2,8 @@
 
 ``remember`` writes it into the cache and ``recall`` looks it up, by the form of the call, its activation, dtype, save
 policy and sizes; nothing is ever measured in a call. A file belongs to one device, one version of torch, these very
-kernels and on a CPU so many threads: its name is the digest of them, and what was measured with others is not found.
+kernels, on a GPU one driver and on a CPU so many threads: its name is the digest of them, and what was measured with
+others is not found.
 """
 
 from __future__ import annotations
@@ -154,8 +155,12 @@ _unwritten: dict[Environment, dict[str, Any]] = {}  # where the cache cannot be 
 
 def inventory(environment: Environment) -> dict[str, Any]:
     """Every problem of an environment, with what was measured of it."""
-    found = cache.read(file_name(environment)).get("problems")
-    return (found if isinstance(found, dict) else {}) | _unwritten.get(environment, {})
+    return _problems(cache.read(file_name(environment))) | _unwritten.get(environment, {})
+
+
+def _problems(content: dict[str, Any]) -> dict[str, Any]:
+    found = content.get("problems")
+    return found if isinstance(found, dict) else {}
 
 
 def remember(environment: Environment, problem: str, entry: dict[str, Any]) -> bool:
@@ -163,11 +168,14 @@ def remember(environment: Environment, problem: str, entry: dict[str, Any]) -> b
 
     False, with a warning, where the cache cannot be written: then this process knows it alone.
     """
-    problems = inventory(environment) | {problem: entry}
-    written = cache.write(file_name(environment), {"environment": dict(environment), "problems": problems})
-    _unwritten.pop(environment, None)
+    new = _unwritten.pop(environment, {}) | {problem: entry}
+
+    def added(content: dict[str, Any]) -> dict[str, Any]:
+        return {"environment": dict(environment), "problems": _problems(content) | new}
+
+    written = cache.change(file_name(environment), added)
     if not written:
-        _unwritten[environment] = problems
+        _unwritten[environment] = new
     forget()
     return written
 

@@ -51,7 +51,7 @@ class TunedCall:
 
     @property
     def fastest(self) -> str:
-        return fastest_of(self.milliseconds, self.unmeasured)
+        return fastest_of(self.milliseconds, self.unmeasured) if self.milliseconds else self.unmeasured
 
     @property
     def gain(self) -> float:
@@ -59,6 +59,9 @@ class TunedCall:
         return self.milliseconds.get(self.unmeasured, float("nan")) / self.milliseconds[self.fastest]
 
     def __str__(self) -> str:
+        if not self.milliseconds:
+            reasons = "; ".join(dict.fromkeys(self.refused.values()))
+            return f"{self.call}: not measured, {self.unmeasured} stays: {reasons}"
         others = sorted(((ms, name) for name, ms in self.milliseconds.items() if name != self.fastest))
         best = self.milliseconds[self.fastest]
         then = f", then {others[0][1]} {others[0][0] / best:.2f} × as long" if others else ""
@@ -84,10 +87,12 @@ class TuningReport:
     @property
     def summary(self) -> str:
         """The lines beneath those of the calls."""
-        after = sum(call.count * call.milliseconds[call.fastest] for call in self.calls)
-        before = sum(call.count * call.milliseconds[call.fastest] * call.gain for call in self.calls)
+        timed = [call for call in self.calls if call.milliseconds]
+        after = sum(call.count * call.milliseconds[call.fastest] for call in timed)
+        before = sum(call.count * call.milliseconds[call.fastest] * call.gain for call in timed)
         then = f"{before:.3f} ms before, " if math.isfinite(before) else ""
-        lines = [f"forward and backward of all these calls: {then}{after:.3f} ms now"]
+        those = "all these calls" if len(timed) == len(self.calls) else f"the {len(timed)} calls that were measured"
+        lines = [f"forward and backward of {those}: {then}{after:.3f} ms now"]
         lines.append(f"remembered in {self.path}" if self.path else "not remembered: the cache cannot be written")
         return "\n".join(filter(None, [*lines, self.remark]))
 
@@ -156,6 +161,8 @@ def _measured(job: Job, count: int, seconds: float) -> TunedCall:
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(job.device.type, enabled=False):
         products.tune(job, seconds)
         found: Outcome = run_race(job, seconds)
+    if not found.milliseconds:
+        return TunedCall(job.key, count, *found)
     entry = {"milliseconds": found.milliseconds, "refused": found.refused, "unmeasured": found.unmeasured}
     entry |= {"fastest": found.fastest, "date": date.today().isoformat()}
     written = backends.remember(job.device, job.key, entry)

@@ -5,24 +5,22 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastbp import backends
-from fastbp.activations import bind
-from fastbp.autograd import run
+from fastbp.acceptance import Exact, Originals, first_line, poisoned
 from fastbp.backends import REFERENCE, with_backend, with_choice
 from fastbp.backends.measured import EAGER, Choice
-from fastbp.memory import SavedBytes
 from fastbp.problem import Config, Problem
-from fastbp.reference import compose
+from fastbp.tuning.drawn import DrawnCall, draw, yardstick
 from fastbp.tuning.jobs import Job
 
+Told = Callable[[str, str | None], None]  # a candidate begins; or it is refused, and why
 Step = Callable[[], object]
 BURST = 0.01  # seconds of a burst, which dwarf the clock and what others left in the caches; one call if that is longer
 # Who is slower than the leader by more than the noise drops out: at a glance after so many turns and by so much, after
@@ -63,139 +61,64 @@ def candidates(job: Job) -> list[Choice]:
     return [*found, Choice(EAGER)]
 
 
-def run_race(job: Job, seconds: float) -> Outcome:
+def run_race(
+    job: Job, seconds: float, without: Collection[str] = (), told: Told = lambda name, refused: None
+) -> Outcome:
     """Check and time the candidates; ``seconds`` for each of those that are close to the fastest.
 
-    A candidate must be as good as the reference of the same save policy in the same dtype: output and gradients within
-    twice its error against float64 and a unit of rounding. ``eager`` must keep no more for backward than the policy.
+    What is right is plain PyTorch in float64, and how exact a candidate must be plain PyTorch in the dtype: output and
+    gradients within twice its error and a unit of rounding (``acceptance``), for a compressed policy within twice that
+    of the reference by the same policy. ``eager`` must keep no more for backward than the policy. Where the float64
+    does not fit into memory all are refused. ``told`` hears of each candidate before it runs, and of each that is
+    refused; those of ``without`` take no part.
     """
-    call = _draw(job)
-    exact = _exact(job, call)
-    yardstick = _errors(call.results(with_backend(job.config, REFERENCE)), exact)
-    allowed = [2 * error + torch.finfo(job.dtype).eps + _slack(job) for error in yardstick]
-    steps: dict[str, Step] = {}
+    choices = [choice for choice in candidates(job) if choice.name not in without]
+    rule = candidates(job)[0]
     refused: dict[str, str] = {}
-    choices = candidates(job)
-    for choice in choices:
-        config = with_choice(job.config, choice)
-        reason = _inaccurate(call, config, exact, allowed)
-        if reason is None and choice.backend == EAGER:
-            reason = _wasteful(call, config, with_choice(job.config, choices[0]))
-        if reason is None:
-            steps[choice.name] = partial(call.step, config)
-        else:
-            refused[choice.name] = reason
-    if not steps:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise RuntimeError(f"fastbp.tune: no candidate serves {job.key}: {reasons}")
-    del exact  # twice the memory of all results
-    times = run_off(steps, seconds, clock_of(job.device))
-    return Outcome(times, refused, choices[0].name)
+    with on(job.device):
+        try:
+            call = draw(job)
+            exact = yardstick(job, call)
+            originals = Originals([t for t in (*call.inputs, *call.weights, *call.biases, call.dy) if t is not None])
+        except Exception as error:  # a lack of memory, for the most part
+            why = f"its reference in float64: {first_line(error)}"
+            return Outcome({}, {choice.name: why for choice in choices}, rule.name)
+        steps: dict[str, Step] = {}
+        for choice in choices:
+            told(choice.name, None)
+            config = with_choice(job.config, choice)
+            reason = _wrong(call, config, exact) or originals.overwritten()
+            if reason is None and choice.backend == EAGER:
+                reason = _wasteful(call, config)
+            if reason is None:
+                steps[choice.name] = partial(call.step, config)
+            else:
+                refused[choice.name] = reason
+                told(choice.name, reason)
+        del exact, originals  # twice the memory of all results, and that of all tensors
+        times = run_off(steps, seconds, clock_of(job.device), told) if steps else {}
+    return Outcome(times, refused, rule.name)
 
 
-def _inaccurate(call: _Call, config: Config, exact: Sequence[Tensor], allowed: Sequence[float]) -> str | None:
-    """Why a candidate is refused that does not run, or whose errors are larger than is allowed."""
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """What is launched by ourselves and by Triton goes to the current device, which must be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _wrong(call: DrawnCall, config: Config, exact: Sequence[Exact]) -> str | None:
+    """Why a candidate is refused that does not run, or whose results are not right."""
     try:
-        errors = _errors(call.results(config), exact)
+        with poisoned():
+            results = call.results(config)
+        return next(filter(None, (truth.refusal(t) for truth, t in zip(exact, results, strict=True))), None)
     except Exception as error:  # whatever a compiler, a driver or a lack of memory says
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    for found, most in zip(errors, allowed, strict=True):
-        if not found <= most:
-            return f"error {found:.3g} against float64, where {most:.3g} is allowed"
-    return None
+        return first_line(error)
 
 
-def _wasteful(call: _Call, config: Config, rule: Config) -> str | None:
-    """Why a candidate is refused that keeps more for backward than the save policy."""
-    more, kept = _kept(call, config), _kept(call, rule)
+def _wasteful(call: DrawnCall, config: Config) -> str | None:
+    """Why a candidate is refused that keeps more for backward than the save policy, as the reference shows it."""
+    more, kept = call.kept(config), call.kept(with_backend(config, REFERENCE))
     return f"keeps {more} bytes for backward, the policy {config.save!r} {kept}" if more > kept else None
-
-
-class _Call(NamedTuple):
-    """The tensors of a call, and the ones that take gradients."""
-
-    inputs: tuple[Tensor, ...]
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-    dy: Tensor
-    wanted: list[Tensor]
-
-    def forward(self, config: Config) -> Tensor:
-        x, *others = self.inputs
-        return run(config, x, self.weights, self.biases, (*others, *self.weights, *self.biases))
-
-    def step(self, config: Config) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.forward(config), self.wanted, self.dy)
-
-    def results(self, config: Config) -> list[Tensor]:
-        y = self.forward(config)
-        return [y.detach(), *torch.autograd.grad(y, self.wanted, self.dy)]
-
-
-def _draw(job: Job) -> _Call:
-    generator = torch.Generator(job.device).manual_seed(0)
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, device=job.device) * scale).to(job.dtype)
-
-    (rows, features), form = job.sizes, job.config.form
-    shapes = list(zip(features[1:], features, strict=False))
-    if form.gated and not form.given:
-        shapes.insert(0, shapes[0])
-    inputs = tuple(draw(rows, features[0]) for _ in range(form.inputs))
-    weights = tuple(draw(n, k, scale=k**-0.5) for n, k in shapes)
-    biases = tuple(draw(n) if any_bias else None for (n, _), any_bias in zip(shapes, job.biases, strict=True))
-    wanted = [
-        t.requires_grad_()
-        for t, need in zip((*inputs, *weights, *biases), job.needs, strict=True)
-        if need and t is not None
-    ]
-    return _Call(inputs, weights, biases, draw(rows, features[-1]), wanted)
-
-
-def _exact(job: Job, call: _Call) -> list[Tensor]:
-    """Output and gradients in float64."""
-    tensors = [t for t in (*call.inputs, *call.weights, *call.biases) if t is not None]
-    wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in tensors}
-    weights = [wide[id(w)] for w in call.weights]
-    biases = [None if b is None else wide[id(b)] for b in call.biases]
-    activation = bind(job.config.row.name, job.config.params)
-    y = compose(job.config.form, activation, [wide[id(t)] for t in call.inputs], weights, biases)
-    return [y.detach(), *torch.autograd.grad(y, [wide[id(t)] for t in call.wanted], call.dy.double())]
-
-
-def _errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    """The RMS error over the RMS value, of each result; infinite where a NaN is."""
-    errors = []
-    for mine, truth in zip(found, exact, strict=True):
-        size = truth.square().mean().sqrt().item()
-        gap = (mine.double() - truth).square().mean().sqrt().item()
-        error = gap / size if size else gap
-        errors.append(error if error == error else float("inf"))
-    return errors
-
-
-def _slack(job: Job) -> float:
-    """What slopes that differ as a whole add to the error: a z next to a kink may fall to either side of it."""
-    if not _has_kink(job.config):
-        return 0.0
-    numbers = job.sizes.rows * max(job.sizes.features)
-    return float(2 * ((1 + 4 * numbers * torch.finfo(job.dtype).eps) / numbers) ** 0.5)
-
-
-@lru_cache(maxsize=256)
-def _has_kink(config: Config) -> bool:
-    z = torch.arange(-8, 8, 2**-10, dtype=torch.float64)
-    return bool(config.row.grad(torch.ones_like(z), z, *config.params).diff().abs().max() > 0.05)
-
-
-def _kept(call: _Call, config: Config) -> int:
-    """The bytes kept for backward beside the inputs, parameters and y, which are there anyway."""
-    tensors = [t for t in (*call.inputs, *call.weights, *call.biases) if t is not None]
-    with SavedBytes(exclude=tensors) as saved:
-        y = call.forward(config)
-    saved._kept.pop(StorageWeakRef(y.untyped_storage()), None)
-    return saved.total
 
 
 def clock_of(device: torch.device) -> Callable[[Step, int], float]:
@@ -220,7 +143,10 @@ def clock_of(device: torch.device) -> Callable[[Step, int], float]:
     return on_gpu if device.type == "cuda" else on_host
 
 
-def run_off(steps: Mapping[str, Step], seconds: float, clock: Callable[[Step, int], float]) -> dict[str, float]:
+def run_off(
+    steps: Mapping[str, Step], seconds: float, clock: Callable[[Step, int], float],
+    told: Told = lambda name, refused: None,
+) -> dict[str, float]:  # fmt: skip
     """Milliseconds of each step: bursts in turn, and every turn in an order of its own, so that nobody always comes
     after the same.
 
@@ -230,12 +156,14 @@ def run_off(steps: Mapping[str, Step], seconds: float, clock: Callable[[Step, in
     times: dict[str, list[float]] = {name: [] for name in steps}
     calls: dict[str, int] = {}
     for name, step in steps.items():
+        told(name, None)
         clock(step, 1)
         calls[name] = max(1, min(1000, round(BURST / max(clock(step, 1), 1e-9))))
     running, turns, spent, shuffle = list(steps), 0, 0.0, random.Random(0).sample
     while True:
         turns += 1
         for name in shuffle(running, len(running)):
+            told(name, None)
             took = clock(steps[name], calls[name])
             times[name].append(took / calls[name] * 1e3)
             spent += took / len(running)

@@ -1,7 +1,8 @@
 """What was measured on this machine: which tile, or PyTorch's own product, is the fastest for a product of ours.
 
-``remember`` writes it into the cache, ``recall`` looks it up. A file belongs to one kind of GPU, one version of torch
-and Triton and these very kernels: its name is the digest of them, and what was measured with others is not found.
+``remember`` writes it into the cache, ``recall`` looks it up. A file belongs to one kind of GPU and its driver, one
+version of torch and Triton and these very kernels: its name is the digest of them, and what was measured with others is
+not found.
 """
 
 from __future__ import annotations
@@ -31,9 +32,8 @@ class Choice(NamedTuple):
 @lru_cache(maxsize=64)
 def environment(device: torch.device) -> dict[str, str]:
     """What a measurement belongs to."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     return {
-        "device": name,
+        **(cache.gpu_facts(device) if device.type == "cuda" else {"device": "interpreter"}),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "kernels": fingerprint(Path(__file__).parent, (".py",)),
@@ -93,10 +93,8 @@ def _choice(kind: str, entry: Any) -> Choice | None:
 
 def remember(device: torch.device, at: str, times: dict[str, float]) -> None:
     """Write down the times (milliseconds) of a product's candidates, by the tile's name or ``library``."""
-    found = environment(device)
-    fastest = _fastest(cache.read(file_name(found)))
-    fastest[at] = {"fastest": min(times, key=times.__getitem__), "milliseconds": times}
-    cache.write(file_name(found), {"environment": found, "fastest": fastest})
+    found, entry = environment(device), {"fastest": min(times, key=times.__getitem__), "milliseconds": times}
+    cache.change(file_name(found), lambda content: {"environment": found, "fastest": _fastest(content) | {at: entry}})
     forget()
 
 

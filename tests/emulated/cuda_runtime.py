@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from functools import lru_cache
+from pathlib import Path
 
 import cxx
 import torch
@@ -28,34 +29,33 @@ def _few_activations() -> list[Change]:
     return [Change("activations.h", every[0], head + "".join(few))]
 
 
-def _sources(changes: tuple[Change, ...], recompiled: tuple[str, ...]) -> list[Source]:
-    """What the library is made of; the changes are in these sources alone, and in what they include."""
-    found = [Source(HERE / "fake_cudart.cpp"), Source(HERE / "native_ops.cpp")]
-    found += [Source(cxx.ROOT / path) for path in HOST]
-    found += [Source(path, kind="cuda") for path in sorted(CSRC.glob("cuda/hopper*.cu"))]
-    found.append(Source(CSRC / "cuda/elementwise.cu", kind="cuda"))
+def _sources(changes: tuple[Change, ...], changed: tuple[str, ...]) -> list[Source]:
+    """What the library is made of. The changes are in the sources that are named, and in what these include."""
     few = cxx.changed_csrc(*_few_activations())
-    found += [Source(few / f"cuda/elementwise_{str(dtype)[6:]}.cu", few, "cuda") for dtype in DTYPES]
-    unmet = set(recompiled)
-    for i, source in enumerate(found):
-        name = f"cuda/{source.path.name}"
-        if name in unmet:
-            unmet.remove(name)
-            more = _few_activations() if source.csrc is few else []
-            tree = cxx.changed_csrc(*more, *changes)
-            found[i] = source._replace(path=tree / name, csrc=tree)
-    assert not unmet, unmet
+    found = [Source(CSRC / path) for path in sorted(CSRC.glob("cuda/hopper*.cu"))] + [Source(CSRC / "cuda/elementwise.cu")]
+    found += [Source(few / f"cuda/elementwise_{str(dtype)[6:]}.cu", few) for dtype in DTYPES]
+    found = [source._replace(kind="cuda") for source in found]
+    found += [Source(HERE / "fake_cudart.cpp"), Source(HERE / "native_ops.cpp"), *(Source(cxx.ROOT / s) for s in HOST)]
+    named = [source for source in found if source.path.name in changed]
+    assert len(named) == len(changed), changed
+    for source in named:
+        tree = cxx.changed_csrc(*changes, *(_few_activations() if source.csrc is few else ()))
+        path = tree / source.path.relative_to(source.csrc)
+        found[found.index(source)] = Source(path, tree, source.kind, HERE / "faults.h")
     return found
 
 
-@lru_cache(maxsize=None)
-def ops(*changes: Change, recompiled: tuple[str, ...] = ()):
-    """The ops of a library, with changes to csrc/ in the sources that are named."""
-    emulator()  # the library needs what that has loaded
+def ops(changes: tuple[Change, ...] = (), changed: tuple[str, ...] = ()):
+    """The ops of a library, with changes to csrc/ in the sources that are named (faults.h is there then)."""
     device = device_library()
-    path = cxx.library("native.so", _sources(changes, recompiled), str(device), f"-Wl,-rpath,{device.parent}")
+    return _loaded(cxx.library("native.so", _sources(changes, changed), str(device), f"-Wl,-rpath,{device.parent}"))
+
+
+@lru_cache(maxsize=None)
+def _loaded(path: Path):
+    emulator()  # the library needs what that has loaded
     name = f"fastbp_emulated_{path.parent.name}"
     ctypes.CDLL(str(path)).register_ops(name.encode())
     found = getattr(torch.ops, name)
-    found.beneath = fall_through(name)
+    found.beneath = fall_through(name)  # which ends with the object
     return found

@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "faults.h"
+
 namespace {
 
 // ptxsim/memory.py has the same address. Nothing of a process on Linux lies there.
@@ -80,7 +82,7 @@ class Allocator final : public c10::Allocator {
 };
 
 int (*plugged)(const EmulatedLaunch*) = nullptr;
-std::string words;
+std::string words, fault;
 
 // What cuTensorMapEncodeTiled is told; emulator.py reads it.
 struct Told {
@@ -99,6 +101,9 @@ int emulated_launch(const EmulatedLaunch* launch) {
 const char* emulated_words() { return words.c_str(); }
 void emulated_plug(int (*run)(const EmulatedLaunch*)) { plugged = run; }
 void emulated_fail(const char* why) { words = why; }
+
+void emulated_set_fault(const char* name) { fault = name; }
+int emulated_fault_is(const char* name) { return fault == name; }
 
 void emulated_memory(uint8_t** bytes, uint8_t** owners, size_t* size) {
   *bytes = memory().bytes, *owners = memory().owners, *size = kSize;

@@ -22,7 +22,8 @@ constexpr uint8_t kPoison = 0xff;  // NaN in every dtype
 uint8_t* mapped(uint8_t* at) {
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (at ? MAP_FIXED_NOREPLACE : 0);
   void* found = mmap(at, kSize, PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (found == MAP_FAILED || (at && found != at)) throw std::runtime_error("no room for the memory of the emulated GPU");
+  if (found == MAP_FAILED || (at && found != at))
+    throw std::runtime_error("no room for the memory of the emulated GPU");
   return static_cast<uint8_t*>(found);
 }
 
@@ -140,8 +141,12 @@ CUresult emulated_encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t 
     const bool fits = sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256 && steps[i] == 1;
     if (!fits) return CUDA_ERROR_INVALID_VALUE;
   }
-  const Told told{0x70616d5f726f736e, reinterpret_cast<uint64_t>(address), {sizes[0], sizes[1]}, strides[0],
-                  {box[0], box[1]},   item,
+  const Told told{0x70616d5f726f736e,
+                  reinterpret_cast<uint64_t>(address),
+                  {sizes[0], sizes[1]},
+                  strides[0],
+                  {box[0], box[1]},
+                  item,
                   span};
   memset(map, 0, sizeof(*map));
   memcpy(map, &told, sizeof(told));

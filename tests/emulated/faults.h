@@ -1,4 +1,5 @@
-// Included before the sources that a test puts faults into, all in one library: which of them is on is said at run time.
+// Included before the sources that a test puts faults into, all in one library: which of them is on is said at run
+// time.
 #pragma once
 
 extern "C" __attribute__((visibility("default"))) int emulated_fault_is(const char* name);

@@ -17,6 +17,7 @@ os.environ["XDG_CACHE_HOME"] = _cache.name
 # Their assertions are to say what they compared, as those of the tests do.
 pytest.register_assert_rewrite(
     "autograd_cases",
+    "emulated.whole_calls",
     "fusible",
     "graphs",
     "known_cases",
@@ -66,14 +67,12 @@ def triton_route(request, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def standin(tmp_path_factory):
+def standin():
     """The ops of cuda_standin.cpp."""
-    from standin import build
+    from standin import build, fall_through
 
-    torch.ops.load_library(build(tmp_path_factory.mktemp("cuda")))
-    beneath = torch.library.Library("fastbp_standin", "IMPL", "Autograd")
-    for op in ("forward", "backward"):
-        beneath.impl(op, torch.library.fallthrough_kernel)
+    torch.ops.load_library(build())
+    beneath = fall_through("fastbp_standin")
     yield torch.ops.fastbp_standin
     beneath._destroy()
 
@@ -81,12 +80,9 @@ def standin(tmp_path_factory):
 @pytest.fixture
 def on_gpu(standin, monkeypatch):
     """Calls of backend native go to the stand-in, by a route; fresh memory holds NaN."""
-    from fastbp.backends import native
+    from standin import take_calls
 
-    monkeypatch.setattr(native, "_forward", standin.forward.default._op)
-    monkeypatch.setattr(native, "_backward", standin.backward.default._op)
-    monkeypatch.setattr(native, "ABSENT", standin.absent())
-    standin.set_debug(True)
+    take_calls(standin, monkeypatch)
     yield standin.set_cuda_route
     standin.set_cuda_route("")
     standin.set_debug(False)

@@ -3,7 +3,6 @@
 #include "cuda_standin.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cstring>
 #include <stdexcept>
@@ -24,23 +23,6 @@ extern "C" cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaSt
   memset(to, value, bytes);
   return cudaSuccess;
 }
-
-extern "C" AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle a,
-                                                    AtenTensorHandle b, double, double) {
-  const auto borrowed = [](AtenTensorHandle handle) {
-    AtenTensorHandle copy;
-    aoti_torch_new_tensor_handle(handle, &copy);
-    return Tensor(copy);
-  };
-  Tensor to = borrowed(out);
-  const Tensor sum = torch::stable::subtract(borrowed(self), torch::stable::matmul(borrowed(a), borrowed(b)), -1.0);
-  torch::stable::copy_(to, sum);
-  return 0;
-}
-
-namespace fastbp::cpu {
-const Capability& capability() { throw std::runtime_error("no kernels of the CPU are here"); }
-}  // namespace fastbp::cpu
 
 namespace fastbp::cuda {
 

@@ -1,22 +1,16 @@
 """The C++ around the CUDA kernels, built with the host in the GPU's place (cuda_standin.cpp)."""
 
-import os
-import runpy
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
+import cxx
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="tables")
 SOURCES = [
     "csrc/cuda/calls.cpp",
     "csrc/cuda/layers.cpp",
     "csrc/cuda/route.cpp",
     "csrc/cpu/call.cpp",
     "csrc/cpu/checks.cpp",
+    "tests/cuda_shims.cpp",
 ]
 
 VIEWS = {
@@ -26,25 +20,27 @@ VIEWS = {
 }
 
 
-def build(folder):
-    """The library, made in a folder; skips where something is missing for it."""
+def build():
+    """The library; skips where something is missing for it."""
     try:
-        cxx, (nvcc, _) = SETUP["compiler"](), SETUP["nvcc"]()
-        include, _ = SETUP["toolkit_folders"](nvcc)
-        folders, libraries = SETUP["torch_folders"]()
-    except SETUP["Unable"] as reason:
+        return cxx.library("standin.so", [cxx.Source(cxx.ROOT / path) for path in ["tests/cuda_standin.cpp", *SOURCES]])
+    except cxx.Unable as reason:
         pytest.skip(str(reason))
-    flags = ["-c", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'csrc'}", "-isystem", include]
-    flags += [f"-DTORCH_TARGET_VERSION={SETUP['ABI']}", "-DTORCH_STABLE_ONLY", *SETUP["QUIET"]]
-    flags += [flag for path in folders for flag in ("-isystem", str(path))]
 
-    def compile_one(source):
-        to = folder / f"{source.replace('/', '_')}.o"
-        subprocess.run([*cxx, *flags, str(ROOT / source), "-o", str(to)], check=True)
-        return str(to)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compile_one, ["tests/cuda_standin.cpp", *SOURCES]))
-    to, link = folder / "standin.so", [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    subprocess.run([*cxx, "-shared", "-Wl,--no-as-needed", *objects, *link, "-o", str(to)], check=True)
-    return to
+def fall_through(namespace):
+    """Ops beneath autograd, which has nothing to do with them; returns what ends it."""
+    beneath = torch.library.Library(namespace, "IMPL", "Autograd")
+    for op in ("forward", "backward"):
+        beneath.impl(op, torch.library.fallthrough_kernel)
+    return beneath
+
+
+def take_calls(ops, monkeypatch):
+    """Calls of backend native go to these ops; fresh memory holds NaN."""
+    from fastbp.backends import native
+
+    monkeypatch.setattr(native, "_forward", ops.forward.default._op)
+    monkeypatch.setattr(native, "_backward", ops.backward.default._op)
+    monkeypatch.setattr(native, "ABSENT", ops.absent())
+    ops.set_debug(True)

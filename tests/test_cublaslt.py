@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from standin import ROOT, SETUP
+from cxx import ROOT, SETUP
 from support import each
 
 M, N, K = 5, 24, 40

@@ -78,8 +78,8 @@ class Struct:
 
 
 class Device:
-    def __init__(self, size: int = 1 << 25):
-        self.memory = GlobalMemory(size)
+    def __init__(self, size: int = 1 << 25, memory: GlobalMemory | None = None):
+        self.memory = GlobalMemory(size) if memory is None else memory
         self.memory.base = BASE
         self.maps: dict[int, TensorMap] = {}
         self.places: dict[int, tuple[int, np.dtype, tuple[int, ...]]] = {}

@@ -95,10 +95,7 @@ def _run(case: Case, schedule: Schedule, seed: int, change: Callable[[str], str]
     parts = {"forward": _forward, "gated_forward": _gated_forward, "dgrad": _dgrad, "gated_dgrad": _gated_dgrad}
     made, errors = parts[case.kind](case, how, f, drawn)
     result = execute(made, case.family, schedule, change, str(case))
-    found = dict(errors())
-    worst = max(found, key=found.__getitem__)
-    text = ", ".join(f"{name} {error:.2f}" for name, error in found.items())
-    return Verdict("" if found[worst] <= 1 else "wrong numbers", f"{case}: {text}", found[worst], result.instructions)
+    return reference.verdict(case, errors(), result)
 
 
 Parts = tuple[launch.Launch, Callable[[], Iterator[tuple[str, float]]]]
@@ -184,7 +181,7 @@ def _gated_dgrad(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Pa
         dy = _narrow(dh * u, drawn.dtype)
         lost = reference.slope_spare(dy, f, g, drawn.dtype) + 1.2 * _spared(dy, spare * u.abs(), drawn.dtype)
         pairs = [(dg, reference.slope(f, g, dy), lost)]
-        pairs.append((du, dh * value, spare * value.abs() + reference.ARITHMETIC[drawn.dtype] * (dh * value).abs()))
+        pairs.append((du, dh * value, spare * value.abs() + reference.lost(dh * value, g, dh, drawn.dtype)))
         for name, (found, wanted, off), total in zip(("dg", "du"), pairs, sums, strict=True):
             yield name, reference.rounded_once(found, wanted, off)
             if total is not None:

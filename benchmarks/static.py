@@ -150,7 +150,7 @@ def source_of(made: Launch) -> ASTSource:
             signature[name] = "fp64"
         else:
             signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
-            if isinstance(value, Tensor) or value % 16 == 0:
+            if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     kind = GluonASTSource if isinstance(made.kernel, GluonJITFunction) else ASTSource
     return kind(made.kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -536,7 +536,7 @@ struct quick_gelu {
   template <class T>
   static HD T grad(T dy, T z) {
     const auto s = prim::sigmoid(T(1.702) * z);
-    return dy * (s + T(1.702) * z * (s * (T(1.0) - s)));
+    return dy * (s + z * (T(1.702) * (s * (T(1.0) - s))));
   }
 
   template <class T>

@@ -33,7 +33,7 @@ NAMES = [row.name for row in TABLE]
 VALUE, GRAD, GRAD_FROM_OUTPUT, GATED_VALUE, GATED_GRAD = range(5)
 COUNT = 8192
 INF, NAN = float("inf"), float("nan")
-SPECIAL = (0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0, 20.0, -20.0, 65504.0, -65504.0, INF, -INF, NAN)
+SPECIAL = (0.0, -0.0, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0, 20.0, -20.0, 65504.0, -65504.0, 2e38, -2e38, INF, -INF, NAN)
 # What the arithmetic may be off before it is rounded, relative to the terms, which are of the size of dy (1 + |z|).
 ALLOWED = {torch.float64: 2**-49, torch.float32: 2**-20, torch.bfloat16: 2**-18, torch.float16: 2**-18}
 each_dtype = each("dtype", DTYPES)

@@ -4,7 +4,8 @@
 // What the special function unit has is taken as it is: ex2, rcp, lg2, sqrt and tanh by their .approx forms (PTX ISA,
 // "Floating Point Instructions"). Errors are relative to the result, so that the tails of sigmoid and of the normal
 // distribution keep their digits: tanh.approx alone, off by 2⁻¹¹, would leave none of 1 + tanh(u) at u = −4, and serves
-// for tanh itself. On the host the five are computed exactly, all else is the same text
+// for tanh itself. On the host the five are computed exactly, but for the subnormal numbers that .ftz makes 0, and all
+// else is the same text
 // (docs/decisions/2026-11-24-epilogue-arithmetic.md).
 #pragma once
 
@@ -33,6 +34,11 @@ struct Approximate {
   HD friend bool operator==(Approximate a, Approximate b) { return a.v == b.v; }
 };
 
+#ifndef __CUDA_ARCH__
+// What .ftz makes of a number that goes in or comes out.
+inline float flushed(float x) { return std::abs(x) < 1.1754943508222875e-38f ? std::copysign(0.0f, x) : x; }
+#endif
+
 // 2ˣ, off by 2⁻²², 0 below 2⁻¹²⁶.
 HD float power_of_two(float x) {
 #ifdef __CUDA_ARCH__
@@ -40,18 +46,18 @@ HD float power_of_two(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return std::exp2(x);
+  return flushed(std::exp2(flushed(x)));
 #endif
 }
 
-// 1 / x, off by one unit.
+// 1 / x, off by one unit; 0 for |x| above 2¹²⁶.
 HD float reciprocal(float x) {
 #ifdef __CUDA_ARCH__
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return 1.0f / x;
+  return flushed(1.0f / flushed(x));
 #endif
 }
 
@@ -61,11 +67,12 @@ HD float log_of(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y * 0.6931471805599453f;
 #else
-  return std::log(x);
+  return std::log(flushed(x));
 #endif
 }
 
-HD Approximate operator/(Approximate a, Approximate b) { return Approximate(a.v * reciprocal(b.v)); }
+// Of any b from 2⁻¹²⁴ on: its quarter has a reciprocal.
+HD Approximate operator/(Approximate a, Approximate b) { return Approximate(a.v * 0.25f * reciprocal(b.v * 0.25f)); }
 
 }  // namespace fastbp::cuda
 
@@ -122,7 +129,7 @@ HD Approximate sqrt(Approximate x) {
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y.v) : "f"(x.v));
   return y;
 #else
-  return Approximate(std::sqrt(x.v));
+  return Approximate(std::sqrt(cuda::flushed(x.v)));
 #endif
 }
 

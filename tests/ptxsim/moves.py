@@ -94,8 +94,13 @@ class Moves(Expressions):
         p, q = (d.first, d.second) if isinstance(d, Pair) else (d, None)
         if kind in ("f16", "bf16"):
             x, y, table = self.real(a, kind), self.real(b, kind), COMPARE_FLOAT
-        elif kind in ("f16x2", "bf16x2"):
-            raise Unsupported(i.name)
+        elif kind in ("f16x2", "bf16x2"):  # the first predicate is of the low halves, the second of the high ones
+            if boolean or not isinstance(d, Pair):
+                raise Unsupported(i.name)
+            split = "halves" if kind == "f16x2" else "bhalves"
+            x, y = (f"{split}({self.read(n, u4)})" for n in (a, b))
+            pairs = zip((p, q), (0, 1), strict=True)
+            return [(r, COMPARE_FLOAT[compare].format(a=f"{x}[{n}]", b=f"{y}[{n}]"), np.dtype(bool)) for r, n in pairs]
         else:
             t = NUMPY[kind]
             x, y = self.read(a, t), self.read(b, t)

@@ -314,7 +314,7 @@ def quick_gelu_value(z):
 @triton.jit
 def quick_gelu_grad(dy, z):
     s = sigmoid(1.702 * z)
-    return dy * (s + 1.702 * z * (s * (1.0 - s)))
+    return dy * (s + z * (1.702 * (s * (1.0 - s))))
 
 
 @triton.jit

@@ -32,9 +32,9 @@ def power_of_two(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, off by 1 unit in the last place of float32."""
+    """1 / x, off by 1 unit in the last place of float32; 0 where that is below 2⁻¹²⁶, which ``.ftz`` makes 0."""
     if INTERPRETED:
-        y = 1.0 / x
+        y = tl.where(tl.abs(x) > 8.507059173023462e37, tl.where(x > 0.0, 0.0, -0.0), 1.0 / x)
     else:
         y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return y
@@ -42,8 +42,8 @@ def reciprocal(x):
 
 @triton.jit
 def divide(a, b):
-    """a / b, off by 2 units in the last place of float32."""
-    return a * reciprocal(b)
+    """a / b, off by 2 units in the last place of float32, for any b from 2⁻¹²⁴ on, whose quarter has a reciprocal."""
+    return a * 0.25 * reciprocal(b * 0.25)
 
 
 @triton.jit

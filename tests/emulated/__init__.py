@@ -1,0 +1,1 @@
+"""fastbp's GPU kernels, executed from their real PTX (tests/ptxsim) against plain PyTorch in float64."""

@@ -76,7 +76,7 @@ def worst(found: Tensor, wanted: Tensor, allowed: Tensor) -> float:
 
 
 def sums_error(found: Tensor, terms: Tensor, sizes: Tensor, rows: int) -> float:
-    """Of the sums of ``rows`` rows each: float32's (or float64's) rounding of as many terms, and the terms' own error."""
+    """Of the sums of ``rows`` rows each: the rounding of as many terms, and the terms' own error."""
     parts = [slice(i, i + rows) for i in range(0, max(len(terms), 1), rows)]
     wanted = torch.stack([terms[p].sum(0) for p in parts])
     size = torch.stack([(terms[p].abs() + sizes[p]).nan_to_num(posinf=0.0).sum(0) for p in parts])

@@ -1,0 +1,211 @@
+"""The large campaign: every kernel's real PTX with many cases and schedules, ``make emulate``.
+
+    PYTHONPATH=tests python -m emulated.campaign                       everything; rewrites the results file
+    PYTHONPATH=tests python -m emulated.campaign --quick               a few cases of each kernel, and no file
+    PYTHONPATH=tests python -m emulated.campaign --only "LABEL" --seed 7    one run again
+
+The results, a line for each kernel and architecture, go to benchmarks/results/emulated.jsonl, of which
+docs/gpu-status.md shows what was executed. The exit code is 1 where anything was not right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import multiprocessing
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import records
+from benchmarks.environment import environment
+from emulated import compiled
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "emulated.jsonl"
+CUDA = ("cuda_hopper", "cuda_elementwise", "cuda_compressed")
+TRITON = ("triton_products", "triton_elementwise", "triton_compressed")
+VALUES = {"activation": "activations", "dtype": "dtypes", "policy": "policies", "shape": "shapes"}  # of a line
+SEEDS, FIRST_SEED = 8, 1000
+
+
+class Run(NamedTuple):
+    """A job under one seed."""
+
+    seed: int
+    fault: str
+    text: str
+    error: float
+    instructions: int
+
+
+class Outcome(NamedTuple):
+    """A job under all its seeds, and what was met of the kernels that ran: by digest their instructions, and bits."""
+
+    number: int
+    runs: list[Run]
+    met: dict[str, tuple[int, bytes]]
+    seconds: float
+
+
+@dataclass
+class Line:
+    """A line of the results."""
+
+    labels: int = 0
+    runs: int = 0
+    instructions: int = 0
+    seconds: float = 0.0
+    error: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    met: dict[str, np.ndarray] = field(default_factory=dict)
+    values: dict[str, dict[str, None]] = field(default_factory=dict)
+
+    def add(self, job: Any, outcome: Outcome) -> None:
+        self.labels += 1
+        self.runs += len(outcome.runs)
+        self.seconds += outcome.seconds
+        for run in outcome.runs:
+            self.instructions += run.instructions
+            self.error = max(self.error, run.error)
+            if run.fault:
+                self.faults[run.fault] += 1
+        for name, several in VALUES.items():
+            self.values.setdefault(several, {})[getattr(job, name)] = None
+        for digest, (count, bits) in outcome.met.items():
+            found = np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(bool)
+            self.met[digest] = self.met[digest] | found if digest in self.met else found
+
+    def row(self, kernel: str, family: str, first: int, last: int) -> dict[str, Any]:
+        total, met = (sum(figure(found) for found in self.met.values()) for figure in (len, np.count_nonzero))
+        return {
+            "kernel": kernel, "family": family, "cases": self.labels, "runs": self.runs, "seeds": [first, last],
+            "faults": dict(self.faults), "error": round(self.error, 3), "instructions": self.instructions,
+            "met": round(int(met) / total, 4) if total else None, "seconds": round(self.seconds, 1),
+            **{several: list(found) for several, found in self.values.items()},
+        }  # fmt: skip
+
+
+def jobs() -> Iterator[Any]:
+    """Every job of every module that can run here; a line says what cannot."""
+    from emulated import ptx
+
+    if ptx.UNAVAILABLE:
+        print(f"no CUDA kernels: {ptx.UNAVAILABLE}")
+    for name in (() if ptx.UNAVAILABLE else CUDA) + TRITON:
+        yield from importlib.import_module(f"emulated.{name}").campaign()
+
+
+def chosen(options: argparse.Namespace) -> list[Any]:
+    found = [job for job in jobs() if options.only in f"{job.kernel} {job.family} {job.label}"]
+    if options.quick:  # the first, a middle and the last of each kernel, architecture and policy
+        alike: dict[tuple[str, ...], list[Any]] = {}
+        for job in found:
+            alike.setdefault((job.kernel, job.family, job.policy), []).append(job)
+        found = [job for like in alike.values() for job in dict.fromkeys((like[0], like[len(like) // 2], like[-1]))]
+    return found
+
+
+_jobs: list[Any] = []  # of a worker: the same list in each
+
+
+def _start(options: argparse.Namespace) -> None:
+    compiled.compiling()
+    _jobs.extend(chosen(options))
+
+
+def _work(asked: tuple[int, Sequence[int]]) -> Outcome:
+    number, seeds = asked
+    runs, met = [], {}
+    began = time.perf_counter()
+    for seed in seeds:
+        verdict = _judged(_jobs[number], seed)
+        runs.append(Run(seed, verdict.fault, verdict.text, verdict.error, verdict.instructions))
+        for kernel in verdict.kernels:
+            digest = hashlib.sha256(f"{kernel.name} {kernel.module.source}".encode()).hexdigest()
+            bits = kernel.met()
+            met[digest] = len(bits), np.packbits(bits).tobytes()
+    return Outcome(number, runs, met, time.perf_counter() - began)
+
+
+def _judged(job: Any, seed: int) -> Any:
+    from emulated.jobs import Verdict, judged
+
+    try:
+        return judged(job.run, *job.args, seed)
+    except Exception as error:  # the case itself is at fault, and the others shall go on
+        return Verdict(type(error).__name__, str(error))
+
+
+def execute(options: argparse.Namespace) -> tuple[dict[tuple[str, str], Line], int]:
+    """All that was chosen, in as many processes as there are cores. The lines of the results, and how many runs failed."""
+    todo = chosen(options)
+    print(f"{len(todo)} cases", flush=True)
+    first = FIRST_SEED if options.seed is None else options.seed
+    many = options.seeds if options.seed is None else 1
+    asked = [(i, range(first, first + max(1, round(many * job.share)))) for i, job in enumerate(todo)]
+    lines: dict[tuple[str, str], Line] = {}
+    failed = 0
+    began = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.workers, _start, (options,)) as pool:
+        for done, outcome in enumerate(pool.imap_unordered(_work, asked), start=1):
+            job = todo[outcome.number]
+            lines.setdefault((job.kernel, job.family), Line()).add(job, outcome)
+            for run in outcome.runs:
+                if run.fault:
+                    failed += 1
+                    print(
+                        f"{job.kernel} {job.family} {job.label}, seed {run.seed}: {run.fault}\n{run.text}", flush=True
+                    )
+            if done % 100 == 0 or done == len(todo):
+                print(f"{done} of {len(todo)} cases, {failed} faults, {time.perf_counter() - began:.0f} s", flush=True)
+    return lines, failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m emulated.campaign", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a few cases of each kernel, and no results file")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in kernel, architecture or label")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="schedules for each case (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="this schedule alone, as a fault names it")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    options = parser.parse_args(argv)
+    compiled.compiling()
+    lines, failed = execute(options)
+    if not lines:
+        parser.error(f"no case has {options.only!r} in it")
+    last = FIRST_SEED + options.seeds - 1
+    rows = [line.row(*key, FIRST_SEED, last) for key, line in sorted(lines.items())]
+    for row in rows:
+        print(
+            f"{row['kernel']} {row['family']}: {row['runs']} runs, faults {row['faults'] or 'none'}, {row['met']:.1%}"
+        )
+    if not (options.quick or options.only or options.seed is not None):
+        records.write(RESULTS, found_on(sys.argv[1:] if argv is None else argv), rows)
+        print(f"written to {RESULTS.relative_to(ROOT)}")
+    return int(failed > 0)
+
+
+def found_on(words: Sequence[str]) -> dict[str, Any]:
+    """What the results belong to."""
+    import triton
+
+    from emulated import ptx
+
+    command = f'make emulate ARGS="{shlex.join(words)}"' if words else "make emulate"
+    nvcc = None if ptx.UNAVAILABLE else ptx.version()
+    return environment(command) | {"nvcc": nvcc, "triton": triton.__version__, "numpy": np.__version__}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

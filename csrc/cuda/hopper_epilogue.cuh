@@ -183,7 +183,13 @@ struct Epilogue {
       }
       choose([&](const auto& activation) {
 #pragma unroll
-        for (int i = 0; i < ahead; ++i) y[i] = value(activation, z[i], gated_forward, u[i], p.keeps, bits[i]);
+        for (int i = 0; i < ahead; ++i) {
+          if constexpr (gated_forward) {
+            y[i] = gated_value(activation, z[i], u[i]);  // its policies change nothing of y, and keep no bits
+          } else {
+            y[i] = value(activation, z[i], false, u[i], p.keeps, bits[i]);
+          }
+        }
       });
 #pragma unroll
       for (int i = 0; i < ahead; ++i) {
@@ -193,7 +199,7 @@ struct Epilogue {
         }
         if (!inside(first + i)) continue;
         const int64_t at = offset(first + i);
-        if (p.keeps == Keeps::bits) {
+        if (!gated_forward && p.keeps == Keeps::bits) {
           static_cast<uint32_t*>(p.first_beside)[bits_at(first + i) / 4] = bits[i];
         } else if (p.keeps != Keeps::fp8) {
           if (p.first) put(p.first, at, z[i]);
@@ -214,7 +220,8 @@ struct Epilogue {
       Pack<D> dh[ahead], dup[ahead], h[ahead], gate[ahead], up[ahead];
 #pragma unroll
       for (int i = 0; i < ahead; ++i) {
-        dh[i] = staged(first + i, lane % parts);
+        // Outside the products are of rows of zeros with W, whose inf and NaN must not reach the sums.
+        dh[i] = inside(first + i) ? staged(first + i, lane % parts) : Pack<D>{};
         gate[i] = numbers_of<D, READS>(kept.gate[i], p.keeps);
         if constexpr (KIND == Product::gated_dgrad) up[i] = numbers_of<D, READS>(kept.up[i], p.keeps);
       }

@@ -17,6 +17,9 @@ class Verdict(NamedTuple):
     instructions: int = 0  # of warps
     kernels: tuple[Any, ...] = ()  # the parsed kernels that ran, which know what of them was met
 
+    def __repr__(self) -> str:
+        return f"{self.fault or 'right'}: {self.text}"
+
 
 class Job(NamedTuple):
     """One case, which is run with many seeds: ``run(*args, seed)``. Both go to another process, so they are pickled."""

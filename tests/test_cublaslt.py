@@ -13,7 +13,7 @@ from support import each
 M, N, K = 5, 24, 40
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cublaslt(tmp_path_factory):
     """(product, handles_created) of the two libraries, the fake one under the name that PyTorch loads."""
     try:

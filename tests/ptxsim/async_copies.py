@@ -27,14 +27,17 @@ class AsyncCopies(Operands):
             shared, at = cta.shared, a[lanes] & BLOCK_MASK
             if int(at.max()) + size > shared.size or (at & (size - 1)).any():
                 self.fault("out of bounds", w, instr, "cp.async into shared memory")
-            if w.cta.cluster.races is not None:
-                w.cta.cluster.races.copy_async(w, instr, cta.rank, at, size)
+            races = w.cta.cluster.races
+            if races is not None:
+                races.copy_async(w, instr, cta.rank, at, size)
             reads = count == size
             from_ = b - np.int64(BASE)
             if reads.any():
                 chosen = np.zeros(LANES, bool)
                 chosen[lanes[reads]] = True
-                from_ = self.check_global(w, instr, b, None if chosen.all() else chosen, size, False)
+                from_ = self.check_global(w, instr, b, None if chosen.all() else chosen, size, False, check=False)
+                if races is not None:
+                    races.global_copy(w, instr, from_[chosen], size)
             from_ = from_[lanes]
             shift = min(size, 16).bit_length() - 1
             view, memory = shared.views[size], sim.memory.views[size]

@@ -25,7 +25,7 @@ class Atomics(Operands):
             at = address(w)
             where, at = self.resolve(w, instr, at, m) if space == "generic" else (space, at)
             if where == "global":
-                at = self.check_global(w, instr, at, m, dtype.itemsize, True, False)
+                at = self.check_global(w, instr, at, m, dtype.itemsize, True, atomic=True)
                 view = w.sim.memory.bytes.view(dtype)
             else:
                 shared, at = self.check_shared(w, instr, at, m, dtype.itemsize, True)

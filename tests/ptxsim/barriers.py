@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .cta import NamedBarrier
 from .dtypes import LANES, i4
 from .faults import Unsupported
 from .operands import FULL, Operands
@@ -22,8 +23,6 @@ class Barriers(Operands):
                 return True
 
             return warp_sync
-        if "red" in instr.mods:
-            raise Unsupported(instr.name)
         arrives_only = "arrive" in instr.mods
         number = self.reader(instr.args[0], i4)
         count = self.reader(instr.args[1], i4) if len(instr.args) > 1 else None
@@ -31,43 +30,43 @@ class Barriers(Operands):
         def bar(w, g, m):
             if not self.whole(w, g):
                 return False
-            cta = w.cta
+            races = w.cta.cluster.races
             if g.state is None:
                 which = int(number(w)[self.first(m)])
-                need = int(count(w)[self.first(m)]) if count else len(cta.warps) * LANES
-                if need % LANES or not 0 <= which < 16:
-                    self.fault("barrier", w, instr, f"barrier {which} of {need} threads")
-                if not count and cta.sim.threads % LANES == 0:
-                    need = sum(LANES for x in cta.warps if x.groups)
-                races = cta.cluster.races
-                barrier = cta.barriers.setdefault(which, [need, 0, 0, races.new() if races else None])
-                if barrier[1] and barrier[0] != need:
-                    self.fault("barrier", w, instr, f"barrier {which} of {barrier[0]} threads, and here of {need}")
-                barrier[0] = need
-                barrier[1] += LANES
-                generation = barrier[2]
+                need = int(count(w)[self.first(m)]) if count else None
+                barrier = self.named_barrier(w, instr, which, need)
+                barrier.arrived += LANES
+                generation = barrier.generation
                 if races:
-                    races.release(w, barrier[3])
-                if barrier[1] >= need:
-                    barrier[1] = 0
-                    barrier[2] += 1
-                    if races:
-                        races.phase(barrier[3])
-                        if not arrives_only:
-                            races.acquire(w, barrier[3])
+                    races.release(w, barrier.clocks)
+                if barrier.complete():
+                    if races and not arrives_only:
+                        races.acquire(w, barrier.clocks)
                     return True
                 if arrives_only:
                     return True
                 g.state = (barrier, generation)
             barrier, generation = g.state
-            if barrier[2] != generation:
-                if cta.cluster.races:
-                    cta.cluster.races.acquire(w, barrier[3])
+            if barrier.generation != generation:
+                if races:
+                    races.acquire(w, barrier.clocks)
                 return True
-            g.wait = lambda: barrier[2] != generation
+            g.wait = lambda: barrier.generation != generation
             return False
 
         return bar
+
+    def named_barrier(self, w, instr, which: int, need: int | None) -> NamedBarrier:
+        if (need is not None and (need % LANES or need <= 0)) or not 0 <= which < 16:
+            self.fault("barrier", w, instr, f"barrier {which} of {need} threads")
+        barrier = w.cta.barriers.get(which)
+        if barrier is None:
+            barrier = w.cta.barriers[which] = NamedBarrier(w.cta)
+        if barrier.arrived and barrier.count != need:
+            counts = ["all" if n is None else n for n in (barrier.count, need)]
+            self.fault("barrier", w, instr, f"barrier {which} of {counts[0]} threads, and here of {counts[1]}")
+        barrier.count, barrier.instr = need, instr
+        return barrier
 
     def make_barrier(self, instr):
         if "cluster" not in instr.mods:

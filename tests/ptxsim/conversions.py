@@ -6,7 +6,6 @@ import numpy as np
 
 from .dtypes import NAME, NUMPY, f4, u2, u4
 from .expressions import Expressions
-from .faults import Unsupported
 
 
 class Conversions(Expressions):
@@ -23,11 +22,7 @@ class Conversions(Expressions):
         if to in ("bf16x2", "f16x2") and source == "f32":
             pack = "pack_bf16x2" if to == "bf16x2" else "pack_f16x2"
             high, low = self.read(a, f4), self.read(more[0], f4)
-            if "relu" in i.mods:
-                raise Unsupported(i.name)
             return [(d, f"{pack}({low}, {high})", u4)]
-        if "e" in (to[0], source[0]) or "x2" in to + source:
-            raise Unsupported(i.name)
         rounding = next((m for m in i.mods if m in ("rzi", "rni", "rmi", "rpi")), None)
         if self.is_float(source):
             x = self.real(a, source)
@@ -39,14 +34,18 @@ class Conversions(Expressions):
                     x = f"np.clip(np.nan_to_num({x}, nan=0.0), 0, 1)"
                 if "ftz" in i.mods:
                     x = f"ftz({x})"
-                if any(m in i.mods for m in ("rz", "rm", "rp")):
-                    raise Unsupported(i.name)
+                direction = next((m for m in i.mods if m in ("rz", "rm", "rp")), None)
+                if direction:
+                    return [(d, f"directed4({x}, {direction!r})", f4)]
                 if to == "bf16":
                     return [(d, f"to_bf16({x}.astype(f4))", u2)]
                 t = NUMPY[to]
                 return [(d, f"({x}).astype({NAME[t]})", t)]
             t = NUMPY[to]
-            return [(d, f"float_to_int({x}, {NAME[t]}, {rounding!r})", t)]
+            if "ftz" in i.mods:
+                x = f"ftz({x})"
+            of_nan = 1 << (8 * t.itemsize - 1) if source == "f64" or t.itemsize == 8 else 0
+            return [(d, f"float_to_int({x}, {NAME[t]}, {rounding!r}, {of_nan})", t)]
         t = NUMPY[source]
         x = self.read(a, t)
         if to == "bf16":

@@ -156,7 +156,7 @@ class Device:
         try:
             result = simulation.run()
         except Fault as fault:
-            fault.label = label
+            fault.kernel, fault.label, fault.schedule = kernel.name, label, schedule
             raise
         result.seconds = time.perf_counter() - began
         return result

@@ -6,16 +6,22 @@ import numpy as np
 
 from .dtypes import NAME, NUMPY
 from .expressions import Expressions
-from .faults import Unsupported
 
 
 class FloatOps(Expressions):
+    @staticmethod
+    def direction(i) -> str | None:
+        """A rounding other than to the nearest."""
+        return next((m for m in i.mods if m in ("rz", "rm", "rp")), None)
+
     def _binary(self, i, sign):
         kind = self.kind(i)
         if self.is_float(kind):
-            return self.floating(i, kind, f"({{0}} {sign} {{1}})", *i.args[1:3])
-        if any(m in i.mods for m in ("cc", "sat")):
-            raise Unsupported(i.name)
+            mode = self.direction(i)
+            if mode is None:
+                return self.floating(i, kind, f"({{0}} {sign} {{1}})", *i.args[1:3])
+            call = {"+": "add4({0}, {1}, ", "-": "add4({0}, -{1}, ", "*": "mul4({0}, {1}, "}[sign]
+            return self.floating(i, kind, f"{call}{mode!r})", *i.args[1:3])
         t = np.dtype(f"u{NUMPY[kind].itemsize}")
         have = self.storage[i.args[0].number]
         t = have if have.itemsize == t.itemsize and have.kind in "ui" else t
@@ -54,12 +60,15 @@ class FloatOps(Expressions):
         c = self.read(i.args[3], wide)
         return [(i.args[0], f"{a}.astype({NAME[wide]}) * {b}.astype({NAME[wide]}) + {c}", wide)]
 
-    def op_mul24(self, i):
-        raise Unsupported(i.name)
-
     def op_fma(self, i):
         kind = self.kind(i)
-        return self.floating(i, kind, "fma8({0}, {1}, {2})" if kind == "f64" else "fma4({0}, {1}, {2})", *i.args[1:4])
+        mode = self.direction(i)
+        function = "fma8({0}, {1}, {2})" if kind == "f64" else "fma4({0}, {1}, {2})"
+        if kind in ("f16", "f16x2", "bf16", "bf16x2"):
+            function = "fma_half({0}, {1}, {2})"  # rounded to odd in double, then once to the half format
+        if mode is not None:
+            function = f"fma4_directed({{0}}, {{1}}, {{2}}, {mode!r})"
+        return self.floating(i, kind, function, *i.args[1:4])
 
     def op_div(self, i):
         kind = self.kind(i)

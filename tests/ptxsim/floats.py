@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 
-from .dtypes import LANES, f2, f4, f8, u2, u4
+from .dtypes import LANES, f2, f4, f8, u2, u4, u8
 from .integers import pack2
 
 
@@ -21,25 +23,100 @@ def from_bf16(x):
     return (x.astype(u4) << np.uint32(16)).view(f4)
 
 
+def odd_sum(a, b):
+    """a + b of doubles, rounded to odd: a second rounding, to fewer bits, is then as if it were the only one."""
+    s = a + b
+    t = s - a
+    e = (a - (s - t)) + (b - t)
+    fix = (e != 0) & np.isfinite(s) & (s.view(u8) & np.uint64(1) == 0)
+    return np.where(fix, np.nextafter(s, np.copysign(np.inf, e)), s) if fix.any() else s
+
+
+LOW_28 = np.uint64(36)  # shifted by so many, the low 28 bits of a double are left
+
+
 def fma4(a, b, c):
-    return (a.astype(f8) * b.astype(f8) + c.astype(f8)).astype(f4)
+    """Rounded once: products of floats are exact in double, and a sum is looked at anew where it might lie half way."""
+    p, c = a.astype(f8) * b.astype(f8), c.astype(f8)
+    s = p + c
+    if not (s.view(u8) << LOW_28).all():
+        s = odd_sum(p, c)
+    return s.astype(f4)
+
+
+def fma_half(a, b, c):
+    """Of halves held as floats: the odd rounding to 24 bits leaves the one to a half format exact."""
+    s = odd_sum(a.astype(f8) * b.astype(f8), c.astype(f8))
+    low = s.astype(f4)
+    inexact = (low.astype(f8) != s) & np.isfinite(low)
+    toward = np.where(np.abs(low) > np.abs(s), np.nextafter(low, f4.type(0)), low)  # truncated
+    odd = (toward.view(u4) | np.uint32(1)).view(f4)
+    return np.where(inexact, odd, low)
+
+
+def directed4(x, mode: str):
+    """Doubles to float: "rz", "rm" (down) or "rp" (up)."""
+    near = x.astype(f4)
+    if mode == "rz":
+        beyond, to = np.abs(near) > np.abs(x), f4.type(0)
+    elif mode == "rm":
+        beyond, to = near > x, f4.type(-np.inf)
+    else:
+        beyond, to = near < x, f4.type(np.inf)
+    return np.where(beyond, np.nextafter(near, to), near)
+
+
+def add4(a, b, mode: str):
+    return directed4(odd_sum(a.astype(f8), b.astype(f8)), mode)
+
+
+def mul4(a, b, mode: str):
+    return directed4(a.astype(f8) * b.astype(f8), mode)
+
+
+def fma4_directed(a, b, c, mode: str):
+    return directed4(odd_sum(a.astype(f8) * b.astype(f8), c.astype(f8)), mode)
+
+
+def two_product(a, b):
+    p, split = a * b, 134217729.0
+    ah, bh = a * split, b * split
+    ah, bh = ah - (ah - a), bh - (bh - b)
+    al, bl = a - ah, b - bh
+    return p, ((ah * bh - p) + ah * bl + al * bh) + al * bl
+
+
+def two_sum(a, b):
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
 
 
 def fma8(a, b, c):
-    """Exactly rounded but for what an unfused sum loses: products split into two doubles."""
-    p = a * b
-    split = 134217729.0
-    ah = a * split
-    ah = ah - (ah - a)
-    bh = b * split
-    bh = bh - (bh - b)
-    al, bl = a - ah, b - bh
-    e = ((ah * bh - p) + ah * bl + al * bh) + al * bl
-    s = p + c
-    t = s - p
-    r = (p - (s - t)) + (c - t)
-    out = s + (e + r)
-    return np.where(np.isfinite(out), out, p + c)
+    """Rounded once (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums"); by fractions at the edges."""
+    uh, ul = two_product(a, b)
+    th, tl = two_sum(c, ul)
+    vh, vl = two_sum(uh, th)
+    out = vh + odd_sum(tl, vl)
+    edge = ~((np.abs(a) < 2.0**500) & (np.abs(b) < 2.0**500) & (np.abs(c) < 2.0**1000)) | (
+        (np.abs(uh) < 2.0**-900) & (uh != 0)
+    )
+    if not edge.any():
+        return np.where(uh == 0, a * b + c, out)
+    return np.array([_fma8_exact(*x) if e else y for *x, e, y in zip(a, b, c, edge, out, strict=True)])
+
+
+def _fma8_exact(a, b, c) -> float:
+    naive = a * b + c
+    if not (np.isfinite(a) and np.isfinite(b) and np.isfinite(c)) or a == 0 or b == 0:
+        return naive
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    if exact == 0:
+        return naive
+    try:
+        return float(exact)
+    except OverflowError:
+        return np.copysign(np.inf, float(exact > 0) - 0.5)
 
 
 def ftz(x):
@@ -71,15 +148,15 @@ def to_e4m3(x):
     return (code | np.where(np.signbit(x) & ~np.isnan(x), 128, 0)).astype(u2)
 
 
-def float_to_int(x, dtype, how):
+def float_to_int(x, dtype, how: str, of_nan: int):
+    """Clamped to the range of the integer; a NaN becomes what the ISA says, which depends on the two types."""
     x = x.astype(f8)
-    x = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[how](x)
+    nan = np.isnan(x)
+    x = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[how](np.where(nan, 0.0, x))
     info = np.iinfo(dtype)
-    inside = np.where(np.isnan(x), 0.0, x)
-    out = np.clip(
-        inside, float(info.min), float(info.max) if dtype.itemsize < 8 else np.nextafter(float(info.max), 0)
-    ).astype(dtype)
-    return np.where(inside >= float(info.max), dtype.type(info.max), out)
+    top = float(info.max) if dtype.itemsize < 8 else np.nextafter(float(info.max), 0)
+    out = np.where(x >= float(info.max), dtype.type(info.max), np.clip(x, float(info.min), top).astype(dtype))
+    return np.where(nan, np.array(of_nan, f"u{dtype.itemsize}").view(dtype), out) if nan.any() else out
 
 
 def halves(x):

@@ -59,6 +59,21 @@ class Pair:
     second: object
 
 
+def registers_of(args):
+    """All registers among operands, those inside of others too."""
+    for arg in args:
+        if isinstance(arg, Reg):
+            yield arg
+        elif isinstance(arg, Not):
+            yield from registers_of((arg.of,))
+        elif isinstance(arg, Vector):
+            yield from registers_of(arg.parts)
+        elif isinstance(arg, Address):
+            yield from registers_of((arg.base, *arg.coordinates))
+        elif isinstance(arg, Pair):
+            yield from registers_of((arg.first, arg.second))
+
+
 @dataclass
 class Instr:
     op: str  # the first part of the opcode
@@ -68,10 +83,17 @@ class Instr:
     line: int
     text: str
     target: int = -1  # of a branch, an index
+    index: int = -1  # in its kernel
+    source: tuple[str, ...] = ()  # "file:line" of its .loc, the innermost first; then the outermost it is inlined at
 
     @property
     def name(self) -> str:
         return ".".join((self.op, *self.mods))
+
+    def __str__(self) -> str:
+        text = self.text if len(self.text) <= 160 else f"{self.text[:157]}..."
+        source = f" [{', inlined at '.join(self.source)}]" if self.source else ""
+        return f"line {self.line}: {text}{source}"
 
     def has(self, *mods: str) -> bool:
         return all(mod in self.mods for mod in mods)
@@ -112,6 +134,7 @@ class Module:
     target: str
     kernels: dict = field(default_factory=dict)  # by name; how to parse one, until somebody asks for it
     globals: dict[str, Variable] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # .file directives, by number
     shared: dict[str, Variable] = field(default_factory=dict)
 
     def find(self, *parts: str) -> Kernel:

@@ -88,13 +88,14 @@ class Mbarriers(Operands):
             for lane in self.each(m):
                 bar = self.mbar(w, instr, int(at[lane]))
                 if int(at[lane]) >> RANK_SHIFT not in (0, w.cta.rank + 1) and not bar.shown:
-                    w.sim.report("barrier", f"{w.where(instr)}: the other CTA may not see this mbarrier yet", True)
+                    w.sim.report("barrier", w, instr, "the other CTA may not see this mbarrier yet", True)
                 state[lane] = bar.phase
                 if expects:
                     bar.tx += int(n[lane])
                     count = 1
                 else:
                     count = int(n[lane]) if n is not None else 1
+                self.check_tx(w, instr, bar)
                 bar.pending -= count
                 if bar.pending < 0:
                     self.fault(
@@ -111,13 +112,20 @@ class Mbarriers(Operands):
 
         return arrive
 
+    def check_tx(self, w, instr, bar) -> None:
+        """The range of a tx-count (ISA, "mbarrier", "Tx-count")."""
+        if abs(bar.tx) >= 1 << 20:
+            self.fault("barrier", w, instr, f"a tx-count of {bar.tx} is out of its range")
+
     def _mbarrier_expect_tx(self, instr):
         address, number = self.shared_address(instr.args[0]), self.reader(instr.args[1], i8)
 
         def expect(w, g, m):
             at, n = address(w), number(w)
             for lane in self.each(m):
-                self.mbar(w, instr, int(at[lane])).tx += int(n[lane])
+                bar = self.mbar(w, instr, int(at[lane]))
+                bar.tx += int(n[lane])
+                self.check_tx(w, instr, bar)
             return True
 
         return expect
@@ -127,6 +135,33 @@ class Mbarriers(Operands):
 
     def _mbarrier_try_wait(self, instr):
         return self._wait(instr, False)
+
+    def check_phase(self, w, instr, bar, wanted: int, by_parity: bool) -> None:
+        """That which phase a wait means does not depend on the schedule.
+
+        A warp knows (by its clock) that `known` phases have completed. If the barrier may have gone on since, a wait by
+        parity is safe only for the next of them, and only until the one after that completes; one that would have passed
+        in phase `known` must not find the barrier further: in another schedule it passes two phases early.
+        """
+        if not by_parity:
+            if bar.phase > wanted + 1:
+                w.sim.report(
+                    "overrun", w, instr, f"the mbarrier is {bar.phase - wanted} phases past the one of the token"
+                )
+            return
+        known = int(w.cta.cluster.races.clock[w.cta.cluster.races.id(w), bar.clocks[2]])
+        passes_early = (known & 1) != (wanted & 1)
+        if passes_early and bar.phase > known:
+            text = (
+                f"the mbarrier may be in phase {known} here, where this wait passes at once, and is in phase "
+                f"{bar.phase}: which phase it waits for depends on the schedule, two phases apart"
+            )
+            w.sim.report("phase", w, instr, text)
+        elif not passes_early and bar.phase > known + 1:
+            text = (
+                f"the mbarrier is in phase {bar.phase} and this wait is for phase {known}: it went on without this warp"
+            )
+            w.sim.report("overrun", w, instr, text)
 
     def _wait(self, instr, once):
         by_parity = "parity" in instr.mods
@@ -145,13 +180,9 @@ class Mbarriers(Operands):
                     bar = self.mbar(w, instr, key[0])
                     pairs[key] = bar, (bar.phase & 1) != (key[1] & 1) if by_parity else bar.phase != key[1]
                 out[lane] = pairs[key][1]
-            if g.state is not None:
-                for bar, seen in g.state:
-                    if bar.phase > seen + 1:
-                        w.sim.report(
-                            "overrun",
-                            f"{w.where(instr)}: the barrier went {bar.phase - seen} phases on while this waited",
-                        )
+            if w.cta.cluster.races:
+                for (_, wanted), (bar, _) in pairs.items():
+                    self.check_phase(w, instr, bar, wanted, by_parity)
             if w.cta.cluster.races:
                 for bar, done in pairs.values():
                     if done:
@@ -161,8 +192,6 @@ class Mbarriers(Operands):
                 return True
             bars = [bar for bar, _ in pairs.values()]
             now = [(bar, bar.phase) for bar in bars]
-            if g.state is None:
-                g.state = now
             g.wait = lambda: any(bar.phase != seen for bar, seen in now)
             return False
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from .dtypes import LANES, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, i8
 from .faults import Fault, Unsupported
-from .ir import Address, Imm, Instr, Not, Reg, Special, Symbol
+from .ir import Address, Imm, Instr, Not, Reg, Special, Symbol, Vector
 from .memory import BASE
 
 FULL = np.ones(LANES, bool)
@@ -21,7 +21,8 @@ class Operands:
         self.program = program
         self.t = program.translator
         products = [i for i in program.kernel.instrs if i.op == "wgmma" and i.mods[0] == "mma_async"]
-        self.accumulators = {tuple(reg.number for reg in i.args[0].parts) for i in products}
+        vectors = [arg for i in products for arg in i.args[:2] if isinstance(arg, Vector)]
+        self.wgmma_registers = {tuple(reg.number for reg in vector.parts) for vector in vectors}
 
     def guard(self, instr: Instr):
         if instr.guard is None:
@@ -114,7 +115,7 @@ class Operands:
         """Whether the lanes that must be here are; else the group waits for them."""
         if g.mask is None or w.covers(g, lanes):
             return True
-        g.wait = lambda: w.covers(g, lanes)
+        g.wait, g.lacks = (lambda: w.covers(g, lanes)), True
         return False
 
     @staticmethod
@@ -143,7 +144,7 @@ class Operands:
             return "shared", address - SHARED_WINDOW
         self.fault("address", w, instr, f"{a:#x} is in no window")
 
-    def check_global(self, w, instr, address, m, size, writes: bool, alone: bool = True):
+    def check_global(self, w, instr, address, m, size, writes: bool, atomic=False, check=True):
         """Indices of bytes in the arena."""
         memory = w.sim.memory
         at = address - np.int64(BASE)
@@ -162,22 +163,9 @@ class Operands:
         if bad.any():
             what = "write to" if writes else "read of"
             self.fault("out of bounds", w, instr, f"{what} {size} bytes at {memory.describe(int(at[bad][0]) + BASE)}")
-        if alone and w.sim.schedule.races:
-            self.check_alone(w, instr, (at if m is None else at[m]), size, writes)
+        if w.sim.global_races is not None and check:
+            w.sim.global_races.ordinary(w, instr, at if m is None else at[m], size, writes, atomic)
         return at
-
-    def check_alone(self, w, instr, at, size, writes) -> None:
-        """That no other warp of this launch has written these bytes."""
-        memory = w.sim.memory
-        at = (at[:, None] + np.arange(size)).ravel()
-        last = memory.writer[at]
-        bad = (last >= w.sim.first_uid) & (last != w.uid)
-        if bad.any():
-            what = "writes" if writes else "reads"
-            where = memory.describe(int(at[bad][0]) + BASE)
-            w.sim.report("global race", f"{w.where(instr)} {what} what another warp of the launch wrote: {where}")
-        if writes:
-            memory.writer[at] = w.uid
 
     def cta_of(self, w, instr, address):
         """The CTA of an address, by its first lane, and offsets in it."""
@@ -209,7 +197,7 @@ class Operands:
         part = at >> 4
         if shared.flight[part].any():
             what = "overwrites" if writes else "reads"
-            w.sim.report("race", f"{w.where(instr)} {what} shared memory into which a copy is under way")
+            w.sim.report("race", w, instr, f"{what} shared memory into which a copy is under way")
         if writes:
             shared.dirty[part if m is None else part[m]] = w.number + 1
             for base in cta.mbarriers:

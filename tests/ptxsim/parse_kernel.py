@@ -28,6 +28,8 @@ class KernelParser:
         self.shared: dict[str, Variable] = {}
         self.local: dict[str, Variable] = {}
         self.tables: dict[str, list[str]] = {}
+        self.source: tuple[str, ...] = ()  # of the last .loc
+        self.inlined: dict[str, str] = {}  # locations, and where the function they are in was inlined
 
     def parse(self) -> Kernel:
         name = re.match(r"\s*([\w$]+)", self.head)[1]
@@ -43,7 +45,12 @@ class KernelParser:
         directives = {}
         for match in re.finditer(r"\.(\w+)((?:\s+\d+(?:\s*,\s*\d+)*)?)", self.head[self.head.rfind(")") + 1 :]):
             directives[match[1]] = tuple(int(x) for x in re.findall(r"\d+", match[2]))
-        self._statements()
+        if len(params) != self.head.count(".param"):
+            raise ParseError(f"kernel {name}: a parameter is not understood: {self.head}")
+        try:
+            self._statements()
+        except ParseError as error:
+            raise ParseError(f"kernel {name}, {error}") from None
         pending = []
         for instr in self.instrs:
             if instr.op == "bra":
@@ -86,7 +93,9 @@ class KernelParser:
                 pos += 1
                 continue
             if text.startswith((".loc", ".file"), pos):
-                pos = text.index("\n", pos)
+                stop = text.index("\n", pos)
+                self._location(text[pos:stop])
+                pos = stop
                 continue
             label = _LABEL.match(text, pos)
             if label:
@@ -100,7 +109,7 @@ class KernelParser:
             line = self.line_of(pos)
             pos = stop + 1
             if statement.startswith("."):
-                self._directive(statement)
+                self._directive(statement, line)
             else:
                 instr = self._instruction(statement, line)
                 if instr.op == "bra":
@@ -114,11 +123,28 @@ class KernelParser:
                     instr.args[0] = Symbol(scoped)
                     break
 
+    def _location(self, statement: str) -> None:
+        """.loc file line column, function_name label, inlined_at file line column (ISA, ".loc")."""
+        numbers = re.findall(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)", statement)
+        if not numbers:
+            return
+        places = [f"{self.module.files.get(file, file)}:{line}" for file, line in numbers]
+        if len(places) > 1:
+            self.inlined[places[0]] = places[1]
+            outer, seen = places[1], {places[0]}
+            while outer in self.inlined and outer not in seen:
+                seen.add(outer)
+                outer = self.inlined[outer]
+            places[1] = outer
+        else:
+            self.inlined.pop(places[0], None)
+        self.source = tuple(places)
+
     def _scoped(self, name: str, depth: int) -> str:
         number = self.scope_numbers[depth]
         return name if number == 0 else f"{name}@{number}"
 
-    def _directive(self, statement: str) -> None:
+    def _directive(self, statement: str, line: int) -> None:
         if statement.startswith(".reg"):
             match = re.match(r"\.reg\s+(?:\.v\d\s+)?\.(\w+)\s+(.*)", statement, re.S)
             for item in match[2].split(","):
@@ -135,7 +161,7 @@ class KernelParser:
             return
         found = VARIABLE.match(statement)
         if not found:
-            raise ParseError(f"directive not understood: {statement[:80]}")
+            raise ParseError(f"line {line}: directive not understood: {statement[:80]}")
         variable = parse_variable(found)
         {"shared": self.shared, "local": self.local}[variable.space][variable.name] = variable
 
@@ -162,7 +188,10 @@ class KernelParser:
                 raise ParseError(f"line {line}: no register {match[2]}")
             guard = Not(guard) if match[1] else guard
             rest = rest[match.end() :]
-        match = re.match(r"([\w.:]+)\s*", rest)
+        match = re.match(r"([a-z][\w.:]*)\s*", rest)
+        if match is None:
+            raise ParseError(f"line {line}: a statement is not understood: {statement[:80]}")
         parts = match[1].split(".")
         args = [parse_operand(part, line, self._lookup) for part in split(rest[match.end() :])]
-        return Instr(parts[0], tuple(parts[1:]), args, guard, line, re.sub(r"\s+", " ", statement))
+        text = re.sub(r"\s+", " ", statement)
+        return Instr(parts[0], tuple(parts[1:]), args, guard, line, text, index=len(self.instrs), source=self.source)

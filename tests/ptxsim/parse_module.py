@@ -9,6 +9,8 @@ from .ir import Module, ParseError
 from .parse_kernel import KernelParser
 from .parse_variable import VARIABLE, parse_variable
 
+_HEADER = re.compile(r"\.version\s+\S+|\.target\s+[\w, ]+|\.address_size\s+\d+|\.file[^\n]*|\.pragma\s+\"[^\"]*\"")
+
 
 def _blank(match: re.Match) -> str:
     return re.sub(r"[^\n]", " ", match[0])
@@ -19,6 +21,7 @@ def parse(text: str) -> Module:
     clean = re.sub(r"/\*.*?\*/", _blank, clean, flags=re.S)
     target = re.search(r"\.target\s+(\w+)", clean)
     module = Module(text, target[1] if target else "")
+    module.files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M))
     starts = [0]
     for match in re.finditer("\n", clean):
         starts.append(match.end())
@@ -34,13 +37,17 @@ def parse(text: str) -> Module:
         between = re.sub(r"\.section.*", "", between, flags=re.S)
         for statement in between.split(";"):
             found = VARIABLE.search(statement.strip())
+            rest = _HEADER.sub("", statement).strip()
+            if not found and rest:
+                raise ParseError(f"a directive of the module is not understood: {rest[:80]}")
             if found:
                 variable = parse_variable(found)
                 (module.shared if variable.space == "shared" else module.globals)[variable.name] = variable
         if not match:
             return module
         if match[1] == "func":
-            raise ParseError(f"line {line_of(match.start())}: .func is not supported")
+            head = clean[match.start() : clean.find("\n", match.end() + 1)]
+            raise ParseError(f"line {line_of(match.start())}: .func is not emulated: {' '.join(head.split())[:120]}")
         body = clean.index("{", match.end())
         end = _matching(clean, body)
         head = clean[match.end() : body]

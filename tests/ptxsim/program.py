@@ -8,13 +8,14 @@ import numpy as np
 
 from .effects import Effects
 from .faults import Fault, Unsupported
-from .ir import Kernel, Not
+from .ir import Instr, Kernel, Not, registers_of
 from .registers import POISON, bits_of
+from .syntax import check
 from .translator import Translator
 
 
 class Step:
-    __slots__ = ("count", "first", "full", "instr", "kind", "masked", "next")
+    __slots__ = ("count", "first", "full", "instr", "kind", "masked", "next", "registers")
 
 
 class Program:
@@ -53,6 +54,7 @@ class Program:
         instr = self.kernel.instrs[pc]
         if instr.op in Effects.OPS or instr.op in ("bra", "ret", "exit", "brx"):
             return None
+        check(instr)
         return self.translator.statements(instr, False)
 
     def build(self, pc: int) -> Step:
@@ -60,12 +62,13 @@ class Program:
         step.first = pc
         if pc >= len(instrs):
             step.kind, step.count, step.instr = "exit", 0, None
-            step.next = pc
+            step.next, step.registers = pc, frozenset()
             self.steps[pc] = step
             return step
         instr = step.instr = instrs[pc]
         step.count, step.next, step.masked = 1, pc + 1, None
         try:
+            check(instr)
             if instr.op == "bra":
                 step.kind = "bra"
                 step.full = None
@@ -85,16 +88,32 @@ class Program:
                 step.kind = "arithmetic"
                 end = pc
                 while end < len(instrs) and (end == pc or end not in self.kernel.leaders) and end - pc < 400:
-                    lines = self.pure(end)
-                    if lines is None:
-                        break
+                    try:
+                        if self.pure(end) is None:
+                            break
+                    except Unsupported:
+                        if end == pc:
+                            raise
+                        break  # a fault where it is met, if it is
                     end += 1
                 step.next, step.count = end, end - pc
                 step.full, step.masked = self._function(pc, end, False), None
         except Unsupported as reason:
-            raise Fault("unsupported", f"line {instr.line}: {instr.text[:120]} ({reason})") from None
+            raise Fault("unsupported", f"{instr} ({reason})") from None
+        except Exception as reason:  # operands of another number or kind than the form has
+            raise Fault("unsupported", f"{instr} (operands that are not understood: {reason!r})") from reason
+        step.registers = frozenset().union(*(self._touched(instrs[at]) for at in range(pc, max(step.next, pc + 1))))
         self.steps[pc] = step
         return step
+
+    @staticmethod
+    def _touched(instr: Instr) -> set[int]:
+        """Registers that an instruction reads or writes; of wgmma those that are not its own affair."""
+        return set() if instr.op == "wgmma" else {reg.number for reg in registers_of([instr.guard, *instr.args])}
+
+    def touching(self, step: Step, registers: set[int]) -> Instr:
+        instrs = self.kernel.instrs[step.first : max(step.next, step.first + 1)]
+        return next(instr for instr in instrs if self._touched(instr) & registers)
 
     def _function(self, start: int, end: int, masked: bool):
         lines = ["def run(R, w, m):"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass
@@ -20,8 +20,19 @@ class Schedule:
     lazy: str = ""  # "products" or "copies": these are done only when they must be
     spin: float = 0.02  # the chance that a wait in vain comes back instead of being suspended
     resident: int = 0  # clusters at a time, 0 for all
+    limit: int = 500_000_000  # warp instructions, after which a launch is a livelock
     strict: bool = False  # report what only the letter of the PTX ISA asks for, too
     races: bool = True  # check the order of all accesses to shared memory, and that warps share no global memory
+
+    def short(self) -> str:
+        """What makes it again: a seed, and the fields that differ from those it draws."""
+        drawn = Schedule.of(self.seed)
+        changed = {
+            f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != getattr(drawn, f.name)
+        }
+        if not changed:
+            return f"{self.seed}"
+        return f"replace(Schedule.of({self.seed}), {', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
     @staticmethod
     def of(seed: int) -> Schedule:

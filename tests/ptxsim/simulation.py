@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,8 @@ import numpy as np
 from .cta import Cluster
 from .dtypes import LANES
 from .faults import Fault
+from .global_races import GlobalRaces, smallest_global_access
+from .ir import Instr
 from .schedule import Schedule
 from .warp import Warp
 
@@ -31,7 +32,6 @@ class Simulation:
     def __init__(self, device, program, grid, block_size, cluster_size, shared_bytes, dynamic, params, schedule):
         self.device, self.program, self.grid, self.block_size = device, program, grid, block_size
         self.memory = device.memory
-        self.first_uid = device.memory.warps
         self.cluster_size, self.shared_bytes, self.dynamic = cluster_size, shared_bytes, dynamic
         self.params = params
         self.schedule, self.rng = schedule, random.Random(f"run {schedule.seed}")
@@ -41,7 +41,7 @@ class Simulation:
         self.executed = self.done_async = self.switches = 0
         self.reports: dict[tuple, str] = {}
         self.notes: dict[tuple, str] = {}
-        self.limit = 2_000_000_000
+        self.clusters = 0  # that have begun
         self.elected = self.rng.randrange(LANES)
         self.warps: list[Warp] = []
         cells = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
@@ -50,11 +50,16 @@ class Simulation:
         if schedule.resident:
             self.rng.shuffle(self.waiting)
 
-    def report(self, kind: str, message: str, note: bool = False) -> None:
-        """Once for each kind and line. A note is what the PTX ISA asks for and compilers do without."""
-        line = re.search(r"line (\d+)", message)
-        key = kind, line[1] if line else message
-        (self.notes if note and not self.schedule.strict else self.reports).setdefault(key, f"{kind}: {message}")
+        maps = [*device.maps.values()]
+        self.maps: dict = {}  # tensor maps among the parameters, by offset
+        self.global_races = GlobalRaces(self, smallest_global_access(program.kernel, maps)) if schedule.races else None
+
+    def report(self, kind: str, warp: Warp, instr: Instr | None, message: str, note: bool = False) -> None:
+        """Once for each kind and instruction. A note is what the PTX ISA asks for and compilers do without."""
+        key = kind, instr.index if instr else message
+        found = self.notes if note and not self.schedule.strict else self.reports
+        if key not in found:
+            found[key] = f"{kind}: {warp.where(instr)}: {message}"
 
     def later(self, operation, kind: str = "copies") -> None:
         """An asynchronous operation, a callable: now or at some time."""
@@ -86,13 +91,30 @@ class Simulation:
 
     def warp_done(self, warp: Warp) -> None:
         if warp.committed or warp.open:
-            self.report("wgmma", f"{warp.where(None)} ended with products nobody waited for")
+            last = (warp.open or warp.committed[-1] or [None])[-1]
+            self.report("wgmma", warp, last and last.instr, "ended with wgmma-groups that nobody waited for")
+        for operation in warp.bulk_stores():
+            if not operation["waited"]:
+                text = "ended before the bulk-group had read shared memory: no cp.async.bulk.wait_group covers it"
+                self.report("exit", warp, operation["instr"], text)
         self.warps.remove(warp)
         cluster, cta = warp.cta.cluster, warp.cta
         cta.running -= 1
+        for barrier in cta.barriers.values():
+            barrier.complete()
         if cta.running == 0 and cta.shared is not None:
             if cta.shared.flight.any():
-                self.report("exit", f"CTA {cta.index[0]} ended with a copy into its shared memory under way")
+                self.report("exit", warp, None, "the last of its CTA ended with a copy into shared memory under way")
+            for at, bar in cta.mbarriers.items():
+                if bar.tx:
+                    text = f"the CTA ended with tx-count {bar.tx} at the mbarrier at {at:#x}, made at line {bar.line}"
+                    self.report("exit", warp, None, text)
+            for number, barrier in cta.barriers.items():
+                if barrier.arrived:
+                    text = (
+                        f"the CTA ended when {barrier.arrived} threads had arrived at barrier {number}: nobody waited"
+                    )
+                    self.report("exit", warp, barrier.instr, text)
             cta.shared, cta.mbarriers = None, {}
         cluster.running -= 1
         if cluster.running == 0:
@@ -126,14 +148,15 @@ class Simulation:
                 if warp is None:
                     if self.complete_one() or self._complete_last():
                         continue
-                    raise Fault("deadlock", self._stuck())
+                    divided = any(all(g.lacks for g in w.groups) for w in self.warps if len(w.groups) > 1)
+                    raise Fault("divergence" if divided else "deadlock", self._stuck())
                 self.switches += 1
                 warp.run(1 + int(rng.expovariate(1.0 / schedule.slice)) if schedule.slice > 1 else 1)
                 if self.pending and schedule.rate and rng.random() < schedule.rate:
                     for _ in range(schedule.burst):
                         self.complete_one()
-                if self.executed > self.limit:
-                    raise Fault("livelock", self._stuck())
+                if self.executed > schedule.limit:
+                    raise Fault("livelock", f"{schedule.limit} warp instructions: {self._stuck()}")
             while self.complete_one() or self._complete_last():
                 pass
         if self.reports:
@@ -175,8 +198,18 @@ class Simulation:
             for g in w.groups:
                 instr = self.program.kernel.instrs[g.pc] if g.pc < len(self.program.kernel.instrs) else None
                 lanes = 32 if g.mask is None else int(g.mask.sum())
-                key = f"line {instr.line}: {instr.text[:80]}" if instr else "the end"
+                key = (str(instr) if instr else "the end") + (
+                    " (waits for the other lanes of its warp)" if g.lacks else ""
+                )
                 places.setdefault(key, []).append(
                     f"{w.cta.index[0]}.{w.number}" + (f"({lanes} lanes)" if lanes < 32 else "")
                 )
-        return "; ".join(f"{key} <- {' '.join(who)}" for key, who in places.items())
+        lines = [f"{key} <- {' '.join(who)}" for key, who in places.items()]
+        for cta in {id(w.cta): w.cta for w in self.warps}.values():
+            for at, bar in cta.mbarriers.items():
+                if bar.tx or bar.pending != bar.expected:
+                    lines.append(
+                        f"CTA {cta.index[0]}: the mbarrier at {at:#x} is in phase {bar.phase}, "
+                        f"pending count {bar.pending} of {bar.expected}, tx-count {bar.tx}"
+                    )
+        return "\n  ".join(lines)

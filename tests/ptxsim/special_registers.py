@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from .dtypes import LANES
-from .faults import Fault
+
+KNOWN = re.compile(
+    r"(tid|ntid|ctaid|nctaid|clusterid|nclusterid|cluster_ctaid|cluster_nctaid)\.[xyz]|cluster_(n?ctarank)|laneid|warpid|"
+    r"nwarpid|dynamic_smem_size|total_smem_size|lanemask_(eq|lt|le|gt|ge)|smid|nsmid|clock|clock_hi|clock64|globaltimer|"
+    r"gridid"
+)
+MULTIPROCESSORS = 132
+
+
+def known(name: str) -> bool:
+    return KNOWN.fullmatch(name) is not None
 
 
 def special_register(warp, name: str) -> np.ndarray:
@@ -42,6 +54,9 @@ def special_register(warp, name: str) -> np.ndarray:
         low = bit - np.uint64(1)
         value = {"eq": bit, "lt": low, "le": low | bit, "gt": ~(low | bit), "ge": ~low}[base[9:]]
         return (value & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    if base in ("smid", "clock", "clock_hi", "clock64", "globaltimer", "envreg", "gridid", "nsmid", "nwarpid"):
-        return one(132 if base == "nsmid" else 0)
-    raise Fault("unsupported", f"special register %{name}")
+    if base == "nwarpid":
+        return one(len(cta.warps))
+    if base == "total_smem_size":
+        return one(sim.shared_bytes)
+    # All CTAs on one multiprocessor at one time: a kernel that depends on these is not checked.
+    return one(MULTIPROCESSORS if base == "nsmid" else 0)

@@ -9,6 +9,7 @@ import numpy as np
 
 from .dtypes import PARAM_WINDOW, i4, u2
 from .faults import Unsupported
+from .memory import BASE
 from .operands import BLOCK_MASK, Operands
 
 
@@ -85,15 +86,14 @@ class TensorCopies(Operands):
         if cta.mbarriers and any(at <= base < at + found.bytes for base in cta.mbarriers):
             self.fault("tensor copy", w, instr, "over an mbarrier")
         if shared.dirty[flat].any():
-            sim.report(
-                "proxy", f"{w.where(instr)}: a tensor copy over what ordinary stores wrote, without fence.proxy.async"
-            )
+            sim.report("proxy", w, instr, "a tensor copy over what ordinary stores wrote, without fence.proxy.async")
             shared.dirty[flat] = 0
         if shared.flight[flat].any():
-            sim.report("race", f"{w.where(instr)}: two tensor copies into the same shared memory")
+            sim.report("race", w, instr, "two tensor copies into the same shared memory")
         there = cta.mbarriers.get(bar_at)
         if there is not None and there.clocks:
             w.cta.cluster.races.copy_into(w, instr, cta.rank, flat, there.clocks, there.phase)
+            w.cta.cluster.races.global_load(w, instr, found, where, there.clocks, there.phase)
         poison = wide[flat].copy()
         poison.view(np.uint8)[:] = 0xFF
         wide[flat] = poison
@@ -109,9 +109,7 @@ class TensorCopies(Operands):
                         "barrier", w, instr, f"no mbarrier at {bar_at:#x} of CTA {cta.rank} for the bytes of a copy"
                     )
                 if not bar.shown:
-                    sim.report(
-                        "barrier", f"{w.where(instr)}: a copy completes at an mbarrier that no fence has shown", True
-                    )
+                    sim.report("barrier", w, instr, "a copy completes at an mbarrier that no fence has shown", True)
                 data = found.load(sim.memory, where, first, last)
                 wide[parts[first:last]] = data.view(np.complex128)
                 shared.flight[parts[first:last]] -= 1
@@ -140,17 +138,20 @@ class TensorCopies(Operands):
                 shared = w.cta.shared
                 if at % 128 or at + found.bytes > shared.size:
                     self.fault("tensor copy", w, instr, f"from shared memory at {at:#x}")
+                self.check_writable(w, instr, found)
                 parts = found.parts(at)
                 if shared.dirty[parts].any():
                     who = sorted(set(shared.dirty[parts].ravel().tolist()) - {0})
                     sim.report(
                         "proxy",
-                        f"{w.where(instr)}: a tensor store reads what warps {[x - 1 for x in who]} wrote "
-                        "without fence.proxy.async",
+                        w,
+                        instr,
+                        f"a tensor store reads what warps {[x - 1 for x in who]} wrote without fence.proxy.async",
                     )
                 if w.cta.cluster.races:
                     w.cta.cluster.races.read_async(w, instr, w.cta.rank, parts, 1)
-                operation = {"read": False, "done": False}
+                    w.cta.cluster.races.global_store(w, instr, found, where)
+                operation = {"read": False, "done": False, "waited": False, "instr": instr}
 
                 def read(operation=operation, found=found, parts=parts, shared=shared):
                     if not operation["read"]:
@@ -161,9 +162,7 @@ class TensorCopies(Operands):
                     read()
                     if not operation["done"]:
                         operation["done"] = True
-                        at = found.store(sim.memory, where, 0, found.rows, operation["data"])
-                        if sim.schedule.races:
-                            self.check_alone(w, instr, at, 1, True)
+                        found.store(sim.memory, where, 0, found.rows, operation["data"])
 
                 operation["run_read"], operation["run_write"] = read, write
                 w.bulk_open.setdefault(int(lane), []).append(operation)
@@ -172,6 +171,13 @@ class TensorCopies(Operands):
             return True
 
         return store
+
+    def check_writable(self, w, instr, found) -> None:
+        owner, first = w.sim.memory.owner, found.base - BASE
+        if (owner[first], owner[first + found.extent - 1]) != (2, 2):
+            self.fault(
+                "out of bounds", w, instr, f"a store through a tensor map of {w.sim.memory.describe(found.base)}"
+            )
 
     def _bulk_commit(self, instr):
         def commit(w, g, m):
@@ -196,9 +202,12 @@ class TensorCopies(Operands):
                     continue
                 if w.cta.cluster.races:
                     w.cta.cluster.races.waited(w, 1, keep)
+                    if not reads:
+                        w.cta.cluster.races.written(w, keep)
                 for group in list(groups)[: max(0, len(groups) - keep)]:
                     for operation in group:
                         operation["run_read"]()
+                        operation["waited"] = True
                         if not reads:
                             operation["run_write"]()
                 if not reads:

@@ -14,21 +14,21 @@ FULL = np.ones(LANES, bool)
 
 
 class Group:
-    __slots__ = ("mask", "pc", "state", "wait")
+    __slots__ = ("lacks", "mask", "pc", "state", "wait")
 
     def __init__(self, pc, mask):
         self.pc, self.mask, self.wait, self.state = pc, mask, None, None
+        self.lacks = False  # it waits for other lanes of its warp
 
 
 class Warp:
     def __init__(self, cta, number: int):
         self.cta, self.number, self.sim = cta, number, cta.sim
-        memory = cta.sim.memory
-        self.uid, memory.warps = memory.warps, memory.warps + 1
         self.program = cta.sim.program
         self.R = list(self.program.poison)
         threads = cta.sim.threads
         self.live = np.arange(LANES) + number * LANES < threads
+        self.partial = not self.live.all()  # some lanes have ended, or never were
         self.groups = [Group(0, None if self.live.all() else self.live.copy())]
         self._special: dict[str, np.ndarray] = {}
         # wgmma: operations in order of issue, groups that are committed, and accumulators under way
@@ -36,6 +36,7 @@ class Warp:
         self.open: list = []
         self.committed: deque = deque()
         self.chains: dict = {}
+        self.in_flight: set[int] = set()  # registers of accumulators and of A, until their wait
         self.fenced: dict = {}
         # cp.async: the same; bulk copies: groups by lane
         self.copies: list = []
@@ -47,6 +48,10 @@ class Warp:
         size = sum(v.size + v.align for v in self.program.kernel.local.values())
         self.local = np.full((LANES, -(-size // 16) * 16), 0xFF, np.uint8) if size else None
 
+    def bulk_stores(self) -> list[dict]:
+        groups = [*self.bulk_open.values(), *(group for queue in self.bulk_groups.values() for group in queue)]
+        return [operation for group in groups for operation in group]
+
     def special(self, name: str) -> np.ndarray:
         found = self._special.get(name)
         if found is None:
@@ -56,8 +61,7 @@ class Warp:
 
     def where(self, instr: Instr | None) -> str:
         index = ",".join(map(str, self.cta.index[: 2 if self.sim.grid[1] > 1 else 1]))
-        at = f"CTA {index} warp {self.number}"
-        return at + (f", line {instr.line}: {instr.text[:110]}" if instr else "")
+        return f"CTA {index} warp {self.number}" + (f", {instr}" if instr else "")
 
     # --- which lanes
     def covers(self, group: Group, lanes: np.ndarray | None = None) -> bool:
@@ -80,7 +84,7 @@ class Warp:
                 out.append(g)
             else:
                 other.mask = other.mask | g.mask
-                other.wait = other.state = None
+                other.wait, other.state, other.lacks = None, None, False
         if len(out) != len(groups):
             for g in out:
                 if g.mask is not None and g.mask.all():
@@ -113,13 +117,16 @@ class Warp:
             g = self.ready()
             if g is None:
                 return
-            g.wait = None
+            g.wait, g.lacks = None, False
             step = steps[g.pc]
             if step is None:
                 step = program.build(g.pc)
             met[step.first] += 1
             sim.executed += step.count
             kind = step.kind
+            if self.in_flight and not self.in_flight.isdisjoint(step.registers):
+                text = "touches registers of wgmma operations that nobody has waited for"
+                sim.report("wgmma", self, program.touching(step, self.in_flight), text)
             if kind == "arithmetic":
                 if g.mask is None:
                     step.full(R, self, None)
@@ -183,6 +190,7 @@ class Warp:
     def _exit(self, g: Group, mask) -> None:
         going = (g.mask if g.mask is not None else FULL) if mask is None or mask is True else mask
         self.live = self.live & ~going
+        self.partial = True
         rest = (g.mask if g.mask is not None else FULL) & ~going
         if rest.any():
             g.mask = rest

@@ -52,7 +52,7 @@ def first_line(error: BaseException) -> str:
 
 
 def rms_error(found: Tensor, exact: Tensor) -> float:
-    """The RMS error over the RMS value, for a figure; infinite where it is no number, or not even the shape is right."""
+    """The RMS error over the RMS value, for a figure; infinite where it is no number, or not even the shape fits."""
     if found.shape != exact.shape:
         return math.inf
     error = ((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()

@@ -15,8 +15,9 @@ from torch import nn
 from fastbp import backends, cache
 from fastbp.backends.measured import file_name, inventory
 from fastbp.tuning import products
+from fastbp.tuning.isolation import Measuring
 from fastbp.tuning.jobs import Job, watch
-from fastbp.tuning.race import Outcome, fastest_of, run_race
+from fastbp.tuning.race import fastest_of
 
 WHERE = "fastbp.tune"
 SECONDS = 0.3
@@ -145,22 +146,23 @@ def tune_jobs(
     """``tune`` for calls that are known already, each with how often it comes."""
     jobs = list(jobs)
     report = TuningReport([], remark, _path(jobs[0][0].device))
-    for job, count in jobs:
-        entry = None if again else inventory(backends.environment(job.device)).get(job.key)
-        call = TunedCall.of(job.key, count, entry) or _measured(job, count, seconds)
-        report.calls.append(call)
-        report.path = report.path if call.remembered else ""
-        if not quiet:
-            print(call, flush=True)
+    with Measuring(WHERE) as measuring:
+        for job, count in jobs:
+            entry = None if again else inventory(backends.environment(job.device)).get(job.key)
+            call = TunedCall.of(job.key, count, entry) or _measured(job, count, seconds, measuring)
+            report.calls.append(call)
+            report.path = report.path if call.remembered else ""
+            if not quiet:
+                print(call, flush=True)
     return report
 
 
-def _measured(job: Job, count: int, seconds: float) -> TunedCall:
+def _measured(job: Job, count: int, seconds: float, measuring: Measuring) -> TunedCall:
     if sys.stderr.isatty():
         print(f"\r{job.key} ...", end="\r", file=sys.stderr, flush=True)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(job.device.type, enabled=False):
-        products.tune(job, seconds)
-        found: Outcome = run_race(job, seconds)
+        products.tune(job, seconds, measuring)
+        found = measuring.race(job, seconds)
     if not found.milliseconds:
         return TunedCall(job.key, count, *found)
     entry = {"milliseconds": found.milliseconds, "refused": found.refused, "unmeasured": found.unmeasured}

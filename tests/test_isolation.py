@@ -31,7 +31,7 @@ WORKER = str(Path(__file__).parent / "tuning_worker.py")
 def child(monkeypatch):
     """Tuning goes by a child, as on a GPU, with these candidates."""
 
-    def with_candidates(*names, deadline=4.0):
+    def with_candidates(*names, deadline=10.0):
         monkeypatch.setenv("FASTBP_TEST_CANDIDATES", " ".join((*names, "reference")))
         monkeypatch.setattr(isolation, "COMMAND", (sys.executable, WORKER))
         monkeypatch.setattr(isolation, "isolated", lambda device: True)
@@ -52,7 +52,7 @@ def test_every_candidate_gets_its_verdict_and_the_good_one_wins(child, capfd):
     assert reasons == {
         "crashes": "its process was ended by SIGSEGV",
         "raises": "ValueError: out of resources",
-        "hangs": "no answer within 4 s",
+        "hangs": "no answer within 10 s",
         "late": "its process was ended by SIGSEGV",
         "exits": "its process ended with exit code 7: something went wrong",
         "poisons": "RuntimeError: CUDA error: an illegal memory access was encountered",
@@ -70,7 +70,7 @@ def children():
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the processes of this one are counted in /proc")
 def test_nothing_of_the_child_is_left_whatever_happens(child):
-    child("hangs", "good", deadline=1.0)
+    child("crashes", "good")
     before = children()
     tune_jobs([(parse("x", CALL, CPU), 1)], 0.01, again=True, quiet=True)
     assert children() == before
@@ -108,7 +108,7 @@ def test_where_the_child_cannot_work_nothing_is_measured_and_it_says_why(fault, 
         monkeypatch.setattr(backends, "environment", lambda device: (("device", "none"),))
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(isolation, "run_race", lambda *a: pytest.fail("it is measured in this process"))
-    with pytest.raises(RuntimeError, match="fastbp.tune: nothing is measured") as caught:
+    with pytest.raises(RuntimeError, match=r"fastbp\.tune: nothing is measured") as caught:
         tune_jobs([(job, 1)], 0.01, again=True, quiet=True)
     assert words.get(fault, "no answer within 0.5 s") in str(caught.value) and "exclusive-process" in str(caught.value)
 
@@ -165,12 +165,12 @@ def test_how_products_are_computed_is_as_in_the_process_that_asks(child, monkeyp
     """Whoever allows TF32 is to have its times."""
     from fastbp.tuning import worker
 
-    before = worker.settings()
+    before = isolation.settings()
     other = dict(fp32_precision="tf32", allow_bf16_reduced_precision_reduction=False)
     request = {"settings": before | other, "job": None, "seconds": 0, "without": [], "product": None}
     try:
         worker.answer(request, CPU, lambda answer: None)  # which fails for want of a job
-        assert worker.settings() == before | other
+        assert isolation.settings() == before | other
     finally:
         for name, value in before.items():
             setattr(torch.backends.cuda.matmul, name, value)

@@ -27,17 +27,27 @@ import torch
 
 from fastbp.tuning.jobs import Job, to_plain
 from fastbp.tuning.race import Outcome, run_race
-from fastbp.tuning.worker import UNUSABLE, settings
 
 COMMAND = (sys.executable, "-m", "fastbp.tuning.worker")
 DEADLINE = 120.0  # seconds for a candidate to be compiled and judged, or for a burst of it
 STARTING = 300.0  # to start the process, or to make the reference of a call in float64
+UNUSABLE = 70  # the exit code of a child whose GPU does nothing more
 Product = tuple[str, tuple[int, int, int]]  # kind, and m, n, k
 
 
 def isolated(device: torch.device) -> bool:
     """Whether the candidates on this device run in a process of their own."""
     return device.type == "cuda"
+
+
+def settings() -> dict[str, Any]:
+    """What decides how PyTorch computes products, and is to be the same in the child."""
+    matmul = torch.backends.cuda.matmul
+    return {
+        "fp32_precision": matmul.fp32_precision,
+        "allow_bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
+        "allow_fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
+    }
 
 
 class Measuring:
@@ -88,7 +98,7 @@ class Child:
             if done is not None:
                 return done | {"refused": done["refused"] | refused}
             if len(refused) == before:
-                raise RuntimeError(
+                raise Unmeasurable(
                     f"{self.where}: the process that measures {job.key} ends again and again: {self.last}"
                 )
 
@@ -122,7 +132,7 @@ class Child:
                 return answer
 
     def _start(self) -> None:
-        """Start the process unless it runs; RuntimeError where it does not start or cannot use the GPU."""
+        """Start the process unless it runs; Unmeasurable where it does not start or cannot use the GPU."""
         if self.process is not None and self.process.poll() is None:
             return
         self.end()
@@ -143,7 +153,7 @@ class Child:
             reason = str(ended)
         if reason is not None:
             self.end()
-            raise RuntimeError(
+            raise Unmeasurable(
                 f"{self.where}: nothing is measured, for on a GPU that takes a process of its own, in which a kernel "
                 f"may crash, and that cannot use {self.device}: {reason}; a GPU in exclusive-process mode serves one "
                 "process alone (`nvidia-smi -c DEFAULT` lets others in)"
@@ -189,6 +199,10 @@ class Child:
         self.errors.close()
         with suppress(OSError):  # of what it did not read
             process.stdin.close()  # type: ignore[union-attr]
+
+
+class Unmeasurable(RuntimeError):
+    """Nothing can be measured, for there is no process to do it in."""
 
 
 class Ended(Exception):

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from fastbp.acceptance import first_line
+from fastbp.tuning.isolation import UNUSABLE
 from fastbp.tuning.jobs import from_plain
 from fastbp.tuning.race import Step, clock_of, run_off, run_race
 
-UNUSABLE = 70  # the exit code of a process whose GPU does nothing more
 Say = Callable[[dict[str, Any]], None]
 
 
@@ -52,16 +52,6 @@ def _listen(asked: queue.SimpleQueue[str]) -> None:
     for line in sys.stdin:
         asked.put(line)
     os._exit(0)
-
-
-def settings() -> dict[str, Any]:
-    """What decides how PyTorch computes products, and is to be the same here as in the process that asks."""
-    matmul = torch.backends.cuda.matmul
-    return {
-        "fp32_precision": matmul.fp32_precision,
-        "allow_bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
-        "allow_fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
-    }
 
 
 def answer(request: dict[str, Any], device: torch.device, say: Say) -> None:

@@ -42,10 +42,10 @@ def prepare(case: Case, names: Iterable[str], device: torch.device, mode: str = 
 
     All rivals have the same parameters and the same random inputs. ``error`` is the largest relative RMS error of
     output and gradients against float64 (of a model, of its output and of its parameters' gradients on average);
-    ``accurate`` says whether each is at most twice eager's, and a rounding unit: of a block in the whole, each row, each
-    column and each number, as ``fastbp.acceptance`` has it. AssertionError where a result of fastbp's is not, or by a
-    compressed policy is no result at all; anybody else is timed all the same. A rival that raises is left out, and a
-    forced route of fastbp is broken, with its reason; eager and fastbp itself may not raise.
+    ``accurate`` says whether each is at most twice eager's, and a rounding unit: of a block in the whole, each row,
+    each column and each number, as ``fastbp.acceptance`` has it. AssertionError where a result of fastbp's is not, or
+    by a compressed policy is no result at all; anybody else is timed all the same. A rival that raises is left out, and
+    a forced route of fastbp is broken, with its reason; eager and fastbp itself may not raise.
     """
     task = task_of(case, device)
     truth = Truth(case, task.truth(mode))
@@ -87,7 +87,7 @@ def prepare(case: Case, names: Iterable[str], device: torch.device, mode: str = 
 
 
 class Truth:
-    """The results in float64: each by itself, or of a model the output, and the gradients of all parameters together."""
+    """The results in float64: each by itself; of a model the output, and the gradients of all parameters together."""
 
     def __init__(self, case: Case, exact: Sequence[Tensor]) -> None:
         self.case, self.exact = case, exact
@@ -108,11 +108,11 @@ class Truth:
             self.held.append(held)
 
     def _entered(self, index: int, truth: Tensor) -> float:
-        """Of a bias gradient, which may have cancelled: what a sum over so many rows is like."""
+        """Of a bias gradient, which may have cancelled: as much as the weight gradient beside it, of normal inputs."""
         if index == 0 or truth.dim() != 1:
             return 0.0
         weights = [t for t in self.exact[1:] if t.dim() == 2 and t.shape[0] == truth.shape[0]]
-        return max((t.square().mean().sqrt().item() for t in weights), default=0.0) / 4
+        return max((t.square().mean().sqrt().item() for t in weights), default=0.0)
 
     def refusal(self, results: Sequence[Tensor]) -> str | None:
         """Why the results are not as good as eager's, or None."""

@@ -13,6 +13,7 @@ of the whole). A number that is small by chance is not held to its own size, for
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -40,7 +41,9 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     fill.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what has no deterministic algorithm, which nobody asks for
+            yield
     finally:
         fill.fill_uninitialized_memory = before  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
@@ -52,7 +55,7 @@ def first_line(error: BaseException) -> str:
 
 
 def rms_error(found: Tensor, exact: Tensor) -> float:
-    """The RMS error over the RMS value, for a figure; infinite where it is no number, or not even the shape is right."""
+    """The RMS error over the RMS value, for a figure; infinite where it is no number, or not even the shape fits."""
     if found.shape != exact.shape:
         return math.inf
     error = ((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()

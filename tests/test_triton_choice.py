@@ -331,23 +331,25 @@ def test_tuning_measures_the_products_that_a_call_asks_for(call, monkeypatch):
 
 @each("call", CALLS)
 def test_products_are_measured_once_each_on_a_gpu_alone(call, monkeypatch):
-    """With a device that says it is one, and its products not run."""
+    """With a device that says it is one, and its products not run. What was measured is remembered here."""
     job = parse("x", f"{call} silu bfloat16 preact", CPU)
     measured = []
 
-    def tune(kind, activation, dtype, sizes, device, clock):
-        measured.append((kind, sizes))
-        tuning.remember(device, tuning.key(kind, activation, dtype, sizes), {"library": 1.0})
+    class Measuring:
+        def product(self, job, product, seconds):
+            measured.append(product)
+            return {"library": 1.0}
 
-    monkeypatch.setattr(autotune, "tune", tune)
-    products.tune(job, 0.1)
+    products.tune(job, 0.1, Measuring())
     assert measured == []
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(tuning, "environment", lambda device: {"device": device.type})
     monkeypatch.setattr(backends, "refusal", lambda entry, problem: None)
     for _ in range(2):
-        products.tune(job._replace(device=gpu), 0.1)
+        products.tune(job._replace(device=gpu), 0.1, Measuring())
     assert sorted(measured) == sorted(products_of(job.config.form, job.sizes))
+    for kind, sizes in measured:
+        assert tuning.recall(gpu, kind, "silu", torch.bfloat16, sizes) == tuning.Choice(None)
     measured.clear()
-    products.tune(job._replace(device=gpu, dtype=torch.float32), 0.1)
+    products.tune(job._replace(device=gpu, dtype=torch.float32), 0.1, Measuring())
     assert measured == []

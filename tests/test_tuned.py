@@ -10,9 +10,9 @@ from benchmarks import records, tuned
 from benchmarks.cases import Case
 from benchmarks.environment import CPU
 from benchmarks.steps import task_of
-from fastbp import backends, tuning
+from fastbp import backends
 from fastbp.backends import native
-from fastbp.tuning import TunedCall
+from fastbp.tuning import TunedCall, isolation
 from fastbp.tuning.jobs import watch
 
 CASE = Case("layer", 4, (8, 8), "relu")
@@ -106,8 +106,8 @@ def test_who_seems_short_of_a_floor_is_measured_longer_by_the_same_choice(tmp_pa
     monkeypatch.setattr(tuned, "beside_the_best", doubtful)
     monkeypatch.setattr(tuned, "is_short", lambda row: row["of_best"] < tuned.OF_BEST)
     arguments = ["--suite", "overhead", "--case", "layer 4×8→8 relu", "--seconds", "0.02", "--tuning-seconds", "0.01"]
-    races, race = [], tuning.run_race
-    monkeypatch.setattr(tuning, "run_race", lambda *arguments: races.append(arguments) or race(*arguments))
+    races, race = [], isolation.run_race
+    monkeypatch.setattr(isolation, "run_race", lambda *arguments: races.append(arguments) or race(*arguments))
     for found in ([0.95, 1.0], [0.95, 0.94]):
         seen.clear()
         races.clear()

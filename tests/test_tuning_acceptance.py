@@ -1,5 +1,7 @@
 """What ``fastbp.tune`` accepts, by its own road: of whole calls, and of the products of the Triton kernels."""
 
+import random
+
 import pytest
 import torch
 from support import each
@@ -7,7 +9,11 @@ from tuning_cases import CPU, spoiling
 
 import fastbp
 from fastbp import backends, cache
+from fastbp.activations import TABLE, bind
 from fastbp.backends import triton
+from fastbp.forms import FORMS
+from fastbp.problem import DTYPES
+from fastbp.saving import POLICIES, legal_policies
 from fastbp.tuning import race, tune_jobs
 from fastbp.tuning.jobs import parse
 
@@ -80,6 +86,25 @@ def test_what_nobody_wrote_is_seen_though_the_memory_holds_what_another_wrote(mo
     monkeypatch.setitem(backends.BACKENDS, "unwritten", unwritten)
     outcome = race.run_race(parse("x", "linear_act 64x16x8 gelu float32 preact", CPU), 0.001)
     assert "has nan at row 63" in outcome.refused["unwritten"] and "reference" in outcome.milliseconds
+
+
+def test_no_right_candidate_is_refused(monkeypatch):
+    """Of any form, activation, dtype, policy and size: the reference, and PyTorch where it does not keep too much."""
+    monkeypatch.setattr(race, "run_off", lambda steps, *rest: dict.fromkeys(steps, 1.0))
+    pick, judged = random.Random(0), 0
+    for _ in range(150):
+        form, activation = FORMS[pick.choice(list(FORMS))], bind(pick.choice(TABLE).name)
+        save, dtype = pick.choice(legal_policies(activation, form)), pick.choice(DTYPES)
+        if POLICIES[save].compressed and dtype == torch.float64:
+            continue
+        layers = len(form.parts) - (form.gated and not form.given) if form.parts else pick.choice((1, 2, 3))
+        sizes = [pick.choice((1, 2, 7, 48, 130)), *(pick.choice((1, 2, 5, 24, 64)) for _ in range(layers + 1))]
+        words = "x".join(map(str, sizes)), activation.name, str(dtype).removeprefix("torch."), save
+        outcome = race.run_race(parse("x", " ".join((form.name, *words)), CPU), 0.001)
+        refused = {name: why for name, why in outcome.refused.items() if not why.startswith("keeps ")}
+        assert not refused, (form.name, words, refused)
+        judged += len(outcome.milliseconds)
+    assert judged > 150
 
 
 @each("written", ["x", "weight", "dy"])

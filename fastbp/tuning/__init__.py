@@ -15,8 +15,9 @@ from torch import nn
 from fastbp import backends, cache
 from fastbp.backends.measured import file_name, inventory
 from fastbp.tuning import products
+from fastbp.tuning.isolation import Measuring
 from fastbp.tuning.jobs import Job, watch
-from fastbp.tuning.race import Outcome, fastest_of, run_race
+from fastbp.tuning.race import fastest_of
 
 WHERE = "fastbp.tune"
 SECONDS = 0.3
@@ -108,20 +109,24 @@ def tune(
     The model runs once on ``sample_inputs``: a tensor, a tuple of arguments or a dict of keyword arguments, of the
     sizes and dtypes of training; under autocast if training is. Then each of its calls is made on random tensors of the
     same sizes by every candidate: the backends with their ways of computing, and PyTorch's operations under its own
-    autograd where those keep no more for backward than the save policy. A candidate whose error is more than twice that
-    of plain PyTorch by the same policy, and a rounding unit, is refused; the others take turns, forward and backward
-    together, for ``seconds`` each. On a GPU the products that the Triton kernels are made of are measured first. It
-    takes some seconds a call, prints a line for each unless ``quiet``, and leaves the model, its gradients and
-    PyTorch's random state as they were.
+    autograd where those keep no more for backward than the save policy. A candidate whose error against float64 is more
+    than twice that of plain PyTorch, and a rounding unit, is refused: in the whole of a result, in a row, in a column
+    or in a single number. The others take turns, forward and backward together, for ``seconds`` each. It takes some
+    seconds a call, prints a line for each unless ``quiet``, and leaves the model, its gradients and PyTorch's random
+    state as they were.
 
-    What won is remembered for this device, these versions and (on a CPU) this number of threads, in a JSON file in
-    ``$XDG_CACHE_HOME/fastbp``, and calls of exactly these sizes take it, in this process and in later ones, wherever
-    they do not name a backend themselves. Calls measured before are not measured again, unless ``again``. A cache that
-    cannot be written costs a warning, and what was measured serves this process. Calls with
+    On a GPU the products that the Triton kernels are made of are measured first, and all of it in a process of its own:
+    a candidate that crashes or does not answer is refused for that, and nothing happens to this process.
+
+    What won is remembered for this device, these versions, (on a GPU) this driver and (on a CPU) this number of
+    threads, in a JSON file in ``$XDG_CACHE_HOME/fastbp``, and calls of exactly these sizes take it, in this process and
+    in later ones, wherever they do not name a backend themselves. Calls measured before are not measured again, unless
+    ``again``. A cache that cannot be written costs a warning, and what was measured serves this process. Calls with
     ``gradient_accumulation_fusion`` are not tuned.
 
-    Raises ValueError where the model makes no call that leaves the choice open or does not run with the inputs,
-    TypeError for what is no module.
+    A call whose float64 does not fit into memory is not measured, and said so. Raises ValueError where the model makes
+    no call that leaves the choice open or does not run with the inputs, TypeError for what is no module, RuntimeError
+    where a GPU lets no other process in, or that does not start.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{WHERE}: model must be an nn.Module, got {type(model).__name__}")
@@ -145,22 +150,23 @@ def tune_jobs(
     """``tune`` for calls that are known already, each with how often it comes."""
     jobs = list(jobs)
     report = TuningReport([], remark, _path(jobs[0][0].device))
-    for job, count in jobs:
-        entry = None if again else inventory(backends.environment(job.device)).get(job.key)
-        call = TunedCall.of(job.key, count, entry) or _measured(job, count, seconds)
-        report.calls.append(call)
-        report.path = report.path if call.remembered else ""
-        if not quiet:
-            print(call, flush=True)
+    with Measuring(WHERE) as measuring:
+        for job, count in jobs:
+            entry = None if again else inventory(backends.environment(job.device)).get(job.key)
+            call = TunedCall.of(job.key, count, entry) or _measured(job, count, seconds, measuring)
+            report.calls.append(call)
+            report.path = report.path if call.remembered else ""
+            if not quiet:
+                print(call, flush=True)
     return report
 
 
-def _measured(job: Job, count: int, seconds: float) -> TunedCall:
+def _measured(job: Job, count: int, seconds: float, measuring: Measuring) -> TunedCall:
     if sys.stderr.isatty():
         print(f"\r{job.key} ...", end="\r", file=sys.stderr, flush=True)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(job.device.type, enabled=False):
-        products.tune(job, seconds)
-        found: Outcome = run_race(job, seconds)
+        products.tune(job, seconds, measuring)
+        found = measuring.race(job, seconds)
     if not found.milliseconds:
         return TunedCall(job.key, count, *found)
     entry = {"milliseconds": found.milliseconds, "refused": found.refused, "unmeasured": found.unmeasured}

@@ -15,6 +15,7 @@ from fastbp import backends, cache
 from fastbp.backends.measured import file_name, inventory
 from fastbp.fusion import fuse
 from fastbp.tuning import SECONDS, TunedCall, tune, tune_jobs
+from fastbp.tuning.isolation import Unmeasurable
 from fastbp.tuning.jobs import parse as parse_job
 
 WHERE = "python -m fastbp tune"
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.call:
             jobs = [(parse_job(WHERE, text, device), 1) for text in options.call]
             reports.append(tune_jobs(jobs, options.seconds, options.again, quiet=False))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, Unmeasurable) as error:
         print(error, file=sys.stderr)
         return 2
     for report in reports:

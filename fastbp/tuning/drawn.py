@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,7 +114,10 @@ def _names(job: Job, call: DrawnCall) -> list[str]:
 
 def _put_exact(job: Job, call: DrawnCall, exact: Sequence[Exact]) -> list[float]:
     """The float64 of everything; and of each sum over rows the RMS of what it was made of, 0 of the others."""
-    activation, rows = bind(job.config.row.name, job.config.params), job.sizes.rows
+    rows, row = job.sizes.rows, job.config.row
+    activation: Any = bind(row.name, job.config.params)
+    if job.dtype == torch.float64:  # in which PyTorch's own hardsigmoid is off: it takes its ⅙ in float32
+        activation = partial(_formula, job.config)
     parameters = [t for t in (*call.weights, *call.biases) if t is not None]
     wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in parameters}
     weights = [wide[id(w)] for w in call.weights]
@@ -137,6 +141,11 @@ def _put_exact(job: Job, call: DrawnCall, exact: Sequence[Exact]) -> list[float]
         if total is not None:
             exact[1 + i].put(0, total)
     return [0.0, *((s / max(t.numel(), 1)) ** 0.5 for s, t in zip(squares, call.wanted, strict=True))]
+
+
+def _formula(config: Config, z: Tensor) -> Tensor:
+    """The table's value, in PyTorch's operations."""
+    return config.row.value(z, *config.params)
 
 
 def _slack(job: Job) -> tuple[float, float]:

@@ -33,6 +33,20 @@ class Job(NamedTuple):
         return key_of(subject_of(self.config, self.dtype), self.sizes)
 
 
+def to_plain(job: Job) -> list[Any]:
+    """A job in plain values, for another process."""
+    dtype = str(job.dtype).removeprefix("torch.")
+    return [job.config.names, str(job.device), dtype, job.sizes, job.biases, job.needs]
+
+
+def from_plain(values: Sequence[Any]) -> Job:
+    """The other way round; of JSON, too, which has lists alone."""
+    (form, activation, params, save, backend), device, dtype, (rows, features), biases, needs = values
+    config = configure(form, activation, tuple(params), save, backend)
+    sizes = Sizes(rows, tuple(features))
+    return Job(config, torch.device(device), getattr(torch, dtype), sizes, tuple(biases), tuple(needs))
+
+
 class Seen(NamedTuple):
     """What a run of a model showed: its calls with how often each came, and how many named their backend."""
 

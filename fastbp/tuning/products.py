@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fastbp import backends
 from fastbp.backends.measured import Sizes
 from fastbp.forms import Form
 from fastbp.problem import Problem
+from fastbp.tuning.isolation import Measuring, Product
 from fastbp.tuning.jobs import Job
-from fastbp.tuning.race import Step, clock_of, run_off
-
-Product = tuple[str, tuple[int, int, int]]  # kind, and m, n, k
 
 
 def products_of(form: Form, sizes: Sizes) -> list[Product]:
@@ -25,7 +21,7 @@ def products_of(form: Form, sizes: Sizes) -> list[Product]:
     return found + [(f"{prefix}dgrad", (rows, features[i], features[i + 1])) for i in above]
 
 
-def tune(job: Job, seconds: float) -> None:
+def tune(job: Job, seconds: float, measuring: Measuring) -> None:
     """Measure the tiles of a call's products on a GPU that the Triton kernels serve, where nobody has."""
     entry = backends.BACKENDS["triton"]
     problem = Problem(job.config, job.device, job.dtype)
@@ -33,12 +29,11 @@ def tune(job: Job, seconds: float) -> None:
         return
     if backends.refusal(entry, problem):
         return
-    from fastbp.backends.triton import autotune, tuning  # imports Triton
-
-    def clock(steps: Mapping[str, Step]) -> dict[str, float]:
-        return run_off(steps, seconds, clock_of(job.device))
+    from fastbp.backends.triton import tuning  # imports Triton
 
     activation = job.config.row.name
     for kind, sizes in products_of(job.config.form, job.sizes):
         if tuning.recall(job.device, kind, activation, job.dtype, sizes) is None:
-            autotune.tune(kind, activation, job.dtype, sizes, job.device, clock)
+            times = measuring.product(job, (kind, sizes), seconds)
+            if times:
+                tuning.remember(job.device, tuning.key(kind, activation, job.dtype, sizes), times)

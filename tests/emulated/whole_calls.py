@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from support import assert_accurate, call, grads, like, tensors
+from support import assert_accurate, call, grads, like, roundings, tensors
 
 from emulated.emulator import emulator
 from fastbp.activations import Bound, bind
@@ -25,7 +25,15 @@ def expanded(dy):
     return dy.reshape(-1, dy.shape[-1])[:1].expand(dy.numel() // dy.shape[-1], -1).view(dy.shape)
 
 
-VIEWS = {"dense": lambda t: t, "gapped": gapped, "expanded": expanded}
+def shifted(tensor):
+    """The same numbers from an address that is no multiple of 16 bytes."""
+    memory = torch.full((tensor.numel() + 1,), float("nan"), dtype=tensor.dtype)
+    found = memory[1:].view(tensor.shape)
+    found[:] = tensor.detach()
+    return found.requires_grad_(tensor.requires_grad)
+
+
+VIEWS = {"dense": lambda t: t, "gapped": gapped, "expanded": expanded, "shifted": shifted}
 
 
 def run(
@@ -47,7 +55,8 @@ def run(
     first = VIEWS[x](first)
     emulator().protect(first, *weights, *biases)
     if save != "fp8":
-        assert_accurate(of, activation, save, (first, weights, biases), backend=backend, view=VIEWS[dy])
+        given, units = (first, weights, biases), roundings(save, dtype)
+        assert_accurate(of, activation, save, given, backend=backend, view=VIEWS[dy], spare_units=units)
         return
     inputs = [t for t in (first, *weights, *biases) if t is not None]
     ours, theirs = (

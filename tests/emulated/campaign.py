@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from emulated import compiled
 
 from benchmarks import records
 from benchmarks.environment import environment
-from emulated import compiled
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "emulated.jsonl"
@@ -199,7 +199,6 @@ def main(argv: list[str] | None = None) -> int:
 def found_on(words: Sequence[str]) -> dict[str, Any]:
     """What the results belong to."""
     import triton
-
     from emulated import ptx
 
     command = f'make emulate ARGS="{shlex.join(words)}"' if words else "make emulate"

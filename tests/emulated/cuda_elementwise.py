@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -47,7 +46,8 @@ class Case:
         """Rows of a strip, and strips: strips_of in csrc/cuda/elementwise.cu."""
         step, columns = ROWS_AT_ONCE * WARPS, LANES * self.width
         wanted = max(1, 4 * self.processors // -(-self.n // columns))
-        rows = -(--(-max(self.m, 1) // wanted) // step) * step
+        each = -(-max(self.m, 1) // wanted)
+        rows = -(-each // step) * step
         return rows, max(1, -(-self.m // rows))
 
     @property
@@ -109,7 +109,8 @@ class Run:
         self.case, self.memory, self.errors, self.kernels, self.instructions = case, Memory(case), {}, [], 0
         self.schedule = replace(Schedule.of(schedule), strict=True)
         self.label = f"{case}, seed {schedule}"
-        self.module = ptx.elementwise(case.dtype, case.architecture, activations, replaced)
+        kernels = (case.kernel,) if replaced else tuple(ptx.PASSES)  # a mutant is made for one run, and goes
+        self.module = ptx.elementwise(case.dtype, case.architecture, activations, replaced, kernels)
 
     def find(self, kernel: str, *parts: str):
         name, number = self.case.activation, ptx.DTYPES.index(self.case.dtype)
@@ -231,7 +232,7 @@ def run(case: Case, activations: tuple[str, ...], seed: int) -> Verdict:
     return judged(execute, case, seed, activations)
 
 
-SHAPES = [(1, 1), (5, 37), (33, 256), (70, 264), (9, 513), (130, 40)]
+SHAPES = [(1, 1), (5, 37), (33, 256), (70, 264), (9, 513), (66, 40)]
 
 
 def campaign() -> Iterator[Job]:
@@ -244,9 +245,10 @@ def campaign() -> Iterator[Job]:
             *(("chain_rule", p) for p in ("preact", *from_y)),
             ("gated_chain_rule", "preact"),
         ]
+        shapes = SHAPES[:2] if dtype == "float64" else SHAPES  # its exp and erf go lane by lane here
         for (kernel, policy), shape in itertools.product(passes, range(2)):
             i = next(turn)
-            m, n = SHAPES[(i + 3 * shape) % len(SHAPES)]
+            m, n = shapes[(i + 3 * shape) % len(shapes)]
             case = Case(
                 kernel, m, n, dtype, name, architecture, policy, gated=kernel == "value" and i % 2 == 0,
                 skew=i // 2 % 2, transposed=i % 5 == 0 and kernel != "value", results=("all", "grad", "over")[i % 3],

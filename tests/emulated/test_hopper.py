@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from emulated import cuda_hopper, jobs, ptx
 from emulated import reference as ref
 from emulated.cuda_hopper import Case

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Test workers: one per core, and one thread in each, so that they do not fight over the cores.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))")
 
-.PHONY: demo examples test check bench bench-check gpu sanitize render report clean
+.PHONY: demo examples test emulate check bench bench-check gpu sanitize render report clean
 
 # The stamps are newer than what they were made from, so a second `make` starts at once. torch comes first and by itself:
 # a later resolver run must not replace the build that was chosen. FASTBP_BUILD=auto, the default, builds what it can.
@@ -32,6 +32,10 @@ examples: $(VENV)/.built
 
 test: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# The kernels' real PTX with many more cases and schedules than the tests have; ARGS="--quick" and the like.
+emulate: $(VENV)/.built
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m emulated.campaign $(ARGS)
 
 check: $(VENV)/.stamp
 	$(BIN)/ruff format --check .

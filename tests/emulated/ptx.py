@@ -140,19 +140,30 @@ def hopper(kind: str, reads: str, dtype: str, activations: tuple[str, ...] = NAM
     return module.find("product_kernel", f"DtypeE{DTYPES.index(dtype)}ELNS0_7Product4KindE{number}", f"ReadsE{which}")
 
 
-PASSES = ("Value", "CompressedValue", "ChainRule", "GatedChainRule")
+PASSES = {  # kernels, and the structs by which csrc/cuda/elementwise.h names their launches
+    "value": "Value",
+    "compressed_value": "CompressedValue",
+    "chain_rule": "ChainRule",
+    "gated_chain_rule": "GatedChainRule",
+}
 
 
 @functools.cache
-def elementwise(dtype: str, architecture: str, activations: tuple[str, ...] = NAMES, replaced: Replaced = ()):
-    """The module of a dtype's elementwise kernels: csrc/cuda/elementwise_*.cu, or the same with these activations."""
+def elementwise(
+    dtype: str,
+    architecture: str,
+    activations: tuple[str, ...] = NAMES,
+    replaced: Replaced = (),
+    kernels: tuple[str, ...] = tuple(PASSES),
+):
+    """The module of a dtype's elementwise kernels: csrc/cuda/elementwise_*.cu, or these of them and of activations."""
     if activations == NAMES:
         unit = f'#include "cuda/elementwise_{dtype}.cu"\n'
     else:
         launches = [
-            f"template void launch_as<act::{name}, Dtype::{dtype}>(const Activation&, const {what}&, cudaStream_t);\n"
+            f"template void launch_as<act::{name}, Dtype::{dtype}>(const Activation&, const {of}&, cudaStream_t);\n"
             for name in activations
-            for what in PASSES
+            for of in (PASSES[kernel] for kernel in kernels)
         ]
         unit = _only(activations) + (
             '#include "cuda/elementwise.cuh"\n'

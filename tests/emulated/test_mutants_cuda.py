@@ -1,0 +1,47 @@
+"""Each fault put into a CUDA kernel on purpose is caught, and as what it is; those that change nothing are equivalent."""
+
+from dataclasses import replace
+
+import pytest
+from ptxsim import Schedule
+
+from emulated import cuda_hopper, mutants_cuda, ptx
+from emulated.cuda_hopper import Case
+from emulated.jobs import judged
+from emulated.mutants_cuda import MUTANTS
+
+pytestmark = pytest.mark.skipif(bool(ptx.UNAVAILABLE), reason=ptx.UNAVAILABLE)
+SEEDS = 12  # at most: the first that catches a mutant is enough
+CAUGHT = [mutant for mutant in MUTANTS if not mutant.equivalent]
+EQUIVALENT = [mutant for mutant in MUTANTS if mutant.equivalent]
+NO_ORDER = next(mutant for mutant in MUTANTS if mutant.name == "no order_wait")
+
+
+@pytest.mark.parametrize("mutant", CAUGHT, ids=str)
+def test_caught(mutant):
+    verdict = next((found for seed in range(SEEDS) if (found := mutant.run(seed)).fault), None)
+    assert verdict is not None, f"nothing in {SEEDS} schedules"
+    assert verdict.fault in mutant.kinds, verdict
+
+
+@pytest.mark.parametrize("mutant", EQUIVALENT, ids=str)
+def test_equivalent(mutant):
+    """It is another program, and right: its numbers are those of the one that it was made of."""
+    assert all(text != ptx.source(name) for name, text in mutant.replaced)
+    assert not [found for seed in range(2) if (found := mutant.run(seed)).fault]
+
+
+def test_names():
+    assert len({(mutant.file, mutant.name) for mutant in MUTANTS}) == len(MUTANTS)
+
+
+@pytest.mark.parametrize("k", [64, 256, 320, 768])
+def test_order_of_the_consumers(k):
+    """Four tiles on one cluster, with copies that land at once and in order: from five steps on, a consumer that does
+    not wait for its turn looks two phases early, and passes."""
+    case = Case("forward", 512, 256, k)
+    schedule = replace(Schedule.of(0), eager=1.0, lazy="")
+    assert not judged(cuda_hopper.execute, case, schedule, ("gelu",)).fault
+    without = judged(cuda_hopper.execute, case, schedule, ("gelu",), NO_ORDER.replaced)
+    assert bool(without.fault) == (k > 256), without
+    assert not without.fault or without.fault in mutants_cuda.LOST

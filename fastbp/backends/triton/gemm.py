@@ -40,7 +40,7 @@ def multiply(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # or other batches would be compiled anew
 def forward_kernel(
     x, weight, bias, y, kept, scales, p0: tl.float64, p1: tl.float64, M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_y, stride_k,
@@ -66,7 +66,7 @@ def forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # or other batches would be compiled anew
 def gated_forward_kernel(
     x, gate_weight, up_weight, gate_bias, up_bias, y, gate, up, gate_scales, up_scales,
     p0: tl.float64, p1: tl.float64, M, N, K,
@@ -98,7 +98,7 @@ def gated_forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # or other batches would be compiled anew
 def dgrad_kernel(
     d, weight, kept, extra, dz, h, sums, p0: tl.float64, p1: tl.float64, M, N, K,
     stride_dm, stride_dk, stride_wn, stride_wk, stride_r, stride_e, stride_out,
@@ -126,7 +126,7 @@ def dgrad_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # or other batches would be compiled anew
 def gated_dgrad_kernel(
     d, weight, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums,
     p0: tl.float64, p1: tl.float64, M, N, K,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastbp.backends.triton.blocks import load_tile, parameters, rounded, store_tile
+from fastbp.backends.triton.blocks import load_tile, parameters, rounded, store_tile, warmed_up
 from fastbp.backends.triton.codes import finish_value, load_kept, store_kept
 
 
@@ -27,6 +27,7 @@ def activate(
     tl.store(y + index, rounded(value, DTYPE), mask=inside)
 
 
+@warmed_up
 @triton.jit(do_not_specialize=["size"])
 def activation_kernel(
     gate, up, y, p0: tl.float64, p1: tl.float64, size: tl.int64,
@@ -45,6 +46,7 @@ def activation_kernel(
         activate(gate, up, y, rest, rest < size, params, VALUE, DTYPE, COMPUTE)
 
 
+@warmed_up
 @triton.jit(do_not_specialize=["M", "rows_each"])
 def compress_kernel(
     gate, up, y, gate_kept, gate_scales, up_kept, up_scales, p0: tl.float64, p1: tl.float64, M, N, rows_each, stride_k,
@@ -70,6 +72,7 @@ def compress_kernel(
         store_tile(y, N, value, m, n, last, N, BLOCK_M, BLOCK_N, False)
 
 
+@warmed_up
 @triton.jit(do_not_specialize=["M", "rows_each"])
 def chain_rule_kernel(
     dh, kept, extra, dz, h, sums, p0: tl.float64, p1: tl.float64, M, N, rows_each,
@@ -105,6 +108,7 @@ def chain_rule_kernel(
         tl.store(sums + tl.program_id(1).to(tl.int64) * N + cols, total, mask=cols < N)
 
 
+@warmed_up
 @triton.jit(do_not_specialize=["M", "rows_each"])
 def gated_chain_rule_kernel(
     dh, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums,
@@ -183,6 +187,7 @@ def gated_chain_rule_kernel(
         tl.store(up_sums + row + cols, up_total, mask=cols < N)
 
 
+@warmed_up
 @triton.jit(do_not_specialize=["P"])
 def column_sum_kernel(
     sums, out, P, N, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr

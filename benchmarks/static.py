@@ -10,6 +10,7 @@ most registers; without it every activation is compiled, which takes some minute
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -48,6 +49,8 @@ SHARED_LIMIT = {"sm_80": 99, "sm_90": 227, "sm_100": 227}  # KiB a block may hav
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}  # instructions of the tensor cores
 QUICK = ("gelu", "softplus", "mish")  # a table look-up would not do: these need the most registers
 M, N, K = 8192, 4096, 1024
+# Sizes of which TMA and 16-byte accesses do not know enough: rows that begin at 4 and at 16 bytes, odd ones, one row.
+ODD = ((M, 2730), (M, 2728), (M, 77), (1, N))
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 
@@ -60,10 +63,15 @@ class Case(NamedTuple):
     activation: str
     dtype: torch.dtype
     save: str = "preact"
+    m: int = M
+    n: int = N
+    skew: int = 0  # numbers by which matrices miss the alignment of 16 bytes
 
     def __str__(self) -> str:
-        tile = self.tile.name if self.tile else ""
-        return f"{self.family:7} {self.kernel:17} {tile:41} {self.activation:12} {TYPES[self.dtype]:5} {self.save:11}"
+        tile, usual = self.tile.name if self.tile else "", (self.m, self.n, self.skew) == (M, N, 0)
+        size = "" if usual else f"{self.m}x{self.n}" + "+" * self.skew
+        words = f"{self.family:7} {self.kernel:17} {tile:41} {self.activation:12} {TYPES[self.dtype]:5} {self.save:11}"
+        return f"{words} {size:9}"
 
 
 @dataclass(frozen=True)
@@ -86,32 +94,33 @@ class Found:
         return f"{numbers} {products} {epilogue}" + "".join(f"  FAULT: {fault}" for fault in self.faults)
 
 
-HEAD = f"{'family':7} {'kernel':17} {'tile':41} {'activation':12} {'dtype':5} {'policy':11}"
+HEAD = f"{'family':7} {'kernel':17} {'tile':41} {'activation':12} {'dtype':5} {'policy':11} {'size':9}"
 HEAD += " regs spills    shared  mma form       waits ops/el"
 
 
-def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def empty(*shape: int, dtype: torch.dtype, skew: int = 0) -> Tensor:
+    return torch.empty(math.prod(shape) + skew, dtype=dtype, device="meta")[skew:].view(shape)
 
 
-def make_launch(case: Case, n: int = N) -> Launch:
+def make_launch(case: Case) -> Launch:
     """The launch as a call would make it, on tensors without memory; every optional output is there."""
+    m, n = case.m, case.n
     params = tuple(default for _, default in ROWS[case.activation].params)
     how = launch.arithmetic(configure("linear_act", case.activation, params, case.save, "triton"), case.dtype)
-    new: Callable[..., Tensor] = partial(empty, dtype=case.dtype)
+    new: Callable[..., Tensor] = partial(empty, dtype=case.dtype, skew=case.skew)
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-    h = None if POLICIES[case.save].from_output else new(M, n)
-    x, weight, bias, out = new(M, K), new(n, K), new(n), new(M, n)
+    h = None if POLICIES[case.save].from_output else new(m, n)
+    x, weight, bias, out = new(m, K), new(n, K), new(n), new(m, n)
     # What forward keeps of z and what backward reads, and what lies beside it: bits or scales.
-    kept = {"preact": out, "output": None, "output_lsb": None}.get(case.save, empty(M, n, dtype=torch.uint8))
-    extra = empty(M, -(-n // BLOCK), dtype=torch.uint8) if case.save == "fp8" else None
+    kept = {"preact": out, "output": None, "output_lsb": None}.get(case.save, empty(m, n, dtype=torch.uint8))
+    extra = empty(m, -(-n // BLOCK), dtype=torch.uint8) if case.save == "fp8" else None
     read, beside = (kept, extra) if case.save == "fp8" else (out, None)
     if case.save == "output_bits":
-        kept = beside = empty(M, -(-n // 2), dtype=torch.uint8)
+        kept = beside = empty(m, -(-n // 2), dtype=torch.uint8)
     assert read is not None
     if case.tile is None:
-        strip = configs.strip(M, n, case.dtype.itemsize, 132)
-        sums = empty(strip.strips(M), n, dtype=wide)
+        strip = configs.strip(m, n, case.dtype.itemsize, 132)
+        sums = empty(strip.strips(m), n, dtype=wide)
         return {
             "activation": lambda: launch.activation(how, out, None, out),
             "gated_activation": lambda: launch.activation(how, out, out, out),
@@ -123,7 +132,7 @@ def make_launch(case: Case, n: int = N) -> Launch:
             ),
             "column_sum": lambda: launch.column_sum(sums, bias),
         }[case.kernel]()
-    sums = empty(-(-M // case.tile.block_m), n, dtype=torch.float32)
+    sums = empty(-(-m // case.tile.block_m), n, dtype=torch.float32)
     return {
         "forward": lambda: launch.forward(how, case.tile, 132, x, weight, bias, out, kept, extra),
         "gated_forward": lambda: launch.gated_forward(
@@ -141,7 +150,8 @@ def source_of(made: Launch) -> ASTSource:
     signature, constants, attributes = dict[str, str](), dict[str, Any](), dict[tuple[int, ...], Any]()
     for i, param in enumerate(made.kernel.params):
         name, value = param.name, made.arguments[param.name]
-        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        one = isinstance(value, int) and value == 1 and not param.do_not_specialize
+        if param.is_constexpr or value is None or one:
             signature[name], constants[name] = "constexpr", value
         elif hasattr(value, "block_shape"):  # a descriptor, of Triton or of Gluon, which adds a layout
             layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
@@ -149,8 +159,8 @@ def source_of(made: Launch) -> ASTSource:
         elif isinstance(value, float):
             signature[name] = "fp64"
         else:
-            signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
-            if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
+            signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else param.annotation_type or "i32"
+            if not param.do_not_specialize and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     kind = GluonASTSource if isinstance(made.kernel, GluonJITFunction) else ASTSource
     return kind(made.kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -176,9 +186,9 @@ def disassemble(compiled: Any) -> tuple[int, int, list[str]]:
     return int(found[1]), int(found[2]), [line for line in code if not line.startswith("NOP")]
 
 
-def examine(case: Case, count_epilogue: bool = False, n: int = N) -> Found:
+def examine(case: Case, count_epilogue: bool = False) -> Found:
     """Compile a case and judge it."""
-    made = make_launch(case, n)
+    made = make_launch(case)
     compiled = compile_for(case.family, made)
     registers, stack, code = disassemble(compiled)
     spills = sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in code)

@@ -104,6 +104,7 @@ def _triton() -> list[str]:
 def _gpu(device: torch.device) -> str:
     """What calls on this GPU take, and from where it is known."""
     reason = triton.refusal(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+    reason = reason or triton.builds()
     if reason:
         return f"GPU {device.index}: {reason}"
     from fastbp.backends.triton import choice, tuning  # not before there is a GPU, for this imports triton

@@ -12,6 +12,7 @@ import torch
 import fastbp
 from fastbp import __main__ as cli
 from fastbp import backends, doctor
+from fastbp.backends import triton
 
 ROOT = Path(fastbp.__file__).parents[1]
 
@@ -68,8 +69,11 @@ def test_doctor_on_a_machine_with_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (7, 5)][index(device)])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(triton, "builds", lambda: None)
     try:
         lines = doctor.report().splitlines()
+        monkeypatch.setattr(triton, "builds", lambda: "no C compiler")
+        assert "  GPU 0: no C compiler" in doctor.report().splitlines()
     finally:
         choice.device_of.cache_clear()
         tuning.environment.cache_clear()

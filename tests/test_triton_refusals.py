@@ -97,6 +97,7 @@ def gpu(monkeypatch):
     """As with a GPU of this capability; nothing is asked of a driver."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(triton, "builds", lambda: None)
 
     def present(capability, name="Tesla T4"):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -133,6 +134,65 @@ def test_a_triton_that_does_not_load(gpu, monkeypatch):
     monkeypatch.setattr(triton, "_calls", calls)
     words = f"Triton does not load: libtriton.so: cannot open shared object file; {COMMAND}"
     assert triton.supports(problem()) == words
+
+
+NO_COMPILER = "Triton builds its launchers with a C compiler, and there is neither gcc nor clang"
+
+
+@pytest.fixture
+def toolchain(monkeypatch):
+    """What builds launchers, as on a machine with a driver: against libraries that every machine has."""
+    pytest.importorskip("triton")
+    from triton.backends.nvidia import driver
+
+    from fastbp.backends.triton import toolchain
+
+    monkeypatch.setattr(driver, "library_dirs", lambda: [])
+    monkeypatch.setattr(driver, "libraries", [])
+    monkeypatch.setattr(toolchain, "SOURCE", toolchain.SOURCE.replace("  cuDriverGetVersion(&version);", ""))
+    monkeypatch.delenv("CC", raising=False)
+    return toolchain
+
+
+def test_no_compiler_is_told_before_a_call_takes_the_kernels(gpu, toolchain, monkeypatch, tmp_path, recwarn):
+    """As where somebody installed PyTorch alone: a call that names it hears it, auto falls back and says so once."""
+    monkeypatch.setattr(triton, "builds", toolchain.unable)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert triton.supports(problem()) == f"{NO_COMPILER}; {toolchain.MEND}"
+    with pytest.raises(ValueError, match=f"backend 'triton' cannot take this call: {NO_COMPILER}"):
+        backends._named(problem())
+    assert [backends._first_that_supports(problem("auto")) for _ in range(2)] == ["reference"] * 2
+    (warning,) = recwarn
+    assert NO_COMPILER in str(warning.message) and "apt-get install gcc" in str(warning.message)
+
+
+def test_a_compiler_that_works(toolchain, monkeypatch, tmp_path):
+    if toolchain.compiler() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert toolchain.unable() is None
+    assert list(tmp_path.rglob("fastbp_probe*"))
+
+
+@each(("cc", "words"), [("no-such-cc", "CC names 'no-such-cc', which is not there"), ("false", "CalledProcessError")])
+def test_a_compiler_that_does_not_work(toolchain, monkeypatch, tmp_path, cc, words):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CC", cc)
+    assert words in toolchain.unable() and toolchain.MEND in toolchain.unable()
+
+
+def test_no_headers(toolchain, monkeypatch, tmp_path):
+    if toolchain.compiler() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(toolchain, "SOURCE", toolchain.SOURCE.replace("Python.h", "NoPython.h"))
+    assert "CalledProcessError" in toolchain.unable()
+
+
+@only_interpreted
+def test_the_interpreter_needs_no_compiler(monkeypatch):
+    monkeypatch.setattr(triton, "builds", lambda: pytest.fail("asked for a compiler"))
+    assert triton.supports(problem("triton", device="cpu")) is None
 
 
 def test_an_amd_gpu(gpu, monkeypatch):

@@ -73,7 +73,8 @@ def supports(problem: Problem) -> str | None:
         )
     if device.type != "cuda" or torch.version.hip:
         return f"the Triton kernels run on NVIDIA GPUs, and x is on {'an AMD GPU' if torch.version.hip else device}"
-    return refusal(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)) or _loaded()
+    old = refusal(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+    return old or _loaded() or builds()
 
 
 @lru_cache(maxsize=8)
@@ -103,6 +104,14 @@ def _loaded() -> str | None:
     except ImportError as error:
         return f"Triton does not load: {error}; `{INSTALL}`"
     return None
+
+
+@lru_cache(maxsize=1)
+def builds() -> str | None:
+    """Why Triton cannot launch what it compiles, or None."""
+    from fastbp.backends.triton import toolchain
+
+    return toolchain.unable()
 
 
 def _calls() -> ModuleType:

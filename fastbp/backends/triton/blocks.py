@@ -7,10 +7,34 @@ otherwise than a GPU is here and in ``primitives_16.py``, and nowhere else.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def warmed_up(kernel: Any) -> Any:
+    """A kernel that refuses to be compiled and loaded while a CUDA graph is captured, which that would break.
+
+    Asked only where Triton has no compiled kernel for a launch: one that has costs what it cost.
+    """
+    compile_kernel = getattr(kernel, "_do_compile", None)  # the interpreter has none
+    if compile_kernel is not None:
+
+        def compile_unless_capturing(*arguments: Any, **options: Any) -> Any:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"fastbp: a CUDA graph is being captured, and the Triton kernel {kernel.fn.__name__} is not "
+                    "compiled for these tensors yet; run the same step once before the capture, forward and backward, "
+                    "on a side stream as torch.cuda.graph asks"
+                )
+            return compile_kernel(*arguments, **options)
+
+        kernel._do_compile = compile_unless_capturing
+    return kernel
 
 
 @triton.jit

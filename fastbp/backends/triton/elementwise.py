@@ -9,26 +9,45 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastbp.backends.triton.blocks import load_tile, parameters, rounded, store_tile
+from fastbp.backends.triton.blocks import load_tile, parameters, rounded, store_tile, warmed_up
 from fastbp.backends.triton.codes import finish_value, load_kept, store_kept
 
 
+# Triton compiles anew for sizes that are 1 or a multiple of 16. The rows of a batch are none of its business: what the
+# kernels know of alignment comes from the columns.
 @triton.jit
-def activation_kernel(
-    gate, up, y, p0: tl.float64, p1: tl.float64, size,
-    VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+def activate(
+    gate, up, y, index, inside, params,
+    VALUE: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """y = f(z) with z in ``gate``, or y = f(g) · u; all of ``size`` adjacent numbers. y may be one of the others."""
-    params = parameters(p0, p1, NUM_PARAMS, COMPUTE)
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
+    """The numbers of ``activation_kernel`` at ``index``, where they are ``inside``."""
     value = VALUE(tl.load(gate + index, mask=inside, other=0.0).to(COMPUTE), *params)
     if up is not None:
         value = value * tl.load(up + index, mask=inside, other=0.0).to(COMPUTE)
     tl.store(y + index, rounded(value, DTYPE), mask=inside)
 
 
-@triton.jit
+@warmed_up
+@triton.jit(do_not_specialize=["size"])
+def activation_kernel(
+    gate, up, y, p0: tl.float64, p1: tl.float64, size: tl.int64,
+    VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y = f(z) with z in ``gate``, or y = f(g) · u; all of ``size`` adjacent numbers. y may be one of the others."""
+    params = parameters(p0, p1, NUM_PARAMS, COMPUTE)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    # In groups of 16 bytes, of which the compiler sees that they lie inside or outside as one, and then what is left.
+    WIDTH: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    grouped = size // WIDTH * WIDTH
+    index = first + tl.arange(0, BLOCK)
+    activate(gate, up, y, index, index < grouped, params, VALUE, DTYPE, COMPUTE)
+    if first + BLOCK > size:
+        rest = grouped + tl.arange(0, 128)  # one for each thread: no other may read what y is written over
+        activate(gate, up, y, rest, rest < size, params, VALUE, DTYPE, COMPUTE)
+
+
+@warmed_up
+@triton.jit(do_not_specialize=["M", "rows_each"])
 def compress_kernel(
     gate, up, y, gate_kept, gate_scales, up_kept, up_scales, p0: tl.float64, p1: tl.float64, M, N, rows_each, stride_k,
     VALUE: tl.constexpr, NUM_PARAMS: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr,
@@ -53,7 +72,8 @@ def compress_kernel(
         store_tile(y, N, value, m, n, last, N, BLOCK_M, BLOCK_N, False)
 
 
-@triton.jit
+@warmed_up
+@triton.jit(do_not_specialize=["M", "rows_each"])
 def chain_rule_kernel(
     dh, kept, extra, dz, h, sums, p0: tl.float64, p1: tl.float64, M, N, rows_each,
     stride_dm, stride_dn, stride_r, stride_e,
@@ -88,7 +108,8 @@ def chain_rule_kernel(
         tl.store(sums + tl.program_id(1).to(tl.int64) * N + cols, total, mask=cols < N)
 
 
-@triton.jit
+@warmed_up
+@triton.jit(do_not_specialize=["M", "rows_each"])
 def gated_chain_rule_kernel(
     dh, gate, up, gate_scales, up_scales, dgate, dup, h, gate_sums, up_sums,
     p0: tl.float64, p1: tl.float64, M, N, rows_each,
@@ -166,7 +187,8 @@ def gated_chain_rule_kernel(
         tl.store(up_sums + row + cols, up_total, mask=cols < N)
 
 
-@triton.jit
+@warmed_up
+@triton.jit(do_not_specialize=["P"])
 def column_sum_kernel(
     sums, out, P, N, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
 ):

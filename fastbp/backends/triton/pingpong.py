@@ -30,6 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fastbp.backends.triton.blocks import warmed_up
+
 # Triton 3.7 renamed the two copies, and later calling the old names is an error.
 fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 send = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -161,6 +163,7 @@ def consume(
     tma.store_wait(pendings=0)  # shared memory must outlive the stores that read it
 
 
+@warmed_up
 @gluon.jit
 def forward_kernel(
     x, weight, bias, y, z, p0: tl.float64, p1: tl.float64,

@@ -28,7 +28,7 @@ class Atomics(Operands):
                 at = self.check_global(w, instr, at, m, dtype.itemsize, True, atomic=True)
                 view = w.sim.memory.bytes.view(dtype)
             else:
-                shared, at = self.check_shared(w, instr, at, m, dtype.itemsize, True)
+                shared, at = self.check_shared(w, instr, at, m, dtype.itemsize, True, atomic=True)
                 view = shared.bytes[: len(shared.bytes) // 8 * 8].view(dtype)
             at = at >> (dtype.itemsize.bit_length() - 1)
             values = [o(w) for o in operands]

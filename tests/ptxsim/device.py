@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .faults import Fault
-from .ir import Kernel, Module
+from .ir import Kernel, Module, Variable
 from .memory import BASE, GlobalMemory
 from .parse_module import parse
 from .program import Program
@@ -18,6 +19,7 @@ from .simulation import Result, Simulation
 from .tensor_map import TensorMap
 
 _modules: dict[str, Module] = {}
+_serials = itertools.count()
 
 
 def load_module(source: str | Path) -> Module:
@@ -81,7 +83,9 @@ class Device:
     def __init__(self, size: int = 1 << 25, memory: GlobalMemory | None = None):
         self.memory = GlobalMemory(size) if memory is None else memory
         self.memory.base = BASE
-        self.maps: dict[int, TensorMap] = {}
+        self.serial = next(_serials)
+        self.variables: dict[Variable, int] = {}
+        self.maps: dict[int, TensorMap] = {}  # of tensor maps in memory, by address
         self.places: dict[int, tuple[int, np.dtype, tuple[int, ...]]] = {}
 
     def put(self, array: np.ndarray, name: str = "", writable: bool = False, skew: int = 0) -> int:
@@ -136,7 +140,9 @@ class Device:
             cluster = kernel.directives.get("reqnctapercluster", (1,))[0]
         program, size, start = self._program(kernel, shared, shared_start)
         raw = np.zeros(max(kernel.param_bytes, 1), np.uint8)
-        assert len(params) == len(kernel.params), f"{len(kernel.params)} parameters: {[p.size for p in kernel.params]}"
+        if len(params) != len(kernel.params):
+            sizes = [p.size for p in kernel.params]
+            raise ValueError(f"{kernel.name} has {len(sizes)} parameters of {sizes} bytes; {len(params)} were given")
         maps = {}
         for value, param in zip(params, kernel.params, strict=True):
             if isinstance(value, TensorMap):
@@ -148,10 +154,13 @@ class Device:
             elif isinstance(value, float):
                 value = struct.pack("<d" if param.size == 8 else "<f", value)
             value = bytes(value)
-            assert len(value) == param.size, f"{param.name} has {param.size} bytes, not {len(value)}"
+            if len(value) != param.size:
+                raise ValueError(f"parameter {param.name} of {kernel.name} has {param.size} bytes, not {len(value)}")
             raw[param.offset : param.offset + param.size] = np.frombuffer(value, np.uint8)
-        simulation = Simulation(self, program, grid, block, cluster, size, shared, raw, schedule)
-        simulation.maps, simulation.shared_base = maps, start
+        if grid[0] % cluster:
+            raise ValueError(f"a grid of {grid} has no whole clusters of {cluster} CTAs")
+        simulation = Simulation(self, program, grid, block, cluster, size, shared, raw, schedule, maps)
+        simulation.shared_base = start
         began = time.perf_counter()
         try:
             result = simulation.run()
@@ -164,36 +173,38 @@ class Device:
     def _check_map(self, described: TensorMap) -> None:
         first = described.base - BASE
         owner = self.memory.owner
-        assert owner[first] and owner[first : first + described.extent].all(), "a tensor map of memory that is nobody's"
+        if not owner[first : first + described.extent].all():
+            raise ValueError(f"a tensor map reaches out of {self.memory.describe(described.base)}: {described}")
 
     def _program(self, kernel: Kernel, dynamic: int, start: int):
-        found = getattr(kernel, "programs", None)
-        if found is None:
-            found = kernel.programs = {}
-        if (dynamic, start) in found:
-            return found[dynamic, start]
+        """The program for these sizes, translated once; where a module has variables in memory, once for a device."""
+        variables = [v for v in kernel.module.globals.values() if not v.external]
+        key = dynamic, start, self.serial if variables else None
+        if key in kernel.programs:
+            return kernel.programs[key]
         symbols, at = {p.name: p.offset for p in kernel.params}, start
-        for variable in {**kernel.shared, **kernel.module.shared}.values():
+        shared = {**kernel.shared, **kernel.module.shared}.values()
+        for variable in shared:
             if not variable.external:
                 at = -(-at // variable.align) * variable.align
                 symbols[variable.name] = at
                 at += variable.size
         at = -(-at // 16) * 16
-        for variable in {**kernel.shared, **kernel.module.shared}.values():
-            if variable.external:
-                symbols[variable.name] = at
+        symbols |= {variable.name: at for variable in shared if variable.external}
         local = 0
         for variable in kernel.local.values():
             local = -(-local // variable.align) * variable.align
             symbols[variable.name] = local
             local += variable.size
-        for variable in kernel.module.globals.values():
-            if not variable.external:
-                place = self.memory.allocate(max(variable.size, 1), variable.name, variable.space == "global")
-                if variable.data:
-                    self.memory.bytes[place - BASE : place - BASE + len(variable.data)] = np.frombuffer(
-                        variable.data, np.uint8
-                    )
-                symbols[variable.name] = place
-        found[dynamic, start] = Program(kernel, symbols), at + dynamic, start
-        return found[dynamic, start]
+        symbols |= {variable.name: self._place(variable) for variable in variables}
+        kernel.programs[key] = Program(kernel, symbols), at + dynamic, start
+        return kernel.programs[key]
+
+    def _place(self, variable: Variable) -> int:
+        """A variable of a module: zeros, or what it is initialised with (ISA, "Initializers")."""
+        if variable not in self.variables:
+            at = self.memory.allocate(max(variable.size, 1), variable.name, variable.space == "global")
+            data = variable.data.ljust(variable.size, b"\0")
+            self.memory.bytes[at - BASE : at - BASE + len(data)] = np.frombuffer(data, np.uint8)
+            self.variables[variable] = at
+        return self.variables[variable]

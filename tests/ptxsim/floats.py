@@ -32,14 +32,14 @@ def odd_sum(a, b):
     return np.where(fix, np.nextafter(s, np.copysign(np.inf, e)), s) if fix.any() else s
 
 
-LOW_28 = np.uint64(36)  # shifted by so many, the low 28 bits of a double are left
+LOW_28 = np.full(LANES, 36, u8)  # shifted by so many, the low 28 bits of a double are left
 
 
 def fma4(a, b, c):
     """Rounded once: products of floats are exact in double, and a sum is looked at anew where it might lie half way."""
     p, c = a.astype(f8) * b.astype(f8), c.astype(f8)
     s = p + c
-    if not (s.view(u8) << LOW_28).all():
+    if np.count_nonzero(s.view(u8) << LOW_28) != LANES:
         s = odd_sum(p, c)
     return s.astype(f4)
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .coverage import Coverage
 
 SIZES = {"pred": 1}
 for _bits in (8, 16, 32, 64, 128):
@@ -99,7 +105,7 @@ class Instr:
         return all(mod in self.mods for mod in mods)
 
 
-@dataclass
+@dataclass(eq=False)
 class Variable:
     name: str
     space: str
@@ -126,6 +132,16 @@ class Kernel:
 
     def __post_init__(self):
         self.leaders = set(self.labels.values())
+        self.programs: dict = {}  # by the sizes and the device that they are for
+
+    def coverage(self) -> Coverage:
+        """What all launches in this process have met."""
+        from .coverage import Coverage
+
+        found = Coverage(self, np.zeros(len(self.instrs), bool))
+        for program, _, _ in self.programs.values():
+            found |= program.coverage()
+        return found
 
 
 @dataclass

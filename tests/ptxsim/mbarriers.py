@@ -140,8 +140,8 @@ class Mbarriers(Operands):
         """That which phase a wait means does not depend on the schedule.
 
         A warp knows (by its clock) that `known` phases have completed. If the barrier may have gone on since, a wait by
-        parity is safe only for the next of them, and only until the one after that completes; one that would have passed
-        in phase `known` must not find the barrier further: in another schedule it passes two phases early.
+        parity is safe only for the next of them, and only until the one after that completes; one that would have
+        passed in phase `known` must not find the barrier further: in another schedule it passes two phases early.
         """
         if not by_parity:
             if bar.phase > wanted + 1:

@@ -177,7 +177,7 @@ class Operands:
             self.fault("address", w, instr, f"shared address {int(address):#x} is of no CTA of the cluster")
         return ctas[rank - 1]
 
-    def check_shared(self, w, instr, address, m, size, writes, collective=False, same=None):
+    def check_shared(self, w, instr, address, m, size, writes, collective=False, same=None, atomic=False):
         if m is not None:
             address = np.where(m, address, address[int(m.argmax())])
         cta = self.cta_of(w, instr, address[0])
@@ -193,7 +193,8 @@ class Operands:
             self.fault("misaligned", w, instr, f"{size} bytes of shared memory")
         races = w.cta.cluster.races
         if races is not None:
-            races.access(w, instr, cta.rank, at, m, size, writes, collective, same and (lambda: same(shared, at)))
+            unless = same and (lambda: same(shared, at))
+            races.access(w, instr, cta.rank, at, m, size, writes, collective, unless, atomic)
         part = at >> 4
         if shared.flight[part].any():
             what = "overwrites" if writes else "reads"

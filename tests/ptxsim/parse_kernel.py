@@ -10,6 +10,7 @@ from .parse_variable import VARIABLE, parse_variable
 
 _LABEL = re.compile(r"([\w$%]+)\s*:(?!:)")
 _SPACE = re.compile(r"\s+")
+_LOCATION = re.compile(r"\.(loc|file)\s")
 _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+(?P<align1>\d+)\s+)?\.(?P<type>\w+)\s+(?:\.ptr\s*(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?"
     r"(?:\.align\s+(?P<align2>\d+)\s+)?(?P<name>[\w$]+)\s*(?:\[(?P<size>\d+)\])?"
@@ -92,7 +93,7 @@ class KernelParser:
             if char == ";":
                 pos += 1
                 continue
-            if text.startswith((".loc", ".file"), pos):
+            if _LOCATION.match(text, pos):
                 stop = text.index("\n", pos)
                 self._location(text[pos:stop])
                 pos = stop

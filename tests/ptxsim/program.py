@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 
+from .coverage import Coverage
 from .effects import Effects
 from .faults import Fault, Unsupported
 from .ir import Instr, Kernel, Not, registers_of
@@ -33,21 +34,13 @@ class Program:
             for p, r in zip(self.poison, kernel.registers, strict=True)
         ]
 
-    def coverage(self) -> tuple[float, list[tuple[int, int]]]:
-        """The share of instructions that any launch so far has met, and the lines from and to of those it has not."""
-        instrs = self.kernel.instrs
-        seen = np.zeros(len(instrs), bool)
+    def coverage(self) -> Coverage:
+        """Of all launches of this program so far."""
+        met = np.zeros(len(self.kernel.instrs), bool)
         for pc, times in self.met.items():
-            if times and pc < len(instrs):
-                seen[pc : max(self.steps[pc].next, pc + 1)] = True
-        gaps: list[tuple[int, int]] = []
-        for pc in np.flatnonzero(~seen):
-            line = instrs[pc].line
-            if pc and not seen[pc - 1] and gaps:
-                gaps[-1] = gaps[-1][0], line
-            else:
-                gaps.append((line, line))
-        return float(seen.mean()) if len(instrs) else 1.0, gaps
+            if times and pc < len(met):
+                met[pc : max(self.steps[pc].next, pc + 1)] = True
+        return Coverage(self.kernel, met)
 
     def pure(self, pc: int):
         """The Python of an instruction of arithmetic, or None."""

@@ -29,7 +29,7 @@ class Result:
 class Simulation:
     """One launch."""
 
-    def __init__(self, device, program, grid, block_size, cluster_size, shared_bytes, dynamic, params, schedule):
+    def __init__(self, device, program, grid, block_size, cluster_size, shared_bytes, dynamic, params, schedule, maps):
         self.device, self.program, self.grid, self.block_size = device, program, grid, block_size
         self.memory = device.memory
         self.cluster_size, self.shared_bytes, self.dynamic = cluster_size, shared_bytes, dynamic
@@ -50,9 +50,9 @@ class Simulation:
         if schedule.resident:
             self.rng.shuffle(self.waiting)
 
-        maps = [*device.maps.values()]
-        self.maps: dict = {}  # tensor maps among the parameters, by offset
-        self.global_races = GlobalRaces(self, smallest_global_access(program.kernel, maps)) if schedule.races else None
+        self.maps = maps  # tensor maps among the parameters, by offset
+        grain = smallest_global_access(program.kernel, [*maps.values(), *device.maps.values()])
+        self.global_races = GlobalRaces(self, grain) if schedule.races else None
 
     def report(self, kind: str, warp: Warp, instr: Instr | None, message: str, note: bool = False) -> None:
         """Once for each kind and instruction. A note is what the PTX ISA asks for and compilers do without."""

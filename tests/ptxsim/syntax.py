@@ -102,11 +102,13 @@ FORMS = {
     "activemask": "b32",
     "ldmatrix": rf"sync\.aligned\.m8n8\.x[124](\.trans)?\.{SHARED}\.b16",
     "stmatrix": rf"sync\.aligned\.m8n8\.x[124](\.trans)?\.{SHARED}\.b16",
-    "mma": r"sync\.aligned\.(m16n8k16\.row\.col\.f32\.(f16\.f16|bf16\.bf16)\.f32|m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32)",
+    "mma": r"sync\.aligned\.(m16n8k16\.row\.col\.f32\.(f16\.f16|bf16\.bf16)\.f32|"
+    r"m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32)",
     "setmaxnreg": r"(inc|dec)\.sync\.aligned\.u32",
     # Barriers, fences and asynchronous operations
     "bar": r"(cta\.)?(sync|arrive)|warp\.sync",
-    "barrier": r"(cta\.)?(sync|arrive)(\.aligned)?|cluster\.(arrive(\.(release|relaxed))?|wait(\.acquire)?)(\.aligned)?",
+    "barrier": r"(cta\.)?(sync|arrive)(\.aligned)?|"
+    r"cluster\.(arrive(\.(release|relaxed))?|wait(\.acquire)?)(\.aligned)?",
     "fence": rf"(sc|acq_rel|acquire|release)\.{SCOPE}|mbarrier_init\.release\.cluster|"
     rf"proxy\.async(\.(global|{SHARED}))?",
     "membar": r"(cta|gl|sys)",

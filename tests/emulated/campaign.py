@@ -11,6 +11,7 @@ docs/gpu-status.md shows what was executed. The exit code is 1 where anything wa
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import multiprocessing
@@ -18,6 +19,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,15 +27,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from emulated import compiled
+from ptxsim import Device
 
 from benchmarks import records
 from benchmarks.environment import environment
+from emulated import compiled
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "emulated.jsonl"
 CUDA = ("cuda_hopper", "cuda_elementwise", "cuda_compressed")
-TRITON = ("triton_products", "triton_elementwise", "triton_compressed")
+TRITON = ("triton_products", "triton_elementwise", "triton_sweeps")
 VALUES = {"activation": "activations", "dtype": "dtypes", "policy": "policies", "shape": "shapes"}  # of a line
 SEEDS, FIRST_SEED = 8, 1000
 
@@ -116,25 +119,36 @@ def chosen(options: argparse.Namespace) -> list[Any]:
 
 
 _jobs: list[Any] = []  # of a worker: the same list in each
+_launched: dict[int, Any] = {}  # the kernels of the job that it runs, by identity
 
 
 def _start(options: argparse.Namespace) -> None:
     compiled.compiling()
     _jobs.extend(chosen(options))
+    launch = Device.launch
+
+    @functools.wraps(launch)
+    def watched(device: Device, kernel: Any, *arguments: Any, **others: Any) -> Any:
+        _launched[id(kernel)] = kernel
+        return launch(device, kernel, *arguments, **others)
+
+    Device.launch = watched
 
 
 def _work(asked: tuple[int, Sequence[int]]) -> Outcome:
     number, seeds = asked
-    runs, met = [], {}
+    runs = []
+    _launched.clear()
     began = time.perf_counter()
     for seed in seeds:
         verdict = _judged(_jobs[number], seed)
         runs.append(Run(seed, verdict.fault, verdict.text, verdict.error, verdict.instructions))
-        for kernel in verdict.kernels:
-            digest = hashlib.sha256(f"{kernel.name} {kernel.module.source}".encode()).hexdigest()
-            bits = kernel.met()
-            met[digest] = len(bits), np.packbits(bits).tobytes()
-    return Outcome(number, runs, met, time.perf_counter() - began)
+    seconds, met = time.perf_counter() - began, {}
+    for kernel in _launched.values():
+        digest = hashlib.sha256(f"{kernel.name} {kernel.module.source}".encode()).hexdigest()
+        bits = kernel.coverage().met
+        met[digest] = len(bits), np.packbits(bits).tobytes()
+    return Outcome(number, runs, met, seconds)
 
 
 def _judged(job: Any, seed: int) -> Any:
@@ -143,11 +157,11 @@ def _judged(job: Any, seed: int) -> Any:
     try:
         return judged(job.run, *job.args, seed)
     except Exception as error:  # the case itself is at fault, and the others shall go on
-        return Verdict(type(error).__name__, str(error))
+        return Verdict(type(error).__name__, "".join(traceback.format_exception(error)))
 
 
 def execute(options: argparse.Namespace) -> tuple[dict[tuple[str, str], Line], int]:
-    """All that was chosen, in as many processes as there are cores. The lines of the results, and how many runs failed."""
+    """All that was chosen, in several processes. The lines of the results, and how many runs failed."""
     todo = chosen(options)
     print(f"{len(todo)} cases", flush=True)
     first = FIRST_SEED if options.seed is None else options.seed
@@ -188,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [line.row(*key, FIRST_SEED, last) for key, line in sorted(lines.items())]
     for row in rows:
         print(
-            f"{row['kernel']} {row['family']}: {row['runs']} runs, faults {row['faults'] or 'none'}, {row['met']:.1%}"
+            f"{row['kernel']} {row['family']}: {row['runs']} runs, faults {row['faults'] or 'none'}, {row['met'] or 0:.1%}"
         )
     if not (options.quick or options.only or options.seed is not None):
         records.write(RESULTS, found_on(sys.argv[1:] if argv is None else argv), rows)
@@ -199,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
 def found_on(words: Sequence[str]) -> dict[str, Any]:
     """What the results belong to."""
     import triton
+
     from emulated import ptx
 
     command = f'make emulate ARGS="{shlex.join(words)}"' if words else "make emulate"

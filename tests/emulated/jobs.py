@@ -42,11 +42,3 @@ def judged(run: Callable[..., Verdict], *args: Any) -> Verdict:
         return run(*args)
     except Fault as fault:
         return Verdict(fault.kind, str(fault))
-
-
-def unmet(kernel: Any) -> set[int]:
-    """The lines of its PTX with instructions that no launch of this process has met."""
-    gaps = [program.coverage()[1] for program, *_ in kernel.programs.values()]
-    lines = [{line for first, last in found for line in range(first, last + 1)} for found in gaps]
-    instructions = {instr.line for instr in kernel.instrs}
-    return instructions.intersection(*lines) if lines else instructions

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from emulated import cuda_hopper, jobs, ptx
+from emulated import cuda_hopper, ptx
 from emulated import reference as ref
 from emulated.cuda_hopper import Case
 
@@ -40,7 +40,8 @@ def cases(kind):
         m, n, k, processors = SHAPES[(i + 3 * ptx.KINDS.index(kind)) % len(SHAPES)]
         yield Case(
             kind, m, n, k, dtype, activation, policy, processors,
-            bias=i % 3 != 1 or policy == "output_lsb", keep=i % 4 != 2, h=i % 4 != 2, sums=i % 5 != 3, over=i % 4 == 1 and policy != "fp8",
+            bias=i % 3 != 1 or policy == "output_lsb", keep=i % 4 != 2, h=i % 4 != 2, sums=i % 5 != 3,
+            over=i % 4 == 1 and policy != "fp8",
         )  # fmt: skip
     if kind == "dgrad":
         yield from (Case(kind, 128, 136, k, activation="softplus", policy="output") for k in (320, 448))
@@ -49,8 +50,7 @@ def cases(kind):
 def unmet(kernel):
     """The instructions that no launch has met, less jumps: those of a wait that never was in vain, and the one of an
     activation that is none of the table."""
-    text = {instr.line: instr.text for instr in kernel.instrs}
-    return [f"{line}: {text[line]}" for line in sorted(jobs.unmet(kernel)) if not text[line].startswith("bra")]
+    return [f"{instr.line}: {instr.text}" for instr in kernel.coverage().missed() if instr.op != "bra"]
 
 
 @pytest.mark.parametrize("kind", ptx.KINDS)

@@ -1,4 +1,4 @@
-"""Each fault put into a CUDA kernel on purpose is caught, and as what it is; those that change nothing are equivalent."""
+"""Each fault put into a CUDA kernel on purpose is caught, as what it is; those that change nothing are equivalent."""
 
 from dataclasses import replace
 

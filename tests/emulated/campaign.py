@@ -201,9 +201,8 @@ def main(argv: list[str] | None = None) -> int:
     last = FIRST_SEED + options.seeds - 1
     rows = [line.row(*key, FIRST_SEED, last) for key, line in sorted(lines.items())]
     for row in rows:
-        print(
-            f"{row['kernel']} {row['family']}: {row['runs']} runs, faults {row['faults'] or 'none'}, {row['met'] or 0:.1%}"
-        )
+        faults, met = row["faults"] or "none", row["met"] or 0
+        print(f"{row['kernel']} {row['family']}: {row['runs']} runs, faults {faults}, {met:.1%} of its instructions")
     if not (options.quick or options.only or options.seed is not None):
         records.write(RESULTS, found_on(sys.argv[1:] if argv is None else argv), rows)
         print(f"written to {RESULTS.relative_to(ROOT)}")

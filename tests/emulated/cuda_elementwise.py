@@ -137,12 +137,8 @@ class Run:
         self.check(f"{name} of all rows", ref.error(self.memory.get(out), total, found.double().abs().sum(0)))
 
     def verdict(self) -> Verdict:
-        largest = max(self.errors.values())
-        fault = "" if largest <= 1 else "wrong numbers"
-        if not self.memory.device.red_zones_whole():
-            fault = "out of bounds"
-        seen = ", ".join(f"{name} {found:.3g}" for name, found in self.errors.items())
-        return Verdict(fault, f"{self.label}: {seen}", largest, self.instructions, tuple(self.kernels))
+        whole = self.memory.device.red_zones_whole()
+        return Verdict.of(self.label, self.errors, whole, self.instructions, tuple(self.kernels))
 
 
 def params_of(case: Case, kept: ref.Kept | None = None) -> tuple[float, float]:

@@ -17,6 +17,16 @@ class Verdict(NamedTuple):
     instructions: int = 0  # of warps
     kernels: tuple[Any, ...] = ()  # the parsed kernels that ran, which know what of them was met
 
+    @classmethod
+    def of(
+        cls, label: str, errors: dict[str, float], whole: bool, instructions: int, kernels: tuple[Any, ...]
+    ) -> Verdict:
+        """Of a launch that ended: its largest errors by result, and whether the red zones are as they were."""
+        largest = max(errors.values())
+        fault = "out of bounds" if not whole else "" if largest <= 1 else "wrong numbers"
+        seen = ", ".join(f"{name} {found:.3g}" for name, found in errors.items())
+        return cls(fault, f"{label}: {seen}", largest, instructions, kernels)
+
     def __repr__(self) -> str:
         return f"{self.fault or 'right'}: {self.text}"
 

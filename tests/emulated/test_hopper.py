@@ -37,12 +37,12 @@ def cases(kind):
     once = {policy: name for name in ACTIVATIONS for policy in kept[name]}
     settings += [(name, policy, "float16") for policy, name in once.items()]
     for i, (activation, policy, dtype) in enumerate(settings):
-        m, n, k, processors = SHAPES[(i + 3 * ptx.KINDS.index(kind)) % len(SHAPES)]
-        yield Case(
-            kind, m, n, k, dtype, activation, policy, processors,
-            bias=i % 3 != 1 or policy == "output_lsb", keep=i % 4 != 2, h=i % 4 != 2, sums=i % 5 != 3,
-            over=i % 4 == 1 and policy != "fp8",
-        )  # fmt: skip
+        marked = policy == "output_lsb"  # with numbers far to the left in every place of a pack
+        wide = [shape for shape in SHAPES if not marked or shape[1] > 16]
+        m, n, k, processors = wide[(i + 3 * ptx.KINDS.index(kind)) % len(wide)]
+        options = {"bias": i % 3 != 1 or marked, "keep": i % 4 != 2, "h": i % 4 != 2, "sums": i % 5 != 3}
+        over = i % 4 == 1 and policy != "fp8"
+        yield Case(kind, m, n, k, dtype, activation, policy, processors, over=over, **options)
     if kind == "dgrad":
         yield from (Case(kind, 128, 136, k, activation="softplus", policy="output") for k in (320, 448))
 

@@ -7,7 +7,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 from benchmarks.records import RESULTS
-from benchmarks.report import document, memory, pictures, policies, tuned
+from benchmarks.report import document, emulated, memory, pictures, policies, tuned
 from benchmarks.report.load import Machine, load
 
 ZEN = "cpu-amd-avx512-bf16"  # an AMD CPU
@@ -44,6 +44,7 @@ def places() -> Iterator[Place]:
     yield Place("README.md", "demo", partial(document.demo, RESULTS / ZEN / "demo.json"))
     yield Place("docs/benchmarks.md", "suites", document.suites)
     yield Place("docs/benchmarks.md", "machines", partial(document.document, machines))
+    yield Place("docs/gpu-status.md", "emulated", emulated.table)
     for path, region, name, write in TABLES:
         yield Place(path, region, partial(write, by_name[name]))
     for machine in machines:

@@ -17,7 +17,7 @@ setp.lt.u32 %p1, %r3, {size}; @%p1 bra F; {fence} bar.sync 0;
 """
 FENCE = "fence.proxy.async.shared::cta;"
 MODES = {0: 0, 128: 1, 64: 2, 32: 3}
-PRODUCT = "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{d}}}, {a}, {b}, {adds}, 1, 1{by_steps};"
+PRODUCT = "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{d}}}, {a}, {b}, {adds}, 1, 1{mn_major};"
 
 
 def chunk_at(row: int, chunk: int, span: int) -> int:
@@ -87,20 +87,20 @@ def wgmma_kernel(image_size: int, n: int, body: str, fence: str = FENCE):
     return kernel(fill + body + stores, shared=image_size)
 
 
-def multiply(n: int, kind: str, adds: str, a="%rd8", b="%rd9", by_steps="") -> str:
+def multiply(n: int, kind: str, adds: str, a="%rd8", b="%rd9", mn_major="") -> str:
     return PRODUCT.format(
-        n=n, kind=kind, d=", ".join(f"%f{i}" for i in range(n // 2)), a=a, b=b, adds=adds, by_steps=by_steps
+        n=n, kind=kind, d=", ".join(f"%f{i}" for i in range(n // 2)), a=a, b=b, adds=adds, mn_major=mn_major
     )
 
 
 BEGIN, END = "wgmma.fence.sync.aligned;", "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
 
 
-def images(n: int, span: int, a_by_steps: int, b_by_steps: int, kind: str):
+def images(n: int, span: int, a_mn_major: int, b_mn_major: int, kind: str):
     """A (64 × 16) and B (n × 16), their image, and the descriptors in %rd8 and %rd9."""
     (a_words, a), (b_words, b) = words((64, 16), kind, 1), words((n, 16), kind, 2)
     one, two = (
-        (image_mn_major if by else image_k_major)(x, span) for x, by in ((a_words, a_by_steps), (b_words, b_by_steps))
+        (image_mn_major if by else image_k_major)(x, span) for x, by in ((a_words, a_mn_major), (b_words, b_mn_major))
     )
     first = -(-len(one[0]) // 1024) * 1024
     image = np.zeros(-(-(first + len(two[0])) // 2048) * 2048, np.uint8)
@@ -110,14 +110,14 @@ def images(n: int, span: int, a_by_steps: int, b_by_steps: int, kind: str):
 
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 @pytest.mark.parametrize(
-    ("n", "span", "a_by_steps", "b_by_steps"),
+    ("n", "span", "a_mn_major", "b_mn_major"),
     [(8, 0, 0, 0), (16, 32, 0, 0), (64, 64, 0, 0), (64, 128, 0, 0), (128, 128, 0, 1), (64, 128, 1, 1), (64, 64, 1, 0),
      (32, 64, 0, 1), (16, 32, 0, 1), (64, 32, 1, 0)],
 )  # fmt: skip
-def test_wgmma(n, span, a_by_steps, b_by_steps, kind):
-    a, b, image, descriptors = images(n, span, a_by_steps, b_by_steps, kind)
-    two = multiply(n, kind, "0", by_steps=f", {a_by_steps}, {b_by_steps}") + multiply(
-        n, kind, "1", by_steps=f", {a_by_steps}, {b_by_steps}"
+def test_wgmma(n, span, a_mn_major, b_mn_major, kind):
+    a, b, image, descriptors = images(n, span, a_mn_major, b_mn_major, kind)
+    two = multiply(n, kind, "0", mn_major=f", {a_mn_major}, {b_mn_major}") + multiply(
+        n, kind, "1", mn_major=f", {a_mn_major}, {b_mn_major}"
     )
     made = wgmma_kernel(len(image), n, descriptors + BEGIN + two + END)
     for seed in range(2):
@@ -137,7 +137,7 @@ def test_wgmma_with_a_in_registers():
             fragment[thread, i] = whole[row, thread % 4 * 2 + i % 2 + 8 * (i // 4)]
     load = """mul.wide.u32 %rd10, %r1, 16; add.s64 %rd11, %rd1, %rd10;
     ld.global.v4.u32 {%r40, %r41, %r42, %r43}, [%rd11+SIZE];""".replace("SIZE", str(len(image)))
-    product = multiply(64, "bf16", "0", a="{%r40, %r41, %r42, %r43}", by_steps=", 0")
+    product = multiply(64, "bf16", "0", a="{%r40, %r41, %r42, %r43}", mn_major=", 0")
     made = wgmma_kernel(len(image), 64, descriptors + load + BEGIN + product + END)
     device = Device(1 << 17)
     out = device.empty((128, 32), np.float32)
@@ -166,7 +166,7 @@ PRODUCTS = {
 def test_order_of_wgmma(name):
     fence, body, kind = PRODUCTS[name]
     _, _, image, descriptors = images(8, 32, 0, 0, "bf16")
-    text = descriptors + body(lambda adds: multiply(8, "bf16", adds, by_steps=", 0, 0"))
+    text = descriptors + body(lambda adds: multiply(8, "bf16", adds, mn_major=", 0, 0"))
     made = wgmma_kernel(len(image), 8, text, fence)
     for seed in range(4):
         device = Device(1 << 17)

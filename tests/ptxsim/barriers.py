@@ -6,7 +6,6 @@ import numpy as np
 
 from .cta import NamedBarrier
 from .dtypes import LANES, i4
-from .faults import Unsupported
 from .operands import FULL, Operands
 
 
@@ -119,6 +118,3 @@ class Barriers(Operands):
             return True
 
         return fence
-
-    def make_tensormap(self, instr):
-        raise Unsupported(instr.name)

@@ -32,7 +32,7 @@ def _no_swizzle_k(rows: int, leading: int, stride: int) -> np.ndarray:
     return (row // 8) * stride + (row % 8) * 16 + np.arange(2)[None, :] * leading
 
 
-def operand_addresses(descriptor: int, rows: int, by_steps: bool, first_row: int = 0) -> np.ndarray:
+def operand_addresses(descriptor: int, rows: int, mn_major: bool, first_row: int = 0) -> np.ndarray:
     """Byte addresses in shared memory of a 16-bit operand's parts, PTX ISA, "Matrix descriptor": K-major (rows, 2), or
     MN-major (16, rows / 8)."""
     start = (descriptor & 0x3FFF) << 4
@@ -42,10 +42,10 @@ def operand_addresses(descriptor: int, rows: int, by_steps: bool, first_row: int
     if offset:
         raise ValueError("a base offset in a matrix descriptor is not supported")
     if not span:
-        if by_steps:
+        if mn_major:
             raise ValueError("MN-major without a swizzle is not supported")
         relative = _no_swizzle_k(rows + first_row, leading, stride)[first_row:]
-    elif by_steps:
+    elif mn_major:
         relative = _mn_major(rows, leading, stride, span)
     else:
         relative = _k_major(rows + first_row, stride, span)[first_row:]

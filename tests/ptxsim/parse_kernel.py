@@ -33,7 +33,7 @@ class KernelParser:
         self.inlined: dict[str, str] = {}  # locations, and where the function they are in was inlined
 
     def parse(self) -> Kernel:
-        name = re.match(r"\s*([\w$]+)", self.head)[1]
+        name = self.name = re.match(r"\s*([\w$]+)", self.head)[1]
         params, size = [], 0
         for match in _PARAM.finditer(self.head):
             item = SIZES[match["type"]]
@@ -66,7 +66,7 @@ class KernelParser:
 
     def _label(self, label) -> int:
         if label.name not in self.labels:
-            raise ParseError(f"label {label.name} is unknown")
+            raise ParseError(f"kernel {self.name}: label {label.name} is unknown")
         return self.labels[label.name]
 
     def _statements(self) -> None:

@@ -45,7 +45,7 @@ class Program:
     def pure(self, pc: int):
         """The Python of an instruction of arithmetic, or None."""
         instr = self.kernel.instrs[pc]
-        if instr.op in Effects.OPS or instr.op in ("bra", "ret", "exit", "brx"):
+        if Effects.has(instr.op) or instr.op in ("bra", "ret", "exit", "brx"):
             return None
         check(instr)
         return self.translator.statements(instr, False)
@@ -72,9 +72,8 @@ class Program:
                 step.kind = "exit"
                 step.full = self.effects.guard(instr)
             elif instr.op == "brx":
-                step.kind = "effect"
-                step.full = self.effects.make_brx(instr)
-            elif instr.op in Effects.OPS:
+                step.kind, step.full = "effect", self.effects.brx(instr)
+            elif Effects.has(instr.op):
                 step.kind = "effect"
                 step.full = self.effects.make(instr)
             else:

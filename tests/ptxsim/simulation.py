@@ -156,7 +156,7 @@ class Simulation:
                     for _ in range(schedule.burst):
                         self.complete_one()
                 if self.executed > schedule.limit:
-                    raise Fault("livelock", f"{schedule.limit} warp instructions: {self._stuck()}")
+                    self.livelock()
             while self.complete_one() or self._complete_last():
                 pass
         if self.reports:
@@ -191,6 +191,9 @@ class Simulation:
             if w.ready() is not None:
                 return w
         return None
+
+    def livelock(self) -> None:
+        raise Fault("livelock", f"more than {self.schedule.limit} warp instructions: {self._stuck()}")
 
     def _stuck(self) -> str:
         places: dict[str, list[str]] = {}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-
-from ptxsim import Device, Fault, TensorMap, load_module
+from ptxsim import Device, load_module
 
 HEAD = ".version 9.0\n.target sm_90a\n.address_size 64\n"
 REGISTERS = (

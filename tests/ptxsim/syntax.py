@@ -92,7 +92,6 @@ FORMS = {
     "createpolicy": r"(fractional|range)\..*",
     "prefetch": ".*",
     "prefetchu": ".*",
-    "discard": r"(global\.)?L2",
     "applypriority": r"(global\.)?L2::evict_normal",
     # Lanes and warps
     "shfl": r"sync\.(bfly|up|down|idx)\.b32",
@@ -144,7 +143,6 @@ FORMS = {
     "griddepcontrol": "(launch_dependents|wait)",
 }
 _COMPILED = {op: re.compile(form) for op, form in FORMS.items()}
-PLAIN = frozenset(FORMS) - frozenset(("bra", "brx", "ret", "exit"))
 
 # .sync.aligned and what the ISA says is .aligned without the word: all lanes of the warp come together.
 ALIGNED_BY_NAME = frozenset(("bar.sync", "bar.arrive", "bar.cta.sync", "bar.cta.arrive"))

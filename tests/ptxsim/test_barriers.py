@@ -2,9 +2,9 @@
 
 import pytest
 
-from ptxsim import Schedule
+from ptxsim import Device, Fault, Schedule
 
-from .small_kernels import Device, Fault, kernel
+from .small_kernels import kernel
 
 START = "mov.u32 %r1, %tid.x; shr.u32 %r2, %r1, 5; setp.eq.u32 %p1, %r2, 0; setp.eq.u32 %p2, %r1, 0; mov.u32 %r3, s;"
 MADE = START + """@%p2 mbarrier.init.shared::cta.b64 [%r3], {count}; fence.mbarrier_init.release.cluster; bar.sync 0;"""
@@ -101,7 +101,6 @@ def test_mbarriers_in_turns():
 
 MBARRIERS = {
     "none made": (START + ARRIVE, {"barrier"}),
-    "too many arrivals": (MADE.format(count=32) + f"@%p1 {ARRIVE} @%p1 {ARRIVE} @%p2 {ARRIVE} @%p2 {ARRIVE}", None),
     "too few": (MADE.format(count=65) + ARRIVE + wait("W", 0), {"deadlock"}),
     "wrong parity": (
         MADE.format(count=64) + ARRIVE + wait("W", 0) + wait("V", 0) + ARRIVE + wait("U", 0),
@@ -126,19 +125,18 @@ MBARRIERS = {
 @pytest.mark.parametrize("name", MBARRIERS)
 def test_mbarriers(name):
     body, kinds = MBARRIERS[name]
-    found = launch(body)
-    assert found == kinds if kinds else found <= {"barrier", ""} and "barrier" in found
+    assert launch(body) == kinds
 
 
 def test_more_arrivals_than_are_counted():
     body = (
         MADE.format(count=3)
-        + f"@%p2 mbarrier.arrive.shared::cta.b64 _, [%r3], 2; @%p2 mbarrier.arrive.shared::cta.b64 _, [%r3], 2;"
+        + "@%p2 mbarrier.arrive.shared::cta.b64 _, [%r3], 2; @%p2 mbarrier.arrive.shared::cta.b64 _, [%r3], 2;"
     )
     assert launch(body) == {"barrier"}
 
 
-# The first warp makes phases; the second waits for the first of them only after it was told otherwise that all are over.
+# The first warp makes phases, and the second waits for one of them.
 PHASES = "@%p1 bra P; {second} bra E; P: {first} E:"
 ARRIVALS = "@%p2 " + ARRIVE
 
@@ -159,7 +157,7 @@ def test_a_wait_that_passes_two_phases_early():
     kinds = launch(body, seeds=range(24))
     assert "phase" in kinds
     body = MADE.format(count=1) + PHASES.format(first=first, second=wait("V", 0) + wait("W", 1))
-    assert launch(body, seeds=range(24)) <= {"overrun", "phase", ""}
+    assert launch(body, seeds=range(24)) <= {"overrun", "phase", "deadlock", ""}
     # told by a barrier that phase 0 is over, it knows which phase it waits for
     told = ARRIVALS + wait("A", 0) + "bar.sync 1, 64;" + ARRIVALS + wait("B", 1)
     body = MADE.format(count=1) + PHASES.format(first=told, second="bar.sync 1, 64;" + wait("W", 1))

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from .small_kernels import LOAD, Device, kernel, random_words, run
+from ptxsim import Device
+
+from .small_kernels import LOAD, kernel, random_words, run
 
 PAIRS = "mov.b32 %f1, %r10; mov.b32 %f2, %r11; mov.b32 %f3, %r12; {} mov.b32 %r20, %f4;"
 
@@ -203,7 +205,8 @@ UNARY = {
     "ex2.approx.f32": np.exp2, "lg2.approx.f32": np.log2, "sqrt.rn.f32": np.sqrt, "tanh.approx.f32": np.tanh,
     "rcp.rn.f32": lambda x: 1 / x, "rsqrt.approx.f32": lambda x: 1 / np.sqrt(x), "abs.f32": np.abs,
     "neg.f32": lambda x: -x, "sin.approx.f32": np.sin, "cos.approx.f32": np.cos, "cvt.rni.f32.f32": np.rint,
-    "cvt.sat.f32.f32": lambda x: np.clip(x, 0, 1), "abs.ftz.f32": lambda x: np.where(np.abs(x) < 2.0**-126, 0, np.abs(x)),
+    "cvt.sat.f32.f32": lambda x: np.clip(x, 0, 1),
+    "abs.ftz.f32": lambda x: np.where(np.abs(x) < 2.0**-126, 0, np.abs(x)),
 }  # fmt: skip
 
 

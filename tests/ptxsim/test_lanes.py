@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from .small_kernels import Device, Fault, kernel, random_words, run
+from ptxsim import Device, Fault
+
+from .small_kernels import kernel, random_words, run
 
 WORDS = np.arange(96).reshape(32, 3)
 

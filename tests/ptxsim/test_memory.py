@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from .small_kernels import LOAD, Device, Fault, kernel
+from ptxsim import Device, Fault
+
+from .small_kernels import LOAD, kernel
 
 STORE = "st.global.u32 [%rd6], %r20;"
 
@@ -70,7 +72,8 @@ def test_lanes_that_write_different_numbers_to_one_address():
 @pytest.mark.parametrize("space", ["global", "shared"])
 def test_atomics(operation, wanted, space):
     kind = "b32" if operation in ("or", "exch") else "u32"
-    body = """ld.param.u64 %rd2, [p0]; ld.param.u64 %rd3, [p1]; mov.u32 %r1, %tid.x; add.u32 %r2, %r1, 1; mov.u32 %r3, s;
+    body = """ld.param.u64 %rd2, [p0]; ld.param.u64 %rd3, [p1]; mov.u32 %r1, %tid.x; add.u32 %r2, %r1, 1;
+    mov.u32 %r3, s;
     setp.eq.u32 %p1, %r1, 0; @%p1 st.shared.u32 [%r3], 0; bar.sync 0;"""
     at = "%rd2" if space == "global" else "%r3"
     body += f"atom.{space}.{operation}.{kind} %r4, [{at}], %r2;"

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
-from .small_kernels import LOAD, Device, Fault, kernel
+from ptxsim import Device, Fault
+
+from .small_kernels import LOAD, kernel
 
 EXCHANGE = (
     LOAD.format(step=4, out=4)
     + """
-ld.global.u32 %r10, [%rd4]; shl.b32 %r2, %r1, 2; mov.u32 %r3, s; add.u32 %r4, %r3, %r2; st.shared.u32 [%r4], %r10; {sync}
+ld.global.u32 %r10, [%rd4]; shl.b32 %r2, %r1, 2; mov.u32 %r3, s; add.u32 %r4, %r3, %r2; st.shared.u32 [%r4], %r10;
+{sync}
 xor.b32 %r5, %r2, {other}; add.u32 %r6, %r3, %r5; ld.shared.u32 %r20, [%r6]; st.global.u32 [%rd6], %r20;
 """
 )
@@ -73,7 +76,8 @@ def test_global_memory(body, other, cluster, wanted):
 
 
 def test_bytes_beside_each_other_are_no_race():
-    body = """ld.param.u64 %rd1, [p0]; mov.u32 %r1, %tid.x; shr.u32 %r2, %r1, 5; and.b32 %r3, %r1, 31; shl.b32 %r3, %r3, 1;
+    body = """ld.param.u64 %rd1, [p0]; mov.u32 %r1, %tid.x; shr.u32 %r2, %r1, 5; and.b32 %r3, %r1, 31;
+    shl.b32 %r3, %r3, 1;
     add.u32 %r3, %r3, %r2; cvt.u64.u32 %rd3, %r3; add.s64 %rd4, %rd1, %rd3; st.global.u8 [%rd4], %r1;"""
     device = Device(1 << 14)
     device.launch(kernel(body, params=("u64",)), 1, 64, [device.empty(64, np.uint8)])

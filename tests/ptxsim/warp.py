@@ -112,7 +112,7 @@ class Warp:
     def run(self, budget: int) -> None:
         """Until so many visible instructions are done, or nothing here can go on."""
         program, R, sim = self.program, self.R, self.sim
-        steps, met = program.steps, program.met
+        steps, met, limit = program.steps, program.met, sim.schedule.limit
         while budget > 0:
             g = self.ready()
             if g is None:
@@ -134,6 +134,8 @@ class Warp:
                     program.masked(step)(R, self, g.mask)
                 g.pc = step.next
             elif kind == "bra":
+                if sim.executed > limit:  # a loop that nobody else can see
+                    sim.livelock()
                 if step.full is None:
                     g.pc = step.instr.target
                 else:

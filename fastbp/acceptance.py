@@ -1,9 +1,10 @@
 """Whether a result is right: the one rule by which every candidate is accepted, and every rival called accurate.
 
 What is found is compared with the same mathematics in float64 (``Exact``), beside the error that plain PyTorch makes in
-the dtype of the result. At most twice that is allowed, and a rounding unit: in the RMS of the whole, of each row, of
-each column, and in each number, so that a row that was not written and a single wrong number are seen in millions that
-are right. NaN and infinities stand where those of float64, rounded to the dtype, or PyTorch's own stand.
+the dtype of the result. At most twice that is allowed, and a rounding unit, in the RMS of the whole; and three times
+the worst of PyTorch's in each row, each column and each number, so that a row that was not written and a single wrong
+number are seen in millions that are right. NaN and infinities stand where those of float64, rounded to the dtype, or
+PyTorch's own stand.
 
 An error is taken in relation to what it is an error of: a row's by the RMS of that row, a column's by that of the
 column, a number's by itself and what its row and column are like (the RMS of the one times that of the other, over that
@@ -25,6 +26,7 @@ NUMBERS = 1 << 21  # in a block of rows: what is compared takes some 100 MB at a
 PRIOR = 8  # numbers of average size that a row or a column counts beside its own: a short one is what others are like
 # Nothing is wider than float64 to measure it by: a long sum in another order counts as right, in the whole and locally.
 FLOAT64 = (2.0**-44, 2.0**-40)
+TIMES = (2, 3, 3, 3)  # PyTorch's own errors, as KINDS; the largest of many is a matter of luck, the RMS of all is not
 KINDS = ("whole", "row", "column", "number")
 
 
@@ -134,8 +136,8 @@ class Exact:
         spare = (FLOAT64[0], *[FLOAT64[1]] * 3) if self.dtype == torch.float64 else (eps,) * 4
         more, few = (slack, local, local, local), (8 / math.sqrt(count), *[32 / math.sqrt(count)] * 3)
         self.allowed = tuple(
-            (1 + luck) * (2 * error + unit) + extra
-            for error, unit, luck, extra in zip(own.largest, spare, few, more, strict=True)
+            (1 + luck) * (times * error + unit) + extra
+            for times, error, unit, luck, extra in zip(TIMES, own.largest, spare, few, more, strict=True)
         )
 
     def refusal(self, found: Tensor) -> str | None:

@@ -110,10 +110,10 @@ def tune(
     sizes and dtypes of training; under autocast if training is. Then each of its calls is made on random tensors of the
     same sizes by every candidate: the backends with their ways of computing, and PyTorch's operations under its own
     autograd where those keep no more for backward than the save policy. A candidate whose error against float64 is more
-    than twice that of plain PyTorch, and a rounding unit, is refused: in the whole of a result, in a row, in a column
-    or in a single number. The others take turns, forward and backward together, for ``seconds`` each. It takes some
-    seconds a call, prints a line for each unless ``quiet``, and leaves the model, its gradients and PyTorch's random
-    state as they were.
+    than twice that of plain PyTorch, and a rounding unit, is refused, and one that is off by more than three times as
+    much as PyTorch at its worst in a row, a column or a single number. The others take turns, forward and backward
+    together, for ``seconds`` each. It takes some seconds a call, prints a line for each unless ``quiet``, and leaves
+    the model, its gradients and PyTorch's random state as they were.
 
     On a GPU the products that the Triton kernels are made of are measured first, and all of it in a process of its own:
     a candidate that crashes or does not answer is refused for that, and nothing happens to this process.

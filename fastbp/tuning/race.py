@@ -67,10 +67,10 @@ def run_race(
     """Check and time the candidates; ``seconds`` for each of those that are close to the fastest.
 
     What is right is plain PyTorch in float64, and how exact a candidate must be plain PyTorch in the dtype: output and
-    gradients within twice its error and a unit of rounding (``acceptance``), for a compressed policy within twice that
-    of the reference by the same policy. ``eager`` must keep no more for backward than the policy. Where the float64
-    does not fit into memory all are refused. ``told`` hears of each candidate before it runs, and of each that is
-    refused; those of ``without`` take no part.
+    gradients within twice its error and a unit of rounding (``acceptance``), for a policy whose gradients are
+    approximate within twice that of the reference by the same policy. ``eager`` must keep no more for backward than the
+    policy. Where the float64 does not fit into memory all are refused. ``told`` hears of each candidate before it runs,
+    and of each that is refused; those of ``without`` take no part.
     """
     choices = [choice for choice in candidates(job) if choice.name not in without]
     rule = candidates(job)[0]

@@ -36,7 +36,7 @@ from emulated import compiled
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "emulated.jsonl"
 CUDA = ("cuda_hopper", "cuda_elementwise", "cuda_compressed")
-TRITON = ("triton_products", "triton_elementwise", "triton_sweeps")
+TRITON = ("triton_products", "triton_elementwise", "triton_compressed", "triton_sweeps", "pingpong")
 VALUES = {"activation": "activations", "dtype": "dtypes", "policy": "policies", "shape": "shapes"}  # of a line
 SEEDS, FIRST_SEED = 8, 1000
 

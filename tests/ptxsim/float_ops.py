@@ -89,6 +89,9 @@ class FloatOps(Expressions):
             formula = f"{function}({{0}}, {{1}})" if len(args) == 2 else f"{function}({function}({{0}}, {{1}}), {{2}})"
             return self.floating(i, kind, formula, *args)
         t = NUMPY[kind]
+        if kind.endswith("x2"):
+            both = (f"{self.read(arg, t)}.view({kind[0].replace('s', 'i')}2)" for arg in args)
+            return [(i.args[0], f"np.{name}imum({', '.join(both)}).view({NAME[t]})", t)]
         return [(i.args[0], f"np.{name}imum({self.read(args[0], t)}, {self.read(args[1], t)})", t)]
 
     def op_min(self, i):

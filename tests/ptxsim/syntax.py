@@ -52,7 +52,7 @@ FORMS = {
     "mad": rf"(lo|hi)\.{INT}|wide\.[us](16|32)|r[nzmp]\.(ftz\.)?(sat\.)?f32|rn\.f64",
     "fma": rf"r[nzmp]\.(ftz\.)?(sat\.)?f32|rn\.f64|rn\.{HALF}",
     "div": rf"{INT}|(rn|full|approx)\.(ftz\.)?f32|rn\.f64",
-    **dict.fromkeys(("min", "max"), rf"{INT}|(ftz\.)?(NaN\.)?f32|f64|(NaN\.)?{HALF}"),
+    **dict.fromkeys(("min", "max"), rf"{INT}|[us]16x2|(ftz\.)?(NaN\.)?f32|f64|(NaN\.)?{HALF}"),
     "abs": rf"s(16|32|64)|(ftz\.)?f32|f64|{HALF}",
     "neg": rf"s(16|32|64)|(ftz\.)?f32|f64|{HALF}",
     "copysign": r"f(32|64)",

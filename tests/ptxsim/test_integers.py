@@ -38,6 +38,12 @@ def divided(a, b):
     return -(-a // b) if (a < 0) != (b < 0) else a // b
 
 
+def each_half(function, a, b, signs):
+    halves = [[signed(x >> s & 0xFFFF, 16) if signs else x >> s & 0xFFFF for s in (0, 16)] for x in (a, b)]
+    low, high = (function(pair) & 0xFFFF for pair in zip(*halves, strict=True))
+    return high << 16 | low
+
+
 def lop3(a, b, c, table):
     return sum((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i for i in range(32))
 
@@ -64,6 +70,8 @@ CASES = {
     "and.b32 %r13, %r11, 63; shr.s32 %r20, %r10, %r13;": lambda a, b, c: signed(a) >> (b & 63),
     "and.b32 %r13, %r11, 63; shr.u32 %r20, %r10, %r13;": lambda a, b, c: a >> (b & 63),
     "mov.b64 %rd20, {%r10, %r11}; shr.s64 %rd21, %rd20, 9; cvt.u32.u64 %r20, %rd21;": lambda a, b, c: wide(a, b) >> 9,
+    "min.s16x2 %r20, %r10, %r11;": lambda a, b, c: each_half(min, a, b, True),
+    "max.u16x2 %r20, %r10, %r11;": lambda a, b, c: each_half(max, a, b, False),
     "prmt.b32 %r20, %r10, %r11, %r12;": prmt,
     "bfe.s32 %r20, %r10, %r11, %r12;": bfe_signed,
     "bfe.u32 %r20, %r10, 5, 9;": lambda a, b, c: a >> 5 & 511,

@@ -109,9 +109,12 @@ def operands(case: Case) -> Operands:
         if up is not None:
             up[:, column] = 1.0
     biases = [(normal(case.n) * 8).round() / 8 if case.bias and not case.backward else None for _ in range(2)]
+    pack = torch.arange(case.n) // 8 % 5
+    if not case.backward:  # z is 0 in every place of a pack, and of each pass that a lane has at a time
+        a[5::16], a[6::16] = 0.0, 0.0
     for bias in biases:
-        if bias is not None:  # far to the left and to the right, where f has ended
-            pack = torch.arange(case.n) // 8 % 5
+        if bias is not None:  # and far to the left and to the right, where f has ended
+            bias[pack == 0] = 0.0
             bias[pack == 1], bias[pack == 3] = -128.0, 128.0
     given = [None if t is None else t.to(dtype) for t in (a, b, b2, *biases, gate, up)]
     return Operands(given[0], given[1], given[2], given[3:5], *given[5:])

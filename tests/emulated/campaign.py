@@ -14,8 +14,11 @@ import argparse
 import functools
 import hashlib
 import importlib
+import itertools
+import math
 import multiprocessing
 import os
+import random
 import shlex
 import sys
 import time
@@ -39,6 +42,7 @@ CUDA = ("cuda_hopper", "cuda_elementwise", "cuda_compressed")
 TRITON = ("triton_products", "triton_elementwise", "triton_compressed", "triton_sweeps", "pingpong")
 VALUES = {"activation": "activations", "dtype": "dtypes", "policy": "policies", "shape": "shapes"}  # of a line
 SEEDS, FIRST_SEED = 8, 1000
+EACH = 150  # cases of a worker, before another takes its place: it keeps what it parsed and translated
 
 
 class Run(NamedTuple):
@@ -64,7 +68,8 @@ class Outcome(NamedTuple):
 class Line:
     """A line of the results."""
 
-    labels: int = 0
+    of: int = 0  # cases that there are
+    cases: int = 0  # that were run
     runs: int = 0
     instructions: int = 0
     seconds: float = 0.0
@@ -74,7 +79,9 @@ class Line:
     values: dict[str, dict[str, None]] = field(default_factory=dict)
 
     def add(self, job: Any, outcome: Outcome) -> None:
-        self.labels += 1
+        if not outcome.runs:
+            return
+        self.cases += 1
         self.runs += len(outcome.runs)
         self.seconds += outcome.seconds
         for run in outcome.runs:
@@ -88,10 +95,10 @@ class Line:
             found = np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(bool)
             self.met[digest] = self.met[digest] | found if digest in self.met else found
 
-    def row(self, kernel: str, family: str, first: int, last: int) -> dict[str, Any]:
+    def row(self, kernel: str, family: str) -> dict[str, Any]:
         total, met = (sum(figure(found) for found in self.met.values()) for figure in (len, np.count_nonzero))
         return {
-            "kernel": kernel, "family": family, "cases": self.labels, "runs": self.runs, "seeds": [first, last],
+            "kernel": kernel, "family": family, "cases": self.cases, "of": self.of, "runs": self.runs,
             "faults": dict(self.faults), "error": round(self.error, 3), "instructions": self.instructions,
             "met": round(int(met) / total, 4) if total else None, "seconds": round(self.seconds, 1),
             **{several: list(found) for several, found in self.values.items()},
@@ -135,12 +142,12 @@ def _start(options: argparse.Namespace) -> None:
     Device.launch = watched
 
 
-def _work(asked: tuple[int, Sequence[int]]) -> Outcome:
-    number, seeds = asked
-    runs = []
+def _work(asked: tuple[int, Sequence[int], float]) -> Outcome:
+    number, seeds, until = asked
+    runs: list[Run] = []
     _launched.clear()
     began = time.perf_counter()
-    for seed in seeds:
+    for seed in seeds if time.time() < until else ():
         verdict = _judged(_jobs[number], seed)
         runs.append(Run(seed, verdict.fault, verdict.text, verdict.error, verdict.instructions))
     seconds, met = time.perf_counter() - began, {}
@@ -160,27 +167,40 @@ def _judged(job: Any, seed: int) -> Any:
         return Verdict(type(error).__name__, "".join(traceback.format_exception(error)))
 
 
+def schedules(todo: Sequence[Any], options: argparse.Namespace) -> list[tuple[int, Sequence[int], float]]:
+    """Each case with its seeds, which no other case has, in an order that mixes the kernels; and until when it may
+    begin."""
+    until = time.time() + 60 * options.minutes
+    if options.seed is not None:
+        return [(i, [options.seed], until) for i in range(len(todo))]
+    many = [max(1, round(options.seeds * job.share)) for job in todo]
+    firsts = itertools.accumulate(many, initial=FIRST_SEED)
+    asked = [
+        (i, range(first, first + count), until) for i, (first, count) in enumerate(zip(firsts, many, strict=False))
+    ]
+    random.Random(0).shuffle(asked)
+    return asked
+
+
 def execute(options: argparse.Namespace) -> tuple[dict[tuple[str, str], Line], int]:
     """All that was chosen, in several processes. The lines of the results, and how many runs failed."""
     todo = chosen(options)
     print(f"{len(todo)} cases", flush=True)
-    first = FIRST_SEED if options.seed is None else options.seed
-    many = options.seeds if options.seed is None else 1
-    asked = [(i, range(first, first + max(1, round(many * job.share)))) for i, job in enumerate(todo)]
     lines: dict[tuple[str, str], Line] = {}
+    for job in todo:
+        lines.setdefault((job.kernel, job.family), Line()).of += 1
     failed = 0
     began = time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(options.workers, _start, (options,)) as pool:
-        for done, outcome in enumerate(pool.imap_unordered(_work, asked), start=1):
+    with context.Pool(options.workers, _start, (options,), EACH) as pool:
+        for done, outcome in enumerate(pool.imap_unordered(_work, schedules(todo, options)), start=1):
             job = todo[outcome.number]
-            lines.setdefault((job.kernel, job.family), Line()).add(job, outcome)
+            lines[job.kernel, job.family].add(job, outcome)
             for run in outcome.runs:
                 if run.fault:
                     failed += 1
-                    print(
-                        f"{job.kernel} {job.family} {job.label}, seed {run.seed}: {run.fault}\n{run.text}", flush=True
-                    )
+                    what = f"{job.kernel} {job.family} {job.label}, seed {run.seed}"
+                    print(f"{what}: {run.fault}\n{run.text}", flush=True)
             if done % 100 == 0 or done == len(todo):
                 print(f"{done} of {len(todo)} cases, {failed} faults, {time.perf_counter() - began:.0f} s", flush=True)
     return lines, failed
@@ -192,14 +212,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in kernel, architecture or label")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="schedules for each case (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="this schedule alone, as a fault names it")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after so long; else all are run")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     options = parser.parse_args(argv)
     compiled.compiling()
     lines, failed = execute(options)
     if not lines:
         parser.error(f"no case has {options.only!r} in it")
-    last = FIRST_SEED + options.seeds - 1
-    rows = [line.row(*key, FIRST_SEED, last) for key, line in sorted(lines.items())]
+    rows = [line.row(*key) for key, line in sorted(lines.items())]
     for row in rows:
         faults, met = row["faults"] or "none", row["met"] or 0
         print(f"{row['kernel']} {row['family']}: {row['runs']} runs, faults {faults}, {met:.1%} of its instructions")

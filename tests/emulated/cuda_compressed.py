@@ -123,6 +123,6 @@ def campaign() -> Iterator[Job]:
 
 
 def _job(case, run) -> Job:
-    kernel = f"{case.kernel} {case.dtype}"
+    kernel = f"cuda {case.kernel}"
     return Job(kernel, case.architecture, str(case), case.activation, case.dtype, case.policy, case.shape, run,
                (case, ptx.NAMES), 0.1)  # fmt: skip

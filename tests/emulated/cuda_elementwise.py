@@ -249,15 +249,5 @@ def campaign() -> Iterator[Job]:
                 kernel, m, n, dtype, name, architecture, policy, gated=kernel == "value" and i % 2 == 0,
                 skew=i // 2 % 2, transposed=i % 5 == 0 and kernel != "value", results=("all", "grad", "over")[i % 3],
             )  # fmt: skip
-            yield Job(
-                f"{kernel} {dtype}",
-                architecture,
-                str(case),
-                name,
-                dtype,
-                policy,
-                case.shape,
-                run,
-                (case, ptx.NAMES),
-                0.1,
-            )
+            traits = (name, dtype, policy, case.shape)
+            yield Job(f"cuda {kernel}", architecture, str(case), *traits, run, (case, ptx.NAMES), 0.1)

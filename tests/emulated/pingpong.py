@@ -36,7 +36,7 @@ def campaign() -> Iterator[Job]:
     for m, n, k, programs in SHAPES:
         for i, dtype in enumerate(("bfloat16", "float16")):
             for keep in (True, False):
-                yield triton_products.job(case_of(m, n, k, dtype, programs=programs, bias=i == 0, keep=keep))
+                yield triton_products.job(case_of(m, n, k, dtype, programs=programs, bias=i == 0, keep=keep), 1.0)
     for name in ROWS:
         for params in ((), *OTHER_PARAMS.get(name, ())):
             yield triton_products.job(case_of(200, 136, 136, activation=name, params=params))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import torch
@@ -180,7 +180,9 @@ def campaign() -> Iterator[Job]:
                 overwrite=i % 2 == 1 and kernel != "column_sum", transposed=i % 3 == 2, less=i % 4 == 3, skew=i % 2
             )
             yield job(Case(kernel, family, m, n, dtype=str(dtype).removeprefix("torch."), **traits))
-    for kernel, family, dtype, name in product(KERNELS[:-1], FAMILIES, DTYPES, ROWS):
+    families = cycle(FAMILIES)
+    for kernel, dtype, name in product(KERNELS[:-1], DTYPES, ROWS):
+        family = next(families)
         for params in ((), *OTHER_PARAMS.get(name, ())):
             yield job(Case(kernel, family, 19, 200, name, params, str(dtype).removeprefix("torch.")))
             row = bind(name, params or None).row
@@ -193,14 +195,5 @@ def campaign() -> Iterator[Job]:
 
 
 def job(case: Case) -> Job:
-    return Job(
-        f"triton {case.kernel}",
-        case.family,
-        str(case),
-        case.activation,
-        case.dtype,
-        case.save,
-        case.shape,
-        run,
-        (case,),
-    )
+    traits = (case.activation, case.dtype, case.save, case.shape)
+    return Job(f"triton {case.kernel}", case.family, str(case), *traits, run, (case,), 0.1)

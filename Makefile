@@ -37,7 +37,7 @@ check: $(VENV)/.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.* tests/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.* tests/*.cpp tests/emulated/*.cpp tests/emulated/*.h
 	$(BIN)/python tools/render.py --check
 	$(BIN)/python tools/fit_polynomials.py --check > /dev/null
 	$(BIN)/python tools/fit_sides.py --check > /dev/null

@@ -17,6 +17,7 @@ os.environ["XDG_CACHE_HOME"] = _cache.name
 # Their assertions are to say what they compared, as those of the tests do.
 pytest.register_assert_rewrite(
     "autograd_cases",
+    "emulated.whole_calls",
     "fusible",
     "graphs",
     "known_cases",

@@ -1,13 +1,12 @@
-// What a library of csrc/cuda takes from elsewhere, for tests on a CPU: the operations that only a CUDA build of PyTorch
-// exports (csrc/cuda/shims.h), and the capability of a CPU for which nothing was compiled here.
-#include "cuda/shims.h"
-
+// What a library of csrc/cuda takes from elsewhere, for tests on a CPU: the operations that only a CUDA build of
+// PyTorch exports (csrc/cuda/shims.h), and the capability of a CPU for which nothing was compiled here.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <stdexcept>
 
 #include "cpu/call.h"
+#include "cuda/shims.h"
 
 using torch::stable::Tensor;
 
@@ -32,4 +31,3 @@ extern "C" AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTe
 namespace fastbp::cpu {
 const Capability& capability() { throw std::runtime_error("no kernels of the CPU are here"); }
 }  // namespace fastbp::cpu
-

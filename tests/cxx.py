@@ -27,6 +27,7 @@ class Source(NamedTuple):
     path: Path
     csrc: Path = CSRC
     kind: str = "cxx"  # by what of `_commands` it is compiled
+    before: Path | None = None  # a header that is included before all else
 
 
 @lru_cache(maxsize=1)
@@ -100,8 +101,11 @@ def _made(name: str, command: list[str]) -> Path:
 def _object(source: Source) -> Path:
     command = _commands()[source.kind]
     texts = _closure(source.path.resolve(), source.csrc, {})
+    if source.before:
+        texts = _closure(source.before, source.csrc, texts)
     digest = _digest(_compilers(), *command, *(part for path, text in texts.items() for part in (path.name, text)))
-    return _made(f"{source.path.stem}-{digest}.o", [*command, f"-I{source.csrc}", str(source.path)])
+    first = ["-include", str(source.before)] if source.before else []
+    return _made(f"{source.path.stem}-{digest}.o", [*command, *first, f"-I{source.csrc}", str(source.path)])
 
 
 def library(name: str, sources: list[Source], *link: str) -> Path:

@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "faults.h"
+
 namespace {
 
 // ptxsim/memory.py has the same address. Nothing of a process on Linux lies there.
@@ -20,7 +22,8 @@ constexpr uint8_t kPoison = 0xff;  // NaN in every dtype
 uint8_t* mapped(uint8_t* at) {
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (at ? MAP_FIXED_NOREPLACE : 0);
   void* found = mmap(at, kSize, PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (found == MAP_FAILED || (at && found != at)) throw std::runtime_error("no room for the memory of the emulated GPU");
+  if (found == MAP_FAILED || (at && found != at))
+    throw std::runtime_error("no room for the memory of the emulated GPU");
   return static_cast<uint8_t*>(found);
 }
 
@@ -80,7 +83,7 @@ class Allocator final : public c10::Allocator {
 };
 
 int (*plugged)(const EmulatedLaunch*) = nullptr;
-std::string words;
+std::string words, fault;
 
 // What cuTensorMapEncodeTiled is told; emulator.py reads it.
 struct Told {
@@ -99,6 +102,9 @@ int emulated_launch(const EmulatedLaunch* launch) {
 const char* emulated_words() { return words.c_str(); }
 void emulated_plug(int (*run)(const EmulatedLaunch*)) { plugged = run; }
 void emulated_fail(const char* why) { words = why; }
+
+void emulated_set_fault(const char* name) { fault = name; }
+int emulated_fault_is(const char* name) { return fault == name; }
 
 void emulated_memory(uint8_t** bytes, uint8_t** owners, size_t* size) {
   *bytes = memory().bytes, *owners = memory().owners, *size = kSize;
@@ -135,8 +141,12 @@ CUresult emulated_encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t 
     const bool fits = sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256 && steps[i] == 1;
     if (!fits) return CUDA_ERROR_INVALID_VALUE;
   }
-  const Told told{0x70616d5f726f736e, reinterpret_cast<uint64_t>(address), {sizes[0], sizes[1]}, strides[0],
-                  {box[0], box[1]},   item,
+  const Told told{0x70616d5f726f736e,
+                  reinterpret_cast<uint64_t>(address),
+                  {sizes[0], sizes[1]},
+                  strides[0],
+                  {box[0], box[1]},
+                  item,
                   span};
   memset(map, 0, sizeof(*map));
   memcpy(map, &told, sizeof(told));

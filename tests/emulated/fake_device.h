@@ -35,6 +35,9 @@ uint64_t emulated_allocation(uint64_t address, size_t* size);
 // While it is on, PyTorch's tensors of the CPU are allocated there.
 void emulated_allocates(int on);
 
+// Which of the faults that a test has put into sources (faults.h) is on; "" for none.
+void emulated_set_fault(const char* name);
+
 // cuTensorMapEncodeTiled, as far as the kernels go: 2 dimensions, zeros outside. The map holds what it is told.
 CUresult emulated_encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                          const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,

@@ -9,34 +9,42 @@
 #include "cpu/scratch.h"
 #include "cuda/calls.h"
 #include "cuda/device.h"
-#include "cuda/elementwise.h"
+#include "cuda/hopper.h"
 #include "cuda/route.h"
 
 namespace fastbp::cuda {
 
-// The dtypes that are not compiled for the emulator: elementwise.cu names the launches of all four.
+// What is not compiled for the emulator: elementwise.cu and hopper.cu name the launches of every dtype.
+[[noreturn]] void refuse() { throw std::runtime_error("this dtype is not compiled for the emulator"); }
+
 template <Dtype D, class Pass>
-void launch_of(const Activation& activation, const Pass& pass, cudaStream_t stream);
+void launch_of(const Activation&, const Pass&, cudaStream_t) {
+  refuse();
+}
 template <Dtype D>
-void launch_column_sum_of(const void* sums, void* out, int64_t strips, int64_t n, cudaStream_t stream);
+void launch_column_sum_of(const void*, void*, int64_t, int64_t, cudaStream_t) {
+  refuse();
+}
+template <Dtype D, Product::Kind KIND>
+void launch_product_as(const Activation&, const Product&, int, cudaStream_t) {
+  refuse();
+}
 
-#define FASTBP_ABSENT(D, PASS)                                                       \
-  template <>                                                                        \
-  void launch_of<Dtype::D, PASS>(const Activation&, const PASS&, cudaStream_t) {     \
-    throw std::runtime_error(#D " is not compiled for the emulator");                \
-  }
-#define FASTBP_ABSENT_DTYPE(D)                                                                    \
-  FASTBP_ABSENT(D, Value)                                                                         \
-  FASTBP_ABSENT(D, CompressedValue)                                                               \
-  FASTBP_ABSENT(D, ChainRule)                                                                     \
-  FASTBP_ABSENT(D, GatedChainRule)                                                                \
-  template <>                                                                                     \
-  void launch_column_sum_of<Dtype::D>(const void*, void*, int64_t, int64_t, cudaStream_t) {       \
-    throw std::runtime_error(#D " is not compiled for the emulator");                             \
-  }
+#define FASTBP_ABSENT(D)                                                                                       \
+  template void launch_of<Dtype::D, Value>(const Activation&, const Value&, cudaStream_t);                     \
+  template void launch_of<Dtype::D, CompressedValue>(const Activation&, const CompressedValue&, cudaStream_t); \
+  template void launch_of<Dtype::D, ChainRule>(const Activation&, const ChainRule&, cudaStream_t);             \
+  template void launch_of<Dtype::D, GatedChainRule>(const Activation&, const GatedChainRule&, cudaStream_t);   \
+  template void launch_column_sum_of<Dtype::D>(const void*, void*, int64_t, int64_t, cudaStream_t);
+FASTBP_ABSENT(float64)
+FASTBP_ABSENT(float16)
 
-FASTBP_ABSENT_DTYPE(float64)
-FASTBP_ABSENT_DTYPE(float16)
+#define FASTBP_ABSENT_PRODUCT(KIND) \
+  template void launch_product_as<Dtype::float16, Product::KIND>(const Activation&, const Product&, int, cudaStream_t);
+FASTBP_ABSENT_PRODUCT(forward)
+FASTBP_ABSENT_PRODUCT(gated_forward)
+FASTBP_ABSENT_PRODUCT(dgrad)
+FASTBP_ABSENT_PRODUCT(gated_dgrad)
 
 }  // namespace fastbp::cuda
 

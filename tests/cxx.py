@@ -1,4 +1,4 @@
-"""C++ and CUDA of the tests, compiled once for each text: objects and libraries lie under build/ by what they are of."""
+"""C++ and CUDA of the tests, compiled once for each text: objects lie under build/ by what they are made of."""
 
 import fcntl
 import hashlib

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import cxx
 import torch
 from cxx import CSRC, Change, Source
-from emulated.emulator import HERE, device_library, emulator
 from standin import SOURCES, fall_through
+
+from emulated.emulator import HERE, device_library, emulator
 
 # Of all activations, what the tests take; in the elementwise kernels the others are as if they were the first of these.
 ACTIVATIONS = ("gelu", "tanh", "identity")
@@ -63,7 +64,7 @@ def ops(changes: tuple[Change, ...] = (), changed: tuple[str, ...] = ()):
     return _loaded(cxx.library("native.so", _sources(changes, changed), str(device), f"-Wl,-rpath,{device.parent}"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _loaded(path: Path):
     emulator()  # the library needs what that has loaded
     name, library = f"fastbp_emulated_{path.parent.name}", ctypes.CDLL(str(path))

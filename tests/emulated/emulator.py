@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path

@@ -9,12 +9,12 @@ import re
 import cxx
 import pytest
 from cxx import Change
-from emulated import cuda_runtime
-from emulated.emulator import emulator
-from emulated.whole_calls import BF16, F32, GELU, TANH, run
 from standin import take_calls
 from support import each
 
+from emulated import cuda_runtime
+from emulated.emulator import emulator
+from emulated.whole_calls import BF16, F32, GELU, TANH, run
 from fastbp.backends import native
 
 pytestmark = pytest.mark.skipif(native.unavailable is not None, reason=f"native: {native.unavailable}")
@@ -182,8 +182,10 @@ FAULTY = (
     *faulty(
         "cuda/hopper_launch.cuh",
         ("stream, a, b, b2,", "stream, FAULT(swapped_maps, a, b), FAULT(swapped_maps, b, a), b2,"),
-        ("kProductThreads, kSharedBytes, stream", "kProductThreads, FAULT(short_shared, kSharedBytes, kSharedBytes - 1024), stream"),
-        ("check_cuda(cudaFuncSetAttribute(kernel", "if (FAULT(not_granted, true, false)) check_cuda(cudaFuncSetAttribute(kernel"),
+        ("kProductThreads, kSharedBytes, stream",
+         "kProductThreads, FAULT(short_shared, kSharedBytes, kSharedBytes - 1024), stream"),
+        ("check_cuda(cudaFuncSetAttribute(kernel",
+         "if (FAULT(not_granted, true, false)) check_cuda(cudaFuncSetAttribute(kernel"),
         ("2 * clusters, kProduct", "FAULT(odd_grid, 2 * clusters, 2 * clusters - 1), kProduct"),
         ("map_of(product.a, D, kTile)", "map_of(product.a, D, FAULT(half_a_box, kTile, kTile / 2))"),
     ),

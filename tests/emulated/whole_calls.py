@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from emulated.emulator import emulator
 from support import assert_accurate, call, grads, like, tensors
 
+from emulated.emulator import emulator
 from fastbp.activations import Bound, bind
 from fastbp.forms import FORMS
 

@@ -18,6 +18,7 @@ from ptxsim.memory import BASE, GlobalMemory
 
 HERE = Path(__file__).parent
 MAGIC, SHARED_OF_BLOCK, SHARED_ASIDE = 0x70616D5F726F736E, 227 << 10, 1024
+MOST_WORDS = 900  # Triton's launchers have room for 1024 bytes of an error
 U32x3 = ctypes.c_uint32 * 3
 
 
@@ -126,7 +127,7 @@ class Emulator:
             words = f"{type(reason).__name__}: {reason} {' '.join(getattr(reason, 'reports', []))}"
         except BaseException:  # it ends in C++, which knows no exceptions of Python's
             words = traceback.format_exc()
-        self.library.emulated_fail(words.encode())
+        self.library.emulated_fail(words.encode()[:MOST_WORDS])
         return 1
 
     def _run(self, told: Told) -> None:

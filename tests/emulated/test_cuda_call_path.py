@@ -91,7 +91,7 @@ LIBRARY = [  # every form and policy; odd sizes, so that no row begins where pac
         {},
         "compressed_value gated_chain_rule column_sum column_sum",
     ),
-    ("gated_act_linear", TANH, "preact", F32, (5, 4), (0, 24, 11), dict(x="gapped"), "value gated_chain_rule"),
+    ("gated_act_linear", TANH, "preact", F32, (5, 4), (0, 24, 11), dict(x="shifted"), "value gated_chain_rule"),
 ]
 FUSED = [  # more tiles than the two clusters that there is room for; sizes that tiles do not fit
     ("linear_act", GELU, "preact", BF16, (300,), (72, 200), dict(x="gapped"), "forward chain_rule column_sum"),

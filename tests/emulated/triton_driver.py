@@ -12,10 +12,12 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cxx
 import torch
@@ -31,6 +33,7 @@ def run_apart(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     folders = [str(cxx.ROOT), str(cxx.TESTS)]
     environment = given | {
         "PYTHONPATH": os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "CUDA_VISIBLE_DEVICES": "",
         "TRITON_CACHE_DIR": str(cxx.BUILD / "triton"),
         "TRITON_LIBCUDA_PATH": str(driver_library().parent),
     }
@@ -55,7 +58,8 @@ def install() -> Any:
     from triton.runtime.driver import driver
 
     emulator()
-    ctypes.CDLL(str(driver_library()), mode=ctypes.RTLD_GLOBAL)  # by its name it is found from now on
+    ours = ctypes.CDLL(str(driver_library()), mode=ctypes.RTLD_GLOBAL)
+    assert ctypes.CDLL("libcuda.so.1")._handle == ours._handle, "another libcuda.so.1 was loaded before, and is found"
 
     class Driver(CudaDriver):
         device = 0
@@ -77,53 +81,35 @@ def install() -> Any:
 @contextmanager
 def _on(family: str, route: str, tile: dict[str, Any] | None, fault: str) -> Iterator[None]:
     """Calls of backend triton take tensors of the CPU for those of a GPU of this family."""
-    from unittest import mock
-
     from fastbp.backends import triton as backend
     from fastbp.backends.triton import choice, configs, launch, layers
 
-    of = choice.Device(family, 4)
+    of, launched = choice.Device(family, 4), launch.Launch.__call__
     with (
         mock.patch.object(backend, "supports", lambda problem: None),
         mock.patch.object(choice, "device_of", lambda device: of),
         mock.patch.object(layers, "device_of", lambda device: of),
-        mock.patch.object(launch.Launch, "__call__", FAULTS[fault](launch.Launch.__call__)),
+        mock.patch.object(launch.Launch, "__call__", lambda made: launched(FAULTS[fault](made))),
         choice.forced(route, configs.Tile(**tile) if tile else None),
     ):
         yield
 
 
-def _without(call):
-    return call
+def _exchanged(one: str, other: str) -> Callable[[Any], Any]:
+    """A launch whose two arguments of these names are exchanged, where it has both."""
 
-
-def _short_grid(call):
-    def launched(made):
-        from dataclasses import replace
-
-        return call(replace(made, grid=(made.grid[0] - 1, *made.grid[1:])) if made.grid[0] > 1 else made)
-
-    return launched
-
-
-def _exchanged(one, other):
-    def fault(call):
-        def launched(made):
-            from dataclasses import replace
-
-            given = dict(made.arguments)
-            if one in given and other in given:
-                given[one], given[other] = given[other], given[one]
-            return call(replace(made, arguments=given))
-
-        return launched
+    def fault(made):
+        given = made.arguments
+        both = one in given and other in given
+        return replace(made, arguments=given | ({one: given[other], other: given[one]} if both else {}))
 
     return fault
 
 
-FAULTS = {
-    "": _without,
-    "short grid": _short_grid,
+# What a test may make of each launch.
+FAULTS: dict[str, Callable[[Any], Any]] = {
+    "": lambda made: made,
+    "short grid": lambda made: replace(made, grid=(max(1, made.grid[0] - 1), *made.grid[1:])),
     "gate for up": _exchanged("gate", "up"),
     "strides of x": _exchanged("stride_xm", "stride_xk"),
     "rows for columns": _exchanged("M", "N"),
@@ -139,9 +125,7 @@ def _outcome(driver: Any, family: str, route: str, tile: Any, case: list[Any], o
     driver.device = FAMILIES.index(family)
     with emulator().allocates() as launches, _on(family, route, tile, fault):
         try:
-            run(
-                "triton", form, bind(activation), save, getattr(torch, dtype), tuple(rows), tuple(features), **options
-            )
+            run("triton", form, bind(activation), save, getattr(torch, dtype), tuple(rows), tuple(features), **options)
         except Exception:
             return {"error": traceback.format_exc()}
         return {"launches": [[one.kernel, one.grid, one.block, one.shared] for one in launches]}

@@ -25,7 +25,15 @@ def expanded(dy):
     return dy.reshape(-1, dy.shape[-1])[:1].expand(dy.numel() // dy.shape[-1], -1).view(dy.shape)
 
 
-VIEWS = {"dense": lambda t: t, "gapped": gapped, "expanded": expanded}
+def shifted(tensor):
+    """The same numbers from an address that is no multiple of 16 bytes."""
+    memory = torch.full((tensor.numel() + 1,), float("nan"), dtype=tensor.dtype)
+    found = memory[1:].view(tensor.shape)
+    found[:] = tensor.detach()
+    return found.requires_grad_(tensor.requires_grad)
+
+
+VIEWS = {"dense": lambda t: t, "gapped": gapped, "expanded": expanded, "shifted": shifted}
 
 
 def run(

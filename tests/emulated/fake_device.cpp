@@ -4,6 +4,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -31,8 +33,8 @@ class Memory {
  public:
   void* allocate(size_t size) {
     const std::lock_guard hold(lock_);
-    if (allocations_.empty()) next_ = kRedZone;
-    const size_t start = (next_ + kRedZone - 1) / kRedZone * kRedZone;  // as PyTorch's allocator of a GPU has it
+    size_t start = fitting(next_, size);
+    if (start + size + kRedZone > kSize) start = fitting(kRedZone, size);
     if (start + size + kRedZone > kSize) throw std::bad_alloc();
     memset(bytes + start - kRedZone, kPoison, size + 2 * kRedZone);
     memset(owners + start, 2, size);
@@ -62,6 +64,18 @@ class Memory {
   uint8_t *const bytes = mapped(kBase), *const owners = mapped(nullptr);
 
  private:
+  // The first place from here on that is a red zone away from everything; aligned as PyTorch's allocator of a GPU does.
+  size_t fitting(size_t from, size_t size) const {
+    const auto aligned = [](size_t at) { return (at + kRedZone - 1) / kRedZone * kRedZone; };
+    const auto start_of = [this](auto one) { return one->first - reinterpret_cast<uint64_t>(bytes); };
+    const auto after = [&](auto one) { return aligned(start_of(one) + one->second + kRedZone); };
+    size_t start = aligned(from);
+    auto next = allocations_.lower_bound(reinterpret_cast<uint64_t>(bytes + start));
+    if (next != allocations_.begin()) start = std::max<size_t>(start, after(std::prev(next)));
+    for (; next != allocations_.end() && start_of(next) < start + size + kRedZone; ++next) start = after(next);
+    return start;
+  }
+
   std::mutex lock_;
   size_t next_ = kRedZone;
   std::map<uint64_t, size_t> allocations_;

@@ -26,7 +26,7 @@ void emulated_plug(int (*run)(const EmulatedLaunch*));
 void emulated_fail(const char* words);
 
 // The memory, at addresses of this process: bytes, and of each byte whether it is nobody's (0), to be read (1) or to be
-// written too (2). What is freed is nobody's, and is not handed out again while anything is allocated.
+// written too (2). What is freed is nobody's, and is the last to be handed out again.
 void emulated_memory(uint8_t** bytes, uint8_t** owners, size_t* size);
 void* emulated_allocate(size_t size);
 void emulated_free(void* data);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from support import assert_accurate, call, grads, like, tensors
+from support import assert_accurate, call, grads, like, roundings, tensors
 
 from emulated.emulator import emulator
 from fastbp.activations import Bound, bind
@@ -55,7 +55,8 @@ def run(
     first = VIEWS[x](first)
     emulator().protect(first, *weights, *biases)
     if save != "fp8":
-        assert_accurate(of, activation, save, (first, weights, biases), backend=backend, view=VIEWS[dy])
+        given, units = (first, weights, biases), roundings(save, dtype)
+        assert_accurate(of, activation, save, given, backend=backend, view=VIEWS[dy], spare_units=units)
         return
     inputs = [t for t in (first, *weights, *biases) if t is not None]
     ours, theirs = (

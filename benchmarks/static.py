@@ -16,12 +16,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -32,46 +31,18 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from benchmarks import static_cuda
 from benchmarks.environment import progress
-from fastbp import compression
-from fastbp.activations import ROWS, bind
+from benchmarks.static_cases import QUICK, SIXTEEN, TYPES, Case, K, cases, compressed_cases, odd_cases
+from fastbp.activations import ROWS
 from fastbp.backends.triton import configs, interpreting, launch
 from fastbp.backends.triton.configs import Tile
 from fastbp.backends.triton.launch import Launch
 from fastbp.compression import BLOCK
-from fastbp.forms import FORMS
-from fastbp.problem import DTYPES, configure
-from fastbp.saving import POLICIES, legal_policies
+from fastbp.problem import configure
+from fastbp.saving import POLICIES
 
-SIXTEEN = tuple(dtype for dtype in DTYPES if dtype.itemsize == 2)
-TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-TYPES |= {torch.uint8: "u8"}
 SHARED_LIMIT = {"sm_80": 99, "sm_90": 227, "sm_100": 227}  # KiB a block may have; of sm_86 and sm_89 in sm_80's place
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}  # instructions of the tensor cores
-QUICK = ("gelu", "softplus", "mish")  # a table look-up would not do: these need the most registers
-M, N, K = 8192, 4096, 1024
-# Sizes of which TMA and 16-byte accesses do not know enough: rows that begin at 4 and at 16 bytes, odd ones, one row.
-ODD = ((M, 2730), (M, 2728), (M, 77), (1, N))
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-
-
-class Case(NamedTuple):
-    """One compilation."""
-
-    family: str
-    kernel: str
-    tile: Tile | None  # None for the elementwise kernels
-    activation: str
-    dtype: torch.dtype
-    save: str = "preact"
-    m: int = M
-    n: int = N
-    skew: int = 0  # numbers by which matrices miss the alignment of 16 bytes
-
-    def __str__(self) -> str:
-        tile, usual = self.tile.name if self.tile else "", (self.m, self.n, self.skew) == (M, N, 0)
-        size = "" if usual else f"{self.m}x{self.n}" + "+" * self.skew
-        words = f"{self.family:7} {self.kernel:17} {tile:41} {self.activation:12} {TYPES[self.dtype]:5} {self.save:11}"
-        return f"{words} {size:9}"
 
 
 @dataclass(frozen=True)
@@ -206,7 +177,8 @@ def examine(case: Case, count_epilogue: bool = False) -> Found:
         faults.append(f"no {MATRIX[case.family]}")
     if any(re.search(r"\bHGMMA\S* R\d+, R\d+,", code[i]) for i in matrix):
         faults.append("wgmma reads an operand from registers")
-    if case.tile and case.family == "sm_90" and set(waits.split(",")) <= {"0"}:
+    usual = case.tile != configs.ODD or not case.odd  # number by number the products wait for the loads anyway
+    if case.tile and usual and case.family == "sm_90" and set(waits.split(",")) <= {"0"}:
         faults.append("every wgmma is waited for at once")
     epilogue = None
     if case.tile and count_epilogue:
@@ -222,49 +194,6 @@ def _epilogue(case: Case, tile: Tile, code: list[str], matrix: list[int]) -> flo
         matrix = [i for i, line in enumerate(code) if re.search(rf"\b{MATRIX[case.family]}\b", line)]
     outputs = 2 if case.kernel.startswith("gated_f") else 1
     return (len(code) - matrix[-1]) / (tile.block_m * tile.block_n * outputs / (32 * tile.warps))
-
-
-def cases(families: list[str], activations: list[str], quick: bool) -> Iterator[Case]:
-    """Every case, or for ``quick`` those most likely to fail."""
-    for family in families:
-        for kernel in configs.KINDS:
-            for tile in configs.tiles(kernel, family):
-                for activation in activations:
-                    if kernel == "dgrad" and not ROWS[activation].grad_reads_output:
-                        continue  # identity: its dz is dh, and no kernel runs
-                    for dtype in SIXTEEN[:1] if quick and activation != "gelu" else SIXTEEN:
-                        yield Case(family, kernel, tile, activation, dtype)
-                        if not quick and kernel == "dgrad" and ROWS[activation].grad_from_output:
-                            yield Case(family, kernel, tile, activation, dtype, "output")
-        for activation in activations[:1] if quick else activations:
-            for dtype in DTYPES:
-                yield Case(family, "activation", None, activation, dtype)
-                yield Case(family, "gated_activation", None, activation, dtype)
-                yield Case(family, "chain_rule", None, activation, dtype)
-                yield Case(family, "gated_chain_rule", None, activation, dtype)
-        for dtype in DTYPES:
-            yield Case(family, "column_sum", None, activations[0], dtype)
-
-
-def compressed_cases(families: list[str], activations: list[str], quick: bool) -> Iterator[Case]:
-    """The kernels that write or read codes. fp8 reads z as any policy does, so a few activations serve for it.
-
-    For ``quick`` the smallest tile of each product, whose threads have the fewest registers.
-    """
-    for family, activation in product(families, activations[:1] if quick else activations):
-        served = {form: legal_policies(bind(activation), FORMS[form]) for form in ("mlp", "gated_mlp")}
-        for kernel in (*configs.KINDS, "compress", "chain_rule", "gated_compress", "gated_chain_rule"):
-            policies = [p for p in served["gated_mlp" if "gated" in kernel else "mlp"] if POLICIES[p].compressed]
-            fused = kernel in configs.KINDS
-            for save in policies:
-                if (save == "fp8" and activation not in QUICK) or (save == "output_lsb" and quick):
-                    continue
-                every = configs.tiles(kernel, family) if fused else ()
-                shipped = (configs.for_code(tile, kernel, launch.CODES[save]) for tile in every)
-                tiles = list(dict.fromkeys(tile for tile in shipped if tile is not None)) if fused else [None]
-                for tile in tiles[-1:] if quick else tiles:
-                    for dtype in SIXTEEN[:1] if quick else SIXTEEN if fused else compression.DTYPES:
-                        yield Case(family, kernel, tile, activation, dtype, save)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -284,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, so nothing is compiled; unset it")
     activations = options.activation or [*(QUICK if options.quick else ROWS)]
     given = options.family or list(configs.FAMILIES), activations, options.quick
-    todo = [*cases(*given), *compressed_cases(*given)]
+    todo = [*cases(*given), *compressed_cases(*given), *odd_cases(*given)]
     if options.policy:
         todo = [case for case in todo if case.save in options.policy]
     print(f"Triton {triton.__version__}: {len(todo)} compilations\n{HEAD}")

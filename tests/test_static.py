@@ -28,16 +28,21 @@ def python(*arguments, interpret="0"):
 FAULTS = """
 import json
 import torch
-from benchmarks.static import Case, Tile, examine
+from benchmarks.static import Case, Tile, configs, examine
 
 def faults(family, kernel, *tile, activation="gelu", **traits):
     return examine(Case(family, kernel, Tile(*tile, **traits), activation, torch.bfloat16)).faults
+
+def odd(tile):
+    return examine(Case("sm_80", "forward", tile, "gelu", torch.bfloat16, n=2730)).faults
 
 print(json.dumps({
     "sound": faults("sm_90", "forward", 128, 128, 64, 4, 3, parts=2, tma=True),
     "spills": faults("sm_90", "gated_dgrad", 128, 128, 64, 8, 3, tma=True),
     "shared memory": faults("sm_90", "forward", 128, 256, 64, 8, 5, parts=4, tma=True),
     "slow products": faults("sm_90", "forward", 32, 64, 64, 4, 3, tma=True),
+    "spills at 2730 columns": odd(Tile(128, 128, 32, 4, 4, parts=4, blocks_per_sm=2)),
+    "sound at 2730 columns": odd(configs.ODD),
     "slow products of Blackwell": faults("sm_100", "forward", 32, 64, 64, 4, 3, tma=True),
 }))
 """
@@ -50,6 +55,7 @@ def test_each_fault_is_seen():
     assert found["sound"] == []
     assert "spills" in found["spills"][0] and "bytes of stack" in found["spills"][0]
     assert "KiB of shared memory, of 227" in found["shared memory"][0]
+    assert "bytes of stack" in found["spills at 2730 columns"][0] and found["sound at 2730 columns"] == []
     assert found["slow products"][0] == "no HGMMA"
     assert found["slow products of Blackwell"][0] == "no UTCHMMA"
 
@@ -68,13 +74,19 @@ def test_a_fault_is_an_exit_code_and_a_line():
 
 
 LAUNCHES = """
+import math
 import torch
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from benchmarks import static
-from benchmarks.static import DTYPES, SIXTEEN, Case, GPUTarget, configs, make_launch, source_of
+from benchmarks.static import SIXTEEN, Case, GPUTarget, configs, make_launch, source_of
+from fastbp.problem import DTYPES
 
-static.empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype)  # memory that is never touched
+
+def empty(*shape, dtype, skew=0):  # memory that is never touched
+    return torch.empty(math.prod(shape) + skew, dtype=dtype)[skew:].view(shape)
+
+static.empty = empty
 backend = make_backend(GPUTarget("cuda", 90, 32))
 elementwise = ("activation", "gated_activation", "chain_rule", "gated_chain_rule", "column_sum")
 tiles = [(kind, tile) for kind in configs.KINDS for tile in configs.tiles(kind, "sm_90")]
@@ -82,6 +94,7 @@ cases = [
     *(Case("sm_90", kind, tile, "leaky_relu", SIXTEEN[0]) for kind, tile in tiles),
     *(Case("sm_90", kind, None, "softplus", dtype) for kind in elementwise for dtype in DTYPES),
     *static.compressed_cases(["sm_90"], ["gelu"], quick=True),
+    *static.odd_cases(["sm_90"], ["gelu"], quick=False),
 ]
 for case in cases:
     launch = make_launch(case)

@@ -113,7 +113,7 @@ def _tile_for(
             return None
         forced_tile = _forced.tile
         if forced_tile is None or (compressed and forced_tile.pingpong):
-            forced_tile = configs.rule(kind, family if described else "sm_80", m, n, processors)
+            forced_tile = configs.rule(kind, family, m, n, processors) if described else configs.ODD
         return forced_tile if described else replace(forced_tile, tma=False)
     if config.route == "library":
         return None

@@ -122,7 +122,7 @@ _HOPPER: dict[str, tuple[Tile, ...]] = {
 # Datacenter Blackwell: what Triton makes of the same text, with accumulators in tensor memory.
 _BLACKWELL: dict[str, tuple[Tile, ...]] = {
     "forward": (
-        Tile(128, 256, 64, 8, 3, parts=2, tma=True),
+        Tile(128, 256, 64, 8, 3, parts=4, tma=True),
         Tile(128, 128, 64, 8, 3, tma=True),
         Tile(128, 64, 64, 4, 3, tma=True),
     ),
@@ -140,6 +140,9 @@ _BLACKWELL: dict[str, tuple[Tile, ...]] = {
         Tile(128, 64, 64, 8, 3, tma=True),
     ),
 }
+# What TMA cannot describe, because rows do not begin at 16 bytes or columns are not adjacent, comes number by number
+# through registers, of which larger tiles then have too few: they spill up to 800 bytes a thread.
+ODD = Tile(64, 64, 32, 8, 2, parts=2)
 FAMILIES = {"sm_80": _POINTERS, "sm_90": _HOPPER, "sm_100": _BLACKWELL}
 # Taken where a measurement says so, and never by rule.
 ONLY_MEASURED = {
@@ -155,7 +158,7 @@ def family_of(capability: tuple[int, int]) -> str:
 
 def tiles(kind: str, family: str) -> tuple[Tile, ...]:
     """Every tile of a product that an architecture may run: its own, those that read by pointers, those by request."""
-    found = FAMILIES[family][kind] + _POINTERS[kind] + ONLY_MEASURED.get((family, kind), ())
+    found = (*FAMILIES[family][kind], *_POINTERS[kind], ODD, *ONLY_MEASURED.get((family, kind), ()))
     return tuple(dict.fromkeys(found))
 
 

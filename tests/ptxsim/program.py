@@ -78,18 +78,20 @@ class Program:
                 step.full = self.effects.make(instr)
             else:
                 step.kind = "arithmetic"
-                end = pc
+                end, lines = pc, []
                 while end < len(instrs) and (end == pc or end not in self.kernel.leaders) and end - pc < 400:
                     try:
-                        if self.pure(end) is None:
+                        found = self.pure(end)
+                        if found is None:
                             break
                     except Unsupported:
                         if end == pc:
                             raise
                         break  # a fault where it is met, if it is
+                    lines += found
                     end += 1
                 step.next, step.count = end, end - pc
-                step.full, step.masked = self._function(pc, end, False), None
+                step.full, step.masked = self._function(pc, lines), None
         except Unsupported as reason:
             raise Fault("unsupported", f"{instr} ({reason})") from None
         except Exception as reason:  # operands of another number or kind than the form has
@@ -107,17 +109,15 @@ class Program:
         instrs = self.kernel.instrs[step.first : max(step.next, step.first + 1)]
         return next(instr for instr in instrs if self._touched(instr) & registers)
 
-    def _function(self, start: int, end: int, masked: bool):
-        lines = ["def run(R, w, m):"]
-        for pc in range(start, end):
-            lines += [f" {line}" for line in self.translator.statements(self.kernel.instrs[pc], masked) if line]
-        if len(lines) == 1:
-            lines.append(" pass")
+    def _function(self, start: int, lines: list[str]):
+        text = "\n ".join(["def run(R, w, m):", *(lines or ["pass"])])
         names = self.translator.names
-        exec(compile("\n".join(lines), f"<{self.kernel.name[:40]}:{self.kernel.instrs[start].line}>", "exec"), names)
+        exec(compile(text, f"<{self.kernel.name[:40]}:{self.kernel.instrs[start].line}>", "exec"), names)
         return names["run"]
 
     def masked(self, step: Step):
         if step.masked is None:
-            step.masked = self._function(step.first, step.next, True)
+            instrs = self.kernel.instrs[step.first : step.next]
+            lines = [line for instr in instrs for line in self.translator.statements(instr, True)]
+            step.masked = self._function(step.first, lines)
         return step.masked

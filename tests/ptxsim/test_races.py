@@ -75,6 +75,29 @@ def test_global_memory(body, other, cluster, wanted):
         assert outcome(made, 2, 64, [x], device, seed, cluster=cluster) == wanted
 
 
+LATE = "mov.u32 %r9, 400; Z: sub.u32 %r9, %r9, 1; setp.ne.u32 %p7, %r9, 0; bar.warp.sync -1; @%p7 bra Z;"
+READ = "ld.global.u32 %r5, [%rd1];"
+
+
+@pytest.mark.parametrize(
+    ("grid", "body"),
+    [
+        # the first warp reads, and long after the second writes
+        (1, f"setp.lt.u32 %p1, %r1, 32; @%p1 bra E; {LATE} st.global.u32 [%rd1], 1; bra X; E: {READ} X:"),
+        # the first CTA reads; long after both warps of the second do, come together, and one of them writes
+        (2, f"setp.eq.u32 %p1, %r2, 0; @%p1 bra E; {LATE} {READ} bar.sync 0; setp.eq.u32 %p2, %r1, 0;"
+         f"@%p2 st.global.u32 [%rd1], 1; bra X; E: {READ} X:"),
+    ],
+    ids=["warps", "clusters"],
+)  # fmt: skip
+def test_a_write_over_what_others_have_read(grid, body):
+    made = kernel(IN_PLACE.format(other=0, body=body), params=("u64",))
+    for seed in range(8):
+        device = Device(1 << 16)
+        x = device.put(np.arange(128, dtype=np.uint32), writable=True)
+        assert outcome(made, grid, 64, [x], device, seed) == "global race"
+
+
 def test_bytes_beside_each_other_are_no_race():
     body = """ld.param.u64 %rd1, [p0]; mov.u32 %r1, %tid.x; shr.u32 %r2, %r1, 5; and.b32 %r3, %r1, 31;
     shl.b32 %r3, %r3, 1;

@@ -113,7 +113,9 @@ def _kept_errors(case: Case, z: Tensor, y: Tensor, kept: Tensor | None, scales: 
     whole = y.view(torch.int16 if y.itemsize == 2 else torch.int32)
     marks = torch.where(y < 0, (whole & 1).bool() == right, y.signbit() == ~right)
     yield "marks", 0.0 if marks.all() else float("inf")
-    lost = reference.lost(wide, z, 1.0, y.dtype) + 3 * reference.half_unit(wide, y.dtype)  # the lowest bit is the mark
+    lost = reference.lost(wide, z, 1.0, y.dtype) + 3 * reference.half_unit(
+        1.01 * wide, y.dtype
+    )  # the lowest bit is the mark
     yield "y", reference.error(y, wide, lost)
 
 

@@ -176,7 +176,8 @@ def _value(case: Case, drawn: Drawn, y: Tensor, parts: list[Tensor]) -> float:
     wanted = f(z.double()) * factor
     spare = reference.lost(wanted, z, factor, y.dtype)
     if case.save == "output_lsb":
-        spare = spare + 2 * reference.half_unit(wanted, y.dtype)
+        near = wanted.abs() * (1 + 2 * torch.finfo(y.dtype).eps)  # whose unit may be that of the next binade
+        spare = spare + 2 * reference.half_unit(near, y.dtype)
     return reference.rounded_once(y.where(fine, wanted.to(y.dtype)), wanted, spare)
 
 

@@ -1,11 +1,13 @@
 """The large campaign: every kernel's real PTX with many cases and schedules, ``make emulate``.
 
-    PYTHONPATH=tests python -m emulated.campaign                       everything; rewrites the results file
-    PYTHONPATH=tests python -m emulated.campaign --quick               a few cases of each kernel, and no file
-    PYTHONPATH=tests python -m emulated.campaign --only "LABEL" --seed 7    one run again
+    PYTHONPATH=tests python -m emulated.campaign                        everything
+    PYTHONPATH=tests python -m emulated.campaign --kernel hopper        the kernels with this in their name
+    PYTHONPATH=tests python -m emulated.campaign --quick                a few cases of each, and no results
+    PYTHONPATH=tests python -m emulated.campaign --only LABEL --seed 7  one run again, and no results
 
-The results, a line for each kernel and architecture, go to benchmarks/results/emulated.jsonl, of which
-docs/gpu-status.md shows what was executed. The exit code is 1 where anything was not right.
+The results, a row for each kernel and architecture with the day and the commit, go to benchmarks/results/emulated.jsonl
+in place of the rows of these kernels, and docs/gpu-status.md shows them. The exit code is 1 where anything was not
+right.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ CUDA = ("cuda_hopper", "cuda_elementwise", "cuda_compressed")
 TRITON = ("triton_products", "triton_elementwise", "triton_compressed", "triton_sweeps", "pingpong")
 VALUES = {"activation": "activations", "dtype": "dtypes", "policy": "policies", "shape": "shapes"}  # of a line
 SEEDS, FIRST_SEED = 8, 1000
-EACH = 150  # cases of a worker, before another takes its place: it keeps what it parsed and translated
+EACH = 60  # cases of a worker, before another takes its place: it keeps what it parsed and translated
 
 
 class Run(NamedTuple):
@@ -116,7 +118,7 @@ def jobs() -> Iterator[Any]:
 
 
 def chosen(options: argparse.Namespace) -> list[Any]:
-    found = [job for job in jobs() if options.only in f"{job.kernel} {job.family} {job.label}"]
+    found = [job for job in jobs() if options.kernel in job.kernel and options.only in job.label]
     if options.quick:  # the first, a middle and the last of each kernel, architecture and policy
         alike: dict[tuple[str, ...], list[Any]] = {}
         for job in found:
@@ -209,7 +211,8 @@ def execute(options: argparse.Namespace) -> tuple[dict[tuple[str, str], Line], i
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m emulated.campaign", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few cases of each kernel, and no results file")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in kernel, architecture or label")
+    parser.add_argument("--kernel", default="", metavar="TEXT", help="kernels with this in their name")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their label; no results")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="schedules for each case (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="this schedule alone, as a fault names it")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after so long; else all are run")
@@ -218,26 +221,31 @@ def main(argv: list[str] | None = None) -> int:
     compiled.compiling()
     lines, failed = execute(options)
     if not lines:
-        parser.error(f"no case has {options.only!r} in it")
-    rows = [line.row(*key) for key, line in sorted(lines.items())]
+        parser.error(f"no case has {options.only!r} in it, or no kernel {options.kernel!r}")
+    rows = [line.row(*key) for key, line in lines.items() if line.runs]
     for row in rows:
         faults, met = row["faults"] or "none", row["met"] or 0
         print(f"{row['kernel']} {row['family']}: {row['runs']} runs, faults {faults}, {met:.1%} of its instructions")
     if not (options.quick or options.only or options.seed is not None):
-        records.write(RESULTS, found_on(sys.argv[1:] if argv is None else argv), rows)
-        print(f"written to {RESULTS.relative_to(ROOT)}")
+        remember(rows, sys.argv[1:] if argv is None else argv)
     return int(failed > 0)
 
 
-def found_on(words: Sequence[str]) -> dict[str, Any]:
-    """What the results belong to."""
+def remember(rows: Sequence[dict[str, Any]], words: Sequence[str]) -> None:
+    """Put rows in the place of those of the same kernels and architectures, with what they belong to."""
     import triton
 
     from emulated import ptx
 
     command = f'make emulate ARGS="{shlex.join(words)}"' if words else "make emulate"
     nvcc = None if ptx.UNAVAILABLE else ptx.version()
-    return environment(command) | {"nvcc": nvcc, "triton": triton.__version__, "numpy": np.__version__}
+    now = environment(command) | {"nvcc": nvcc, "triton": triton.__version__, "numpy": np.__version__}
+    stamp = {name: now[name] for name in ("date", "commit", "command", "nvcc", "triton")}
+    before = records.read(RESULTS).rows if RESULTS.exists() else []
+    found = {(row["kernel"], row["family"]): row for row in before}
+    found |= {(row["kernel"], row["family"]): row | stamp for row in rows}
+    records.write(RESULTS, now, [found[key] for key in sorted(found)])
+    print(f"written to {RESULTS.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

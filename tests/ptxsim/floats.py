@@ -14,9 +14,8 @@ def to_bf16(x):
     """float32 to bfloat16 as unsigned 16 bits: to the nearest, ties to even."""
     u = x.view(u4)
     out = ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(u2)
-    if np.isnan(x).any():
-        out = np.where(np.isnan(x), np.uint16(0x7FFF), out)
-    return out
+    nan = np.isnan(x)
+    return np.where(nan, np.uint16(0x7FFF), out) if nan.any() else out
 
 
 def from_bf16(x):

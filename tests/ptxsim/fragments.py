@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -32,6 +32,7 @@ def _no_swizzle_k(rows: int, leading: int, stride: int) -> np.ndarray:
     return (row // 8) * stride + (row % 8) * 16 + np.arange(2)[None, :] * leading
 
 
+@lru_cache(maxsize=4096)
 def operand_addresses(descriptor: int, rows: int, mn_major: bool, first_row: int = 0) -> np.ndarray:
     """Byte addresses in shared memory of a 16-bit operand's parts, PTX ISA, "Matrix descriptor": K-major (rows, 2), or
     MN-major (16, rows / 8)."""

@@ -93,6 +93,8 @@ class Simulation:
         if warp.committed or warp.open:
             last = (warp.open or warp.committed[-1] or [None])[-1]
             self.report("wgmma", warp, last and last.instr, "ended with wgmma-groups that nobody waited for")
+        if warp.copies or any(warp.copy_groups):
+            self.report("exit", warp, None, "ended with cp.async operations that no cp.async.wait_group covers")
         for operation in warp.bulk_stores():
             if not operation["waited"]:
                 text = "ended before the bulk-group had read shared memory: no cp.async.bulk.wait_group covers it"

@@ -1,9 +1,11 @@
 """Tensor copies, bulk-groups and cp.async: what they move, and what must wait for them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from ptxsim import Device, Fault, TensorMap
+from ptxsim import Device, Fault, Schedule, TensorMap
 
 from .small_kernels import LOAD, kernel
 
@@ -155,6 +157,20 @@ def test_multicast(mask, expects, wanted):
     assert faults == {wanted}
 
 
+@pytest.mark.parametrize("lands", [True, False])
+def test_a_tensor_copy_that_nobody_waits_for(lands):
+    """A fault where it has not landed when the CTA ends."""
+    body = START + "@%p1 ret;" + (EXPECT + GET).format(bytes=2048, column=0, row=0)
+    made, device = kernel(body, params=(128, 128), shared=8448), Device(1 << 17)
+    schedule = replace(Schedule.of(0), eager=float(lands), rate=0.0, lazy="" if lands else "copies")
+    params = maps(device, 64, 128)[2]
+    if lands:
+        device.launch(made, 1, 32, params, schedule=schedule)
+        return
+    with pytest.raises(Fault, match="a copy into shared memory under way"):
+        device.launch(made, 1, 32, params, schedule=schedule)
+
+
 ASYNC = (
     LOAD.format(step=16, out=16)
     + """shl.b32 %r2, %r1, 4; mov.u32 %r3, s; add.u32 %r3, %r3, %r2;
@@ -178,5 +194,18 @@ def test_async_groups(given, wait, kind):
         try:
             device.launch(made, 1, 32, [source, out], schedule=seed)
             assert not kind and np.array_equal(device.get(out), numbers * (0 if given else 1))
+        except Fault as fault:
+            assert fault.kind == kind, fault
+
+
+@pytest.mark.parametrize(("wait", "kind"), [(GROUP.format(0), ""), ("cp.async.commit_group;", "exit"), ("", "exit")])
+def test_async_groups_at_the_end(wait, kind):
+    body = LOAD.format(step=16, out=16) + "shl.b32 %r2, %r1, 4; mov.u32 %r3, s; add.u32 %r3, %r3, %r2;"
+    made = kernel(body + f"cp.async.cg.shared.global [%r3], [%rd4], 16; {wait}", shared=1024)
+    for seed in range(6):
+        device = Device(1 << 16)
+        try:
+            device.launch(made, 1, 32, [device.put(np.zeros((32, 4), np.uint32)), 0], schedule=seed)
+            assert not kind
         except Fault as fault:
             assert fault.kind == kind, fault

@@ -76,6 +76,9 @@ class Memory(GlobalMemory):
         self.owner[at - BASE : at - BASE + size] = 2 if writable else 1
         return at
 
+    def reserve(self, size: int, name: str, writable: bool) -> int:
+        return self.allocate(size, name, writable)
+
     def describe(self, address: int) -> str:
         size = ctypes.c_size_t()
         start = self.library.emulated_allocation(address, ctypes.byref(size))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import struct
 import time
 from pathlib import Path
@@ -19,7 +18,6 @@ from .simulation import Result, Simulation
 from .tensor_map import TensorMap
 
 _modules: dict[str, Module] = {}
-_serials = itertools.count()
 
 
 def load_module(source: str | Path) -> Module:
@@ -83,7 +81,6 @@ class Device:
     def __init__(self, size: int = 1 << 25, memory: GlobalMemory | None = None):
         self.memory = GlobalMemory(size) if memory is None else memory
         self.memory.base = BASE
-        self.serial = next(_serials)
         self.variables: dict[Variable, int] = {}
         self.maps: dict[int, TensorMap] = {}  # of tensor maps in memory, by address
         self.places: dict[int, tuple[int, np.dtype, tuple[int, ...]]] = {}
@@ -177,9 +174,9 @@ class Device:
             raise ValueError(f"a tensor map reaches out of {self.memory.describe(described.base)}: {described}")
 
     def _program(self, kernel: Kernel, dynamic: int, start: int):
-        """The program for these sizes, translated once; where a module has variables in memory, once for a device."""
-        variables = [v for v in kernel.module.globals.values() if not v.external]
-        key = dynamic, start, self.serial if variables else None
+        """The program for these sizes and these addresses of the module's variables, translated once."""
+        variables = {v.name: self._place(v) for v in kernel.module.globals.values() if not v.external}
+        key = dynamic, start, *variables.values()
         if key in kernel.programs:
             return kernel.programs[key]
         symbols, at = {p.name: p.offset for p in kernel.params}, start
@@ -196,14 +193,14 @@ class Device:
             local = -(-local // variable.align) * variable.align
             symbols[variable.name] = local
             local += variable.size
-        symbols |= {variable.name: self._place(variable) for variable in variables}
+        symbols |= variables
         kernel.programs[key] = Program(kernel, symbols), at + dynamic, start
         return kernel.programs[key]
 
     def _place(self, variable: Variable) -> int:
         """A variable of a module: zeros, or what it is initialised with (ISA, "Initializers")."""
         if variable not in self.variables:
-            at = self.memory.allocate(max(variable.size, 1), variable.name, variable.space == "global")
+            at = self.memory.reserve(max(variable.size, 1), variable.name, variable.space == "global")
             data = variable.data.ljust(variable.size, b"\0")
             self.memory.bytes[at - BASE : at - BASE + len(data)] = np.frombuffer(data, np.uint8)
             self.variables[variable] = at

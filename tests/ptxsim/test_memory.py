@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ptxsim import Device, Fault
+from ptxsim import Device, Fault, load_module
 
-from .small_kernels import LOAD, kernel
+from .small_kernels import HEAD, LOAD, kernel
 
 STORE = "st.global.u32 [%rd6], %r20;"
 
@@ -112,3 +112,20 @@ def test_local_memory_and_generic_addresses():
     source, out = device.put(np.arange(32, dtype=np.uint32)), device.empty(32, np.uint32)
     device.launch(kernel(body), 1, 32, [source, out])
     assert (device.get(out) == 2 * np.arange(32)).all()
+
+
+def test_a_variable_of_a_module_is_at_one_address_in_every_device():
+    """So what was translated for one serves the others."""
+    text = (
+        HEAD + ".global .align 4 .u32 v[4] = {7, 8, 9, 10};\n"
+        ".visible .entry k(.param .u64 p0)\n{\n.reg .b32 %r<4>;\n.reg .b64 %rd<4>;\n"
+        "ld.param.u64 %rd1, [p0]; mov.u64 %rd2, v; ld.global.u32 %r1, [%rd2+8]; st.global.u32 [%rd1], %r1; ret;\n}\n"
+    )
+    found = load_module(text).find("k")
+    for before in (0, 3):
+        device = Device(1 << 16)
+        for _ in range(before):
+            device.empty(5, np.uint32)
+        out = device.empty(1, np.uint32)
+        device.launch(found, 1, 1, [out])
+        assert device.get(out)[0] == 9 and len(found.programs) == 1

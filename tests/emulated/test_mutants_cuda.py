@@ -14,7 +14,6 @@ pytestmark = pytest.mark.skipif(bool(ptx.UNAVAILABLE), reason=ptx.UNAVAILABLE)
 SEEDS = 12  # at most: the first that catches a mutant is enough
 CAUGHT = [mutant for mutant in MUTANTS if not mutant.equivalent]
 EQUIVALENT = [mutant for mutant in MUTANTS if mutant.equivalent]
-NO_ORDER = next(mutant for mutant in MUTANTS if mutant.name == "no order_wait")
 
 
 @pytest.mark.parametrize("mutant", CAUGHT, ids=str)
@@ -35,13 +34,16 @@ def test_names():
     assert len({(mutant.file, mutant.name) for mutant in MUTANTS}) == len(MUTANTS)
 
 
-@pytest.mark.parametrize("k", [64, 256, 320, 768])
+@pytest.mark.parametrize("k", [64, 256, 320])
 def test_order_of_the_consumers(k):
-    """Four tiles on one cluster, with copies that land at once and in order: from five steps on, a consumer that does
-    not wait for its turn looks two phases early, and passes."""
+    """Four tiles on one cluster, with copies that land at once and in order.
+
+    Without the order barriers a consumer looks two phases early as soon as the ring is gone through: at K = 256 this
+    schedule gives right numbers, and the wait that depends on it is reported; at 320, which is more steps than stages,
+    numbers are wrong or nobody goes on.
+    """
     case = Case("forward", 512, 256, k)
     schedule = replace(Schedule.of(0), eager=1.0, lazy="")
     assert not judged(cuda_hopper.execute, case, schedule, ("gelu",)).fault
-    without = judged(cuda_hopper.execute, case, schedule, ("gelu",), NO_ORDER.replaced)
-    assert bool(without.fault) == (k > 256), without
-    assert not without.fault or without.fault in mutants_cuda.LOST
+    without = judged(cuda_hopper.execute, case, schedule, ("gelu",), mutants_cuda.no_order())
+    assert without.fault in {64: {""}, 256: {"phase"}, 320: mutants_cuda.LOST}[k], without

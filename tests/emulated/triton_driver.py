@@ -87,6 +87,7 @@ def _on(family: str, route: str, tile: dict[str, Any] | None, fault: str) -> Ite
     of, launched = choice.Device(family, 4), launch.Launch.__call__
     with (
         mock.patch.object(backend, "supports", lambda problem: None),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         mock.patch.object(choice, "device_of", lambda device: of),
         mock.patch.object(layers, "device_of", lambda device: of),
         mock.patch.object(launch.Launch, "__call__", lambda made: launched(FAULTS[fault](made))),

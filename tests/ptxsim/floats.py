@@ -31,15 +31,19 @@ def odd_sum(a, b):
     return np.where(fix, np.nextafter(s, np.copysign(np.inf, e)), s) if fix.any() else s
 
 
-LOW_28 = np.full(LANES, 36, u8)  # shifted by so many, the low 28 bits of a double are left
+LOW_28, LOW_29 = np.full(LANES, 36, u8), np.full(LANES, 35, u8)  # shifted by so many, these bits of a double are left
+HIGH_BIT, LEAST_NORMAL = np.uint64(1 << 63), 2.0**-126
 
 
 def fma4(a, b, c):
     """Rounded once: products of floats are exact in double, and a sum is looked at anew where it might lie half way."""
     p, c = a.astype(f8) * b.astype(f8), c.astype(f8)
     s = p + c
-    if np.count_nonzero(s.view(u8) << LOW_28) != LANES:
-        s = odd_sum(p, c)
+    low = s.view(u8) << LOW_28
+    if np.count_nonzero(low) != LANES:
+        half = (s.view(u8) << LOW_29 == HIGH_BIT) | (np.abs(s) < LEAST_NORMAL) & (s != 0)
+        if half.any():
+            s = odd_sum(p, c)
     return s.astype(f4)
 
 

@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from benchmarks import static_cuda
+from benchmarks import compiled, static_cuda
 from benchmarks.environment import progress
 from benchmarks.static_cases import QUICK, SIXTEEN, TYPES, Case, K, cases, compressed_cases, odd_cases
 from fastbp.activations import ROWS
@@ -206,9 +207,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--policy", choices=list(POLICIES), action="append", help="only kernels of this save policy")
     parser.add_argument("--verbose", action="store_true", help="print every case, not only faults and one per tile")
     parser.add_argument("--only", choices=["triton", "cuda"], help="only the kernels of one kind")
+    parser.add_argument(
+        "--record", action="store_true", help=f"count them in {compiled.FILE.name}, for docs/gpu-status.md"
+    )
     options = parser.parse_args(argv)
-    if options.only == "cuda":
-        return int(static_cuda.report(CUOBJDUMP, options.quick, options.verbose, progress) > 0)
+    tally = compiled.Tally()
+    failed = 0
+    if options.only != "cuda":
+        failed += _report_triton(parser, options, tally)
+    if options.only != "triton":
+        failed += static_cuda.report(CUOBJDUMP, options.quick, options.verbose, progress, tally.add)
+    if options.record:
+        words = shlex.join(sys.argv[1:] if argv is None else argv)
+        tally.write(f"python -m benchmarks.static {words}", options.quick, triton=triton.__version__)
+    return int(failed > 0)
+
+
+def _report_triton(parser: argparse.ArgumentParser, options: argparse.Namespace, tally: compiled.Tally) -> int:
+    """Print the table, and return how many compilations have a fault."""
     if interpreting():
         parser.error("TRITON_INTERPRET is set, so nothing is compiled; unset it")
     activations = options.activation or [*(QUICK if options.quick else ROWS)]
@@ -226,14 +242,14 @@ def main(argv: list[str] | None = None) -> int:
         counted = [first[c.family, c.kernel, c.tile, c.dtype, c.save] is c for c in todo]
         for case, found in zip(todo, progress(pool.map(examine, todo, counted, chunksize=4), len(todo)), strict=True):
             failed += bool(found.faults)
+            pingpong = case.tile is not None and case.tile.pingpong
+            tally.add(f"{'ping-pong' if pingpong else 'triton'} {case.kernel}", case.family, bool(found.faults))
             key = (case.family, case.kernel, case.tile, case.dtype, case.save)
             if options.verbose or found.faults or (case.tile and key not in shown and case.dtype == SIXTEEN[0]):
                 print(f"{case} {found}", flush=True)
             shown.add(key)
     print(f"{len(todo) - failed} of {len(todo)} without a fault")
-    if options.only is None:
-        failed += static_cuda.report(CUOBJDUMP, options.quick, options.verbose, progress)
-    return int(failed > 0)
+    return failed
 
 
 if __name__ == "__main__":

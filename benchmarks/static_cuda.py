@@ -77,6 +77,14 @@ def kernel_of(architecture: str, mangled: str) -> Kernel:
     return Kernel(architecture, full, DTYPES[int(dtype[1])], variant, aligned)
 
 
+def plain_name(kernel: Kernel) -> str:
+    """Without what tells variants apart: ``cuda chain_rule``, ``hopper dgrad``."""
+    kind, _, rest = kernel.name.partition(" ")
+    if kind == "product":
+        return f"hopper {rest.split()[0]}"
+    return f"cuda {'value' if kind == 'gated_value' else kind}"
+
+
 def judge(kernel: Kernel, registers: int, stack: int, code: list[str]) -> Found:
     """What is wrong with the machine code of a kernel."""
 
@@ -138,8 +146,13 @@ def jobs(architectures: list[str], quick: bool) -> list[tuple[Path, str]]:
     return found
 
 
-def report(tool: str, quick: bool, verbose: bool, progress: Callable[..., Any]) -> int:
-    """Print the table, and return how many kernels have a fault; 0 with a line where there is no nvcc."""
+def report(
+    tool: str, quick: bool, verbose: bool, progress: Callable[..., Any], add: Callable[[str, str, bool], None]
+) -> int:
+    """Print the table, and return how many kernels have a fault; 0 with a line where there is no nvcc.
+
+    ``add`` is told of each kernel: its name in docs/gpu-status.md, its architecture, whether it has a fault.
+    """
     try:
         nvcc, architectures = SETUP["nvcc"]()
     except SETUP["Unable"] as reason:
@@ -156,6 +169,7 @@ def report(tool: str, quick: bool, verbose: bool, progress: Callable[..., Any]) 
             for kernel, found in kernels:
                 total += 1
                 failed += bool(found.faults)
+                add(plain_name(kernel), kernel.architecture, bool(found.faults))
                 key = kernel._replace(variant="") if kernel.variant in _ACTIVATIONS else kernel
                 if key not in worst or found.registers > worst[key][1].registers:
                     worst[key] = kernel, found

@@ -1,42 +1,51 @@
-"""Which kernels were executed by emulation: benchmarks/results/emulated.jsonl, which ``make emulate`` writes."""
+"""What is known of each GPU kernel: benchmarks/results/compiled.jsonl, which ``benchmarks.static --record`` writes, and
+benchmarks/results/emulated.jsonl, which ``make emulate`` writes."""
 
 from __future__ import annotations
 
+from benchmarks import compiled
 from benchmarks.records import RESULTS, Row, read
 from benchmarks.report.tables import markdown
 
 FILE = RESULTS / "emulated.jsonl"
-HEAD = (
-    *("kernel", "for", "runs", "cases", "shapes", "activations", "dtypes", "policies", "faults"),
-    *("instructions met", "when", "on a GPU"),
-)
-ON_A_GPU = "not yet"  # no result file of a GPU is here
+HEAD = ("kernel", "for", "compiled", "executed by emulation", "run on a GPU")
+NOT_YET = "not yet"
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+Key = tuple[str, str]
 
 
 def table() -> str:
-    """A row for each kernel and architecture."""
-    rows = read(FILE, ("kernel", "family", "runs", "faults", "shapes", "commit")).rows
-    versions = {f"nvcc {row['nvcc']}, Triton {row['triton']}" for row in rows}
-    runs = sum(row["runs"] for row in rows)
+    """A row for each kernel and architecture. No result file of a GPU is here, so the last column is empty words."""
+    made = _by_kernel(read(compiled.FILE, ("kernel", "family", "kernels", "faulty")).rows)
+    run = _by_kernel(read(FILE, ("kernel", "family", "runs", "faults", "shapes", "commit")).rows)
+    rows = [[*key, _compiled(made.get(key)), _executed(run.get(key)), NOT_YET] for key in sorted(made | run)]
+    versions = {f"nvcc {row['nvcc']}, Triton {row['triton']}" for row in run.values()}
+    runs = sum(row["runs"] for row in run.values())
     end = f"{runs:,} runs, each under a schedule of its own (`make emulate`), {'; '.join(sorted(versions))}."
-    return f"{markdown(HEAD, map(_cells, rows))}\n{end}\n"
+    return f"{markdown(HEAD, rows)}\n{end}\n"
 
 
-def _cells(row: Row) -> list[str]:
+def _by_kernel(rows: list[Row]) -> dict[Key, Row]:
+    return {(row["kernel"], row["family"]): row for row in rows}
+
+
+def _compiled(row: Row | None) -> str:
+    """Kernels of all activations, dtypes, tiles and policies, or of some."""
+    if row is None:
+        return NOT_YET
+    part = ", a part" if row["quick"] else ""
+    fine = row["kernels"] - row["faulty"]
+    return f"{fine:,} of {row['kernels']:,} without a fault{part}; {row['date']}, {row['commit']}"
+
+
+def _executed(row: Row | None) -> str:
+    if row is None:
+        return NOT_YET
     cases = f"{row['cases']:,}" if row["cases"] == row["of"] else f"{row['cases']:,} of {row['of']:,}"
-    faults = ", ".join(f"{kind} {count}" for kind, count in row["faults"].items()) or "none"
-    dtypes = [{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}[t] for t in row["dtypes"]]
-    policies = ", ".join(f"`{policy}`" for policy in row["policies"])
-    numbers = [f"{row['runs']:,}", cases, str(len(row["shapes"])), str(len(row["activations"]))]
-    when = f"{row['date']}, {row['commit']}"
-    return [
-        row["kernel"],
-        row["family"],
-        *numbers,
-        ", ".join(dtypes),
-        policies,
-        faults,
-        f"{row['met']:.1%}",
-        when,
-        ON_A_GPU,
-    ]
+    faults = ", ".join(f"{kind} {count}" for kind, count in row["faults"].items()) or "no fault"
+    dtypes, policies = (", ".join(words) for words in ([SHORT[t] for t in row["dtypes"]], row["policies"]))
+    sizes = f"{len(row['shapes'])} shapes, {len(row['activations'])} activations; {dtypes}; {policies}"
+    return (
+        f"{row['runs']:,} runs of {cases} cases: {faults}; {sizes}; {row['met']:.1%} of its instructions; "
+        f"{row['date']}, {row['commit']}"
+    )

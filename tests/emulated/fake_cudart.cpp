@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fake_device.h"
+#include "faults.h"
 
 namespace {
 
@@ -157,7 +158,8 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+  *status = FAULT(capturing, cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive);
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetLastError() {

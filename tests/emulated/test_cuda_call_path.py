@@ -166,3 +166,17 @@ def test_faults_put_in_are_seen(call, fault, case, seen):
         return
     with pytest.raises((AssertionError, RuntimeError), match=seen):
         call(*case, changes=(FAULTY, CHANGED), **options)
+
+
+def test_a_first_launch_inside_a_graph_capture_says_what_to_do(call):
+    """Of a kernel that no other test takes of this library. Once it was launched, a capture may have it."""
+    *case, options = ("library", *LIBRARY[3][:-1])
+
+    def run_in(capture):
+        emulator().library.emulated_set_fault(b"capturing" if capture else b"")
+        return call(*case, changes=(FAULTY, CHANGED), **options)
+
+    with pytest.raises(RuntimeError, match="inside a CUDA graph capture.* once before the capture"):
+        run_in(True)
+    assert len(run_in(False)) == len(run_in(True)) > 0
+    emulator().library.emulated_set_fault(b"")

@@ -17,9 +17,9 @@ SHAPES = [
     (256, 128, 64, 2),  # one tile
     (1, 8, 8, 2),  # least
     (128, 128, 256, 2),  # the second block of a cluster has no rows
-    (257, 136, 72, 2),  # one row and eight columns over
+    (257, 72, 72, 2),  # one row over
     (300, 72, 320, 2),  # the steps of a tile are the ring's stages
-    (130, 264, 328, 2),  # odd edges everywhere, a partial step
+    (130, 136, 328, 2),  # odd edges everywhere, a partial step
     (256, 384, 448, 4),  # three tiles for two clusters
     (512, 128, 200, 6),  # fewer tiles than clusters
     (200, 256, 768, 2),  # the ring more than twice a tile

@@ -27,14 +27,15 @@ def test_caught(mutant):
 def test_equivalent(mutant):
     """It is another program, and right: its numbers are those of the one that it was made of."""
     assert all(text != ptx.source(name) for name, text in mutant.replaced)
-    assert not [found for seed in range(2) if (found := mutant.run(seed)).fault]
+    verdict = mutant.run(0)
+    assert not verdict.fault, verdict
 
 
 def test_names():
     assert len({(mutant.file, mutant.name) for mutant in MUTANTS}) == len(MUTANTS)
 
 
-@pytest.mark.parametrize("k", [64, 256, 320])
+@pytest.mark.parametrize("k", [256, 320])
 def test_order_of_the_consumers(k):
     """Four tiles on one cluster, with copies that land at once and in order.
 
@@ -46,4 +47,4 @@ def test_order_of_the_consumers(k):
     schedule = replace(Schedule.of(0), eager=1.0, lazy="")
     assert not judged(cuda_hopper.execute, case, schedule, ("gelu",)).fault
     without = judged(cuda_hopper.execute, case, schedule, ("gelu",), mutants_cuda.no_order())
-    assert without.fault in {64: {""}, 256: {"phase"}, 320: mutants_cuda.LOST}[k], without
+    assert without.fault in {256: {"phase"}, 320: mutants_cuda.LOST}[k], without

@@ -17,7 +17,7 @@ CASES = [
     Case("chain_rule", "sm_90", 70, 72, save="output_lsb", dtype="float16"),
     Case("gated_chain_rule", "sm_80", 5, 37, save="fp8", activation="silu", dtype="float16"),
     Case("forward", "sm_80", 150, 136, 72, -1, "gelu", "bfloat16", "fp8", 1),
-    Case("forward", "sm_90", 300, 200, 328, -2, "silu", "float16", "output_bits"),
+    Case("forward", "sm_90", 150, 136, 328, -2, "silu", "float16", "output_bits"),
     Case("gated_forward", "sm_90", 65, 264, 448, -1, "silu", "bfloat16", "fp8"),
     Case("dgrad", "sm_90", 150, 136, 72, -1, "gelu", "bfloat16", "fp8", 1),
     Case("dgrad", "sm_80", 130, 77, 41, -1, "mish", "float16", "output_lsb"),

@@ -83,7 +83,7 @@ def value_of_unknown(found: Tensor, f: Function, z: Tensor, spare: Tensor) -> fl
     dtype = found.dtype
     low, high = f((z - spare).to(dtype).double()), f((z + spare).to(dtype).double())
     wanted = (low + high) / 2
-    return rounded_once(found, wanted, ARITHMETIC[dtype] * wanted.abs() + (high - low).abs() / 2)
+    return rounded_once(found, wanted, lost(wanted, z, 1.0, dtype) + (high - low).abs() / 2)
 
 
 def products(a: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -176,7 +176,7 @@ def test_a_first_launch_inside_a_graph_capture_says_what_to_do(call):
         emulator().library.emulated_set_fault(b"capturing" if capture else b"")
         return call(*case, changes=(FAULTY, CHANGED), **options)
 
-    with pytest.raises(RuntimeError, match="inside a CUDA graph capture.* once before the capture"):
+    with pytest.raises(RuntimeError, match=r"inside a CUDA graph capture.* once before the capture"):
         run_in(True)
     assert len(run_in(False)) == len(run_in(True)) > 0
     emulator().library.emulated_set_fault(b"")

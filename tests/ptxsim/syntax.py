@@ -30,7 +30,7 @@ FORMS = {
     "cvta": rf"(to\.)?{SPACE}\.u(32|64)",
     "selp": r"([bus](16|32|64)|f(32|64))",
     "slct": r"(ftz\.)?([bus](16|32|64)|f(32|64))\.(s32|f32)",
-    "setp": rf"{ORDER}(\.(and|or|xor))?(\.ftz)?\.([bus](16|32|64)|f(32|64)|f16|bf16)",
+    "setp": rf"{ORDER}((\.(and|or|xor))?(\.ftz)?\.([bus](16|32|64)|f(32|64)|f16|bf16)|\.b?f16x2)",
     "set": rf"{ORDER}\.(u32|s32|f32)\.([bus](16|32|64)|f(32|64))",
     # Integers and bits
     **dict.fromkeys(("and", "or", "xor", "not"), rf"(pred|{BITS})"),

@@ -238,3 +238,19 @@ def test_comparisons_with_nan(compare):
         wanted = {"lt": a < b, "ge": a >= b, "ne": a != b and not nan, "equ": a == b or nan, "neu": a != b or nan,
                   "ltu": a < b or nan, "geu": a >= b or nan, "num": not nan, "nan": nan}[compare]  # fmt: skip
         assert got == wanted, (a, b)
+
+
+@pytest.mark.parametrize("compare", ["eq", "le", "gt", "neu"])
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_comparisons_of_pairs(kind, compare):
+    """A predicate for the low halves and one for the high ones."""
+    words = random_words(7, 256)
+    words[::5, 1] = words[::5, 0]  # some are equal
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[kind]
+    x, y = (torch.from_numpy(words[:, i].copy().view(np.int16)).view(dtype).float() for i in (0, 1))
+    function = {"eq": torch.eq, "le": torch.le, "gt": torch.gt}.get(compare)
+    wanted = function(x, y) if function else ~torch.eq(x, y)
+    low, high = wanted.view(256, 2).unbind(1)
+    body = f"setp.{compare}.{kind}x2 %p1|%p2, %r10, %r11; selp.u32 %r13, 1, 0, %p1; selp.u32 %r14, 2, 0, %p2; "
+    found = run(body + "or.b32 %r20, %r13, %r14;", words, threads=256)
+    assert np.array_equal(found, (low.int() + 2 * high.int()).numpy().astype(np.uint32))

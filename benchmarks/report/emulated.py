@@ -3,6 +3,8 @@ benchmarks/results/emulated.jsonl, which ``make emulate`` writes."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from benchmarks import compiled
 from benchmarks.records import RESULTS, Row, read
 from benchmarks.report.tables import markdown
@@ -16,8 +18,8 @@ Key = tuple[str, str]
 
 def table() -> str:
     """A row for each kernel and architecture. No result file of a GPU is here, so the last column is empty words."""
-    made = _by_kernel(read(compiled.FILE, ("kernel", "family", "kernels", "faulty")).rows)
-    run = _by_kernel(read(FILE, ("kernel", "family", "runs", "faults", "shapes", "commit")).rows)
+    made = _by_kernel(compiled.FILE, ("kernels", "faulty"))
+    run = _by_kernel(FILE, ("runs", "faults", "shapes", "commit"))
     rows = [[*key, _compiled(made.get(key)), _executed(run.get(key)), NOT_YET] for key in sorted(made | run)]
     versions = {f"nvcc {row['nvcc']}, Triton {row['triton']}" for row in run.values()}
     runs = sum(row["runs"] for row in run.values())
@@ -25,7 +27,8 @@ def table() -> str:
     return f"{markdown(HEAD, rows)}\n{end}\n"
 
 
-def _by_kernel(rows: list[Row]) -> dict[Key, Row]:
+def _by_kernel(file: Path, needed: tuple[str, ...]) -> dict[Key, Row]:
+    rows = read(file, ("kernel", "family", *needed)).rows if file.exists() else []
     return {(row["kernel"], row["family"]): row for row in rows}
 
 

@@ -45,7 +45,7 @@ CUDA = ("cuda_hopper", "cuda_elementwise", "cuda_compressed")
 TRITON = ("triton_products", "triton_elementwise", "triton_compressed", "triton_sweeps", "pingpong")
 VALUES = {"activation": "activations", "dtype": "dtypes", "policy": "policies", "shape": "shapes"}  # of a line
 SEEDS, FIRST_SEED = 8, 1000
-EACH = 60  # cases of a worker, before another takes its place: it keeps what it parsed and translated
+EACH = 400  # cases of a worker, before another takes its place: it keeps what it parsed and translated
 
 
 class Run(NamedTuple):

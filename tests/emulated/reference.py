@@ -72,7 +72,7 @@ def worst(found: Tensor, wanted: Tensor, allowed: Tensor) -> float:
     finite = wanted.isfinite()
     same = (found == wanted) | (found.isnan() & wanted.isnan())
     off = torch.where(finite, (found - wanted).abs() / allowed, torch.where(same, 0.0, math.inf))
-    return float(torch.where(off.isnan(), math.inf, off).max()) if off.numel() else 0.0
+    return float(torch.where(off.isnan(), math.inf, off).max().detach()) if off.numel() else 0.0
 
 
 def sums_error(found: Tensor, terms: Tensor, sizes: Tensor, rows: int) -> float:

@@ -18,6 +18,7 @@ TORCH = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16
 # Numbers of csrc/cuda/elementwise.h, `Keeps`.
 KEEPS = {"preact": 0, "output": 1, "output_bits": 2, "output_lsb": 3, "fp8": 4}
 # What arithmetic may be off before a result is rounded, relative to it and to its terms (tests/test_cuda_math.py).
+SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()
 ARITHMETIC = {torch.float64: 2.0**-49, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-18, torch.float16: 2.0**-18}
 
 
@@ -118,7 +119,8 @@ def slope_product(activation: Bound, dy: Tensor, z: Tensor) -> Tensor:
     """dy · f'(z), of finite and other dy, by PyTorch's autograd."""
     z = z.double().requires_grad_()
     (dz,) = torch.autograd.grad(activation(z), z, dy.double())
-    return dz
+    # In float64 too PyTorch multiplies hardsigmoid's by a sixth of float32.
+    return dz * (1 / 6 / SIXTH) if activation.row.name == "hardsigmoid" else dz
 
 
 class Kept:
@@ -157,10 +159,14 @@ class Kept:
         formula: Callable[..., Tensor] = getattr(
             side_formulas, f"{row.name}_grad_from_side" + ("_16" if self.codes.itemsize == 2 else "")
         )
-        y, right = self.side
-        # Next to the minimum it takes the root of what y is above it, where float32's constants cancel.
-        near = 16 if self.codes.dtype == torch.float32 else 1
-        return formula(dy, y.double(), right.double()), near * size * value_terms(y)
+        y, right = (t.double() for t in self.side)
+        size = size * value_terms(y)
+        if self.codes.dtype == torch.float32:
+            # Next to the minimum it takes the root of what y is above it: float32's constants cancel, and what a
+            # rounding of y changes is no longer small.
+            low, high = (formula(dy, y * (1 + off), right) for off in (-(2.0**-22), 2.0**-22))
+            size = 16 * size + (high - low).abs().nan_to_num(0.0) / ARITHMETIC[torch.float32]
+        return formula(dy, y, right), size
 
     def params(self) -> tuple[float, float]:
         """As the kernel is given them."""

@@ -154,7 +154,8 @@ def _work(asked: tuple[int, Sequence[int], float]) -> Outcome:
         verdict = _judged(_jobs[number], seed)
         runs.append(Run(seed, verdict.fault, verdict.text, verdict.error, verdict.instructions))
     seconds, met = time.perf_counter() - began, {}
-    gc.collect()  # of few objects, which hold the memory of a device
+    if runs:
+        gc.collect()  # of few objects, which hold the memory of a device
     for kernel in _launched.values():
         digest = hashlib.sha256(f"{kernel.name} {kernel.module.source}".encode()).hexdigest()
         bits = kernel.coverage().met

@@ -243,6 +243,7 @@ def remember(rows: Sequence[dict[str, Any]], words: Sequence[str]) -> None:
     command = f'make emulate ARGS="{shlex.join(words)}"' if words else "make emulate"
     nvcc = None if ptx.UNAVAILABLE else ptx.version()
     now = environment(command) | {"nvcc": nvcc, "triton": triton.__version__, "numpy": np.__version__}
+    del now["settings"]  # where the compilers keep their files is nobody's business, and changes no result
     stamp = {name: now[name] for name in ("date", "commit", "command", "nvcc", "triton")}
     before = records.read(RESULTS).rows if RESULTS.exists() else []
     found = {(row["kernel"], row["family"]): row for row in before}

@@ -104,25 +104,23 @@ SHAPES = [(9, 513), (33, 256), (5, 37), (12, 264), (1, 1), (70, 72)]
 def campaign() -> Iterator[Job]:
     """Every activation × dtype × policy, forward and backward, gated where a policy is; shapes and places by turns."""
     turn = itertools.count()
-    for architecture, dtype, name in itertools.product(ARCHITECTURES, ptx.DTYPES[1:], ptx.NAMES):
+    for family, dtype, name in itertools.product(ARCHITECTURES, ptx.DTYPES[1:], ptx.NAMES):
         policies = [p for p in ref.policies_of(ref.activation_of(name)) if p not in ("preact", "output")]
         for policy, way in itertools.product(policies, ("value", "chain_rule", "gated value", "gated_chain_rule")):
             if policy != "fp8" and "gated" in way:
                 continue
             i = next(turn)
-            case = Case(m=SHAPES[i % 6][0], n=SHAPES[i % 6][1], dtype=dtype, activation=name, architecture=architecture,
+            case = Case(m=SHAPES[i % 6][0], n=SHAPES[i % 6][1], dtype=dtype, activation=name, family=family,
                         policy=policy, gated=way == "gated value", skew=i // 2 % 2)  # fmt: skip
             if "value" in way:
                 reads = ("all", "over", "read") if policy == "fp8" else ("all", "over")
                 case = replace(case, results=reads[i % len(reads)])
                 yield _job(case, run)
             else:
-                given = cuda_elementwise.Case(way, case.m, case.n, dtype, name, architecture, policy,
+                given = cuda_elementwise.Case(way, case.m, case.n, dtype, name, family, policy,
                                               transposed=i % 5 == 0, results=("all", "grad")[i % 2])  # fmt: skip
                 yield _job(given, cuda_elementwise.run)
 
 
 def _job(case, run) -> Job:
-    kernel = f"cuda {case.kernel}"
-    return Job(kernel, case.architecture, str(case), case.activation, case.dtype, case.policy, case.shape, run,
-               (case, ptx.NAMES), 0.1)  # fmt: skip
+    return Job.of(f"cuda {case.kernel}", case, run, 0.1, ptx.NAMES)

@@ -29,7 +29,7 @@ class Case:
     n: int
     dtype: str = "bfloat16"
     activation: str = "gelu"
-    architecture: str = "sm_80"
+    family: str = "sm_80"
     policy: str = "preact"
     gated: bool = False  # of value
     skew: int = 0  # numbers by which all begin beside 16 bytes
@@ -65,7 +65,7 @@ class Case:
         return f"{self.m}x{self.n}"
 
     def __str__(self) -> str:
-        words = [self.kernel, self.architecture, self.shape, self.dtype, self.activation, self.policy, self.results]
+        words = [self.kernel, self.family, self.shape, self.dtype, self.activation, self.policy, self.results]
         words += ["gated"] * self.gated + ["dh transposed"] * self.transposed + [f"skew {self.skew}"] * bool(self.skew)
         return " ".join(words)
 
@@ -106,11 +106,11 @@ class Run:
     """Launches of a case under one schedule, and the largest errors of what was looked at."""
 
     def __init__(self, case, schedule: int, activations: tuple[str, ...], replaced: ptx.Replaced):
-        self.case, self.memory, self.errors, self.kernels, self.instructions = case, Memory(case), {}, [], 0
+        self.case, self.memory, self.errors, self.kernels, self.instructions = case, Memory(case), [], [], 0
         self.schedule = replace(Schedule.of(schedule), strict=True)
         self.label = f"{case}, seed {schedule}"
         kernels = (case.kernel,) if replaced else tuple(ptx.PASSES)  # a mutant is made for one run, and goes
-        self.module = ptx.elementwise(case.dtype, case.architecture, activations, replaced, kernels)
+        self.module = ptx.elementwise(case.dtype, case.family, activations, replaced, kernels)
 
     def find(self, kernel: str, *parts: str):
         name, number = self.case.activation, ptx.DTYPES.index(self.case.dtype)
@@ -123,7 +123,7 @@ class Run:
         self.instructions += done.instructions
 
     def check(self, name: str, found: float) -> None:
-        self.errors[name] = max(found, self.errors.get(name, 0.0))
+        self.errors.append((name, found))
 
     def check_sums(self, name: str, at: int, terms: Tensor, sizes: Tensor) -> None:
         """A strip's row of them, and what the second stage makes of the rows."""
@@ -138,7 +138,7 @@ class Run:
 
     def verdict(self) -> Verdict:
         whole = self.memory.device.red_zones_whole()
-        return Verdict.of(self.label, self.errors, whole, self.instructions, tuple(self.kernels))
+        return Verdict.of(self.label, self.errors, self.instructions, tuple(self.kernels), whole)
 
 
 def params_of(case: Case, kept: ref.Kept | None = None) -> tuple[float, float]:
@@ -234,7 +234,7 @@ SHAPES = [(1, 1), (5, 37), (33, 256), (70, 264), (9, 513), (66, 40)]
 def campaign() -> Iterator[Job]:
     """Every activation × dtype × kernel × policy that reads z or y, shapes and places by turns."""
     turn = itertools.count()
-    for architecture, dtype, name in itertools.product(ARCHITECTURES, ptx.DTYPES, ptx.NAMES):
+    for family, dtype, name in itertools.product(ARCHITECTURES, ptx.DTYPES, ptx.NAMES):
         from_y = ["output"] * ("output" in ref.policies_of(ref.activation_of(name)))
         passes = [
             ("value", "preact"),
@@ -246,8 +246,7 @@ def campaign() -> Iterator[Job]:
             i = next(turn)
             m, n = shapes[(i + 3 * shape) % len(shapes)]
             case = Case(
-                kernel, m, n, dtype, name, architecture, policy, gated=kernel == "value" and i % 2 == 0,
+                kernel, m, n, dtype, name, family, policy, gated=kernel == "value" and i % 2 == 0,
                 skew=i // 2 % 2, transposed=i % 5 == 0 and kernel != "value", results=("all", "grad", "over")[i % 3],
             )  # fmt: skip
-            traits = (name, dtype, policy, case.shape)
-            yield Job(f"cuda {kernel}", architecture, str(case), *traits, run, (case, ptx.NAMES), 0.1)
+            yield Job.of(f"cuda {kernel}", case, run, 0.1, ptx.NAMES)

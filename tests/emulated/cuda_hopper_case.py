@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emulated import ptx
 from emulated import reference as ref
 
 TILE = 128
@@ -36,6 +37,10 @@ class Case:
     sums: bool = True
     over: bool = False  # backward: dz over what was kept
     special: float = 0.0  # backward: inf or NaN in one number of W
+
+    @property
+    def family(self) -> str:
+        return ptx.HOPPER
 
     @property
     def backward(self) -> bool:

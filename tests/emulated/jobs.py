@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ptxsim import Fault
@@ -19,13 +20,20 @@ class Verdict(NamedTuple):
 
     @classmethod
     def of(
-        cls, label: str, errors: dict[str, float], whole: bool, instructions: int, kernels: tuple[Any, ...]
-    ) -> Verdict:
-        """Of a launch that ended: its largest errors by result, and whether the red zones are as they were."""
-        largest = max(errors.values())
-        fault = "out of bounds" if not whole else "" if largest <= 1 else "wrong numbers"
-        seen = ", ".join(f"{name} {found:.3g}" for name, found in errors.items())
-        return cls(fault, f"{label}: {seen}", largest, instructions, kernels)
+        cls, label: object, errors: Iterable[tuple[str, float]], instructions: int, kernels: tuple[Any, ...] = (),
+        whole: bool = True,
+    ) -> Verdict:  # fmt: skip
+        """Of a launch that ended: its errors by result, and whether the red zones are as they were.
+
+        Of several errors with one name the largest counts, and NaN is larger than any.
+        """
+        largest: dict[str, float] = {}
+        for name, error in errors:
+            largest[name] = max(largest.get(name, 0.0), math.inf if math.isnan(error) else error)
+        worst = max(largest.values())
+        fault = "out of bounds" if not whole else "" if worst <= 1 else "wrong numbers"
+        seen = ", ".join(f"{name} {found:.3g}" for name, found in largest.items())
+        return cls(fault, f"{label}: {seen}", worst, instructions, kernels)
 
     def __repr__(self) -> str:
         return f"{self.fault or 'right'}: {self.text}"
@@ -44,6 +52,12 @@ class Job(NamedTuple):
     run: Callable[..., Verdict]
     args: tuple[Any, ...]
     share: float = 1.0  # of the seeds that are asked for; at least one is run
+
+    @classmethod
+    def of(cls, kernel: str, case: Any, run: Callable[..., Verdict], share: float, *others: Any) -> Job:
+        """Of a case that says all of this itself; ``others`` are arguments beside it."""
+        where = (case.family, str(case), case.activation, case.dtype, case.policy, case.shape)
+        return cls(kernel, *where, run, (case, *others), share)
 
 
 def judged(run: Callable[..., Verdict], *args: Any) -> Verdict:

@@ -39,6 +39,20 @@ def test_what_goes_wrong_is_counted_by_its_kind(monkeypatch, run, kinds):
     assert campaign._work((0, (2, 3), 0.0)).runs == []  # its time is over
 
 
+@pytest.mark.parametrize(
+    ("errors", "fault"),
+    [
+        ([("dz", 0.2), ("dz", 1.0)], ""),
+        ([("dz", 3.0), ("dz", 0.1)], "wrong numbers"),  # of the gate, and then of up
+        ([("dz", math.nan), ("dz", 0.1)], "wrong numbers"),
+        ([("dz", 0.1), ("h", math.nan)], "wrong numbers"),
+    ],
+)
+def test_a_verdict_forgets_no_error(errors, fault):
+    assert Verdict.of("a case", errors, 1).fault == fault
+    assert Verdict.of("a case", errors, 1, whole=False).fault == "out of bounds"
+
+
 def test_results_of_other_kernels_stay(monkeypatch, tmp_path):
     monkeypatch.setattr(campaign, "RESULTS", tmp_path / "emulated.jsonl")
     monkeypatch.setattr(campaign, "ROOT", tmp_path)

@@ -16,7 +16,7 @@ CASES = [
     Case("gated_activation", "sm_90", 17, 72, "gelu_tanh", dtype="float32", skew=1),
     Case("chain_rule", "sm_80", 33, 256, "gelu", transposed=True),
     Case("chain_rule", "sm_90", 41, 72, "silu", dtype="float16", overwrite=True),
-    Case("chain_rule", "sm_80", 9, 513, "tanh", dtype="float32", save="output", skew=1),
+    Case("chain_rule", "sm_80", 9, 513, "tanh", dtype="float32", policy="output", skew=1),
     Case("chain_rule", "sm_90", 130, 77, "softplus", (2.0, 20.0), "float64"),
     Case("chain_rule", "sm_90", 1, 1, "gelu_tanh", less=True),
     Case("gated_chain_rule", "sm_80", 33, 264, "silu", dtype="float16", overwrite=True),

@@ -46,7 +46,7 @@ class Case:
     tile: int = 0
     activation: str = "gelu"
     dtype: str = "bfloat16"
-    save: str = "fp8"
+    policy: str = "fp8"
     programs: int = 2
 
     @property
@@ -57,7 +57,7 @@ class Case:
     def found(self) -> Tile | None:
         """The tile as this policy takes it; None where its kernel knows no codes."""
         return configs.for_code(
-            configs.tiles(self.kernel, self.family)[self.tile], self.kernel, launch.CODES[self.save]
+            configs.tiles(self.kernel, self.family)[self.tile], self.kernel, launch.CODES[self.policy]
         )
 
     @property
@@ -65,7 +65,7 @@ class Case:
         return self.kernel.startswith("gated")
 
     def __str__(self) -> str:
-        words = [self.kernel, self.family, self.shape, self.activation, self.dtype, self.save]
+        words = [self.kernel, self.family, self.shape, self.activation, self.dtype, self.policy]
         if self.k:
             assert self.found is not None
             words += [self.found.name, f"{self.programs} programs"]
@@ -86,7 +86,7 @@ class Drawn:
         drawn = torch.randn(m, n, generator=self.generator, dtype=torch.float64) * 2
         sizes = torch.randint(-4, 3, (m, -(-n // BLOCK)), generator=self.generator)
         drawn = (drawn * 2.0 ** sizes.repeat_interleave(BLOCK, 1)[:, :n]).to(self.dtype)
-        if self.case.save == "fp8" and "compress" in self.case.kernel:
+        if self.case.policy == "fp8" and "compress" in self.case.kernel:
             drawn.view(-1)[::37], drawn.view(-1)[5::41], drawn.view(-1)[7::43] = math.inf, math.nan, 0.0
         return drawn
 
@@ -102,10 +102,10 @@ class Drawn:
 
     def codes(self) -> tuple[Tensor | None, Tensor | None]:
         """Memory for what forward keeps of a matrix, and for what lies beside it."""
-        m, n, save = self.case.m, self.case.n, self.case.save
-        if save == "output_lsb":
+        m, n, policy = self.case.m, self.case.n, self.case.policy
+        if policy == "output_lsb":
             return None, None
-        if save == "output_bits":
+        if policy == "output_bits":
             return torch.full((m, -(-n // 2)), 255, dtype=torch.uint8), None
         return tuple(torch.full((m, size), 255, dtype=torch.uint8) for size in (n, -(-n // BLOCK)))  # type: ignore[return-value]
 
@@ -117,12 +117,12 @@ def run(case: Case, seed: int) -> Verdict:
 
 def _run(case: Case, seed: int) -> Verdict:
     drawn = Drawn(case, seed)
-    config = configure("linear_act", case.activation, drawn.activation.params, case.save, "triton")
+    config = configure("linear_act", case.activation, drawn.activation.params, case.policy, "triton")
     how = launch.arithmetic(config, drawn.dtype)
     backward = case.kernel.endswith(("chain_rule", "dgrad"))
     made, errors = (_backward if backward else _forward)(case, how, drawn)
     result = execute(made, case.family, Schedule.of(seed), None, str(case))
-    return reference.verdict(case, errors(), result)
+    return Verdict.of(case, errors(), result.instructions)
 
 
 def _forward(case: Case, how: launch.Arithmetic, drawn: Drawn) -> Parts:
@@ -148,12 +148,12 @@ def _forward(case: Case, how: launch.Arithmetic, drawn: Drawn) -> Parts:
     def errors() -> Errors:
         yield "y", _value(case, drawn, y, parts)
         for part, (codes, beside) in zip(parts, kept, strict=True):
-            if case.save == "fp8":
+            if case.policy == "fp8":
                 wanted = ref.compression.encode_fp8(part)
                 assert codes is not None and beside is not None
                 yield "codes", ref.same_bytes(codes.numpy(), wanted[0])
                 yield "scales", ref.same_bytes(beside.numpy(), wanted[1])
-            elif case.save == "output_bits":
+            elif case.policy == "output_bits":
                 assert codes is not None
                 yield "bits", _bits(codes, part, y, drawn)
             else:
@@ -175,7 +175,7 @@ def _value(case: Case, drawn: Drawn, y: Tensor, parts: list[Tensor]) -> float:
     f = reference.function(drawn.activation)
     wanted = f(z.double()) * factor
     spare = reference.lost(wanted, z, factor, y.dtype)
-    if case.save == "output_lsb":
+    if case.policy == "output_lsb":
         near = wanted.abs() * (1 + 2 * torch.finfo(y.dtype).eps)  # whose unit may be that of the next binade
         spare = spare + 2 * reference.half_unit(near, y.dtype)
     return reference.rounded_once(y.where(fine, wanted.to(y.dtype)), wanted, spare)
@@ -199,9 +199,9 @@ def _bits(codes: Tensor, z: Tensor, y: Tensor, drawn: Drawn) -> float:
 
 def _backward(case: Case, how: launch.Arithmetic, drawn: Drawn) -> Parts:
     parts = [drawn.numbers() for _ in range(1 + case.gated)]
-    kept = [ref.Kept(drawn.activation, case.save, part) for part in parts]
+    kept = [ref.Kept(drawn.activation, case.policy, part) for part in parts]
     results = [drawn.space(case.m, case.n) for _ in parts]
-    h = drawn.space(case.m, case.n) if case.save == "fp8" else None
+    h = drawn.space(case.m, case.n) if case.policy == "fp8" else None
     rows = case.found.block_m if case.k else _strip(case, drawn).rows  # type: ignore[union-attr]
     sums = [drawn.space(-(-case.m // rows), case.n, dtype=torch.float32) for _ in parts]
     codes, beside = [part.codes for part in kept], [part.beside for part in kept]
@@ -221,11 +221,12 @@ def _backward(case: Case, how: launch.Arithmetic, drawn: Drawn) -> Parts:
         dy, wanted = dh.double(), list[tuple[Tensor, Tensor]]()
         if case.gated:
             gate, up = (part.z for part in kept)
-            dg = (dy * up.double()).to(drawn.dtype).double()
+            dg = dy * up.double()
+            dg = reference.narrowed(dg, drawn.dtype) if case.k else dg.to(drawn.dtype).double()
             wanted.append((reference.slope(f, gate, dg), reference.slope_spare(dg, f, gate, drawn.dtype)))
             du = dy * f(gate.double())
             wanted.append((du, reference.lost(du, gate, dy, drawn.dtype)))
-        elif case.save == "fp8":
+        elif case.policy == "fp8":
             z = kept[0].z
             wanted.append((reference.slope(f, z, dy), reference.slope_spare(dy, f, z, drawn.dtype)))
         else:
@@ -254,20 +255,20 @@ def campaign() -> Iterator[Job]:
     turn, families = count(), cycle(FAMILIES)
     for kernel, dtype, name in product(ELEMENTWISE, DTYPES, ROWS):
         family = next(families)
-        for save in _policies(name, kernel.startswith("gated")):
+        for policy in _policies(name, kernel.startswith("gated")):
             m, n = SHAPES[next(turn) % len(SHAPES)]
-            yield job(Case(kernel, family, m, n, 0, 0, name, str(dtype).removeprefix("torch."), save))
+            yield job(Case(kernel, family, m, n, 0, 0, name, str(dtype).removeprefix("torch."), policy))
     names = [name for name in ROWS if ROWS[name].grad_reads_output]
     for kernel, family in product(configs.KINDS, FAMILIES):
         for number, tile in enumerate(configs.tiles(kernel, family)):
-            for dtype, save in product(("bfloat16", "float16"), ("fp8", "output_bits", "output_lsb")):
+            for dtype, policy in product(("bfloat16", "float16"), ("fp8", "output_bits", "output_lsb")):
                 i = next(turn)
-                served = [name for name in names if save in _policies(name, kernel.startswith("gated"))]
+                served = [name for name in names if policy in _policies(name, kernel.startswith("gated"))]
                 shapes = PRODUCTS if tile.tma else [*PRODUCTS, ODD]
                 if not served:
                     continue
                 m, n, k, programs = shapes[i % len(shapes)]
-                case = Case(kernel, family, m, n, k, number, served[i % len(served)], dtype, save, programs)
+                case = Case(kernel, family, m, n, k, number, served[i % len(served)], dtype, policy, programs)
                 if case.found is not None:
                     yield job(case)
 
@@ -277,5 +278,4 @@ def _policies(name: str, gated: bool) -> list[str]:
 
 
 def job(case: Case) -> Job:
-    kernel, traits = f"triton {case.kernel}", (case.activation, case.dtype, case.save, case.shape)
-    return Job(kernel, case.family, str(case), *traits, run, (case,), 0.25 if case.k else 0.1)
+    return Job.of(f"triton {case.kernel}", case, run, 0.25 if case.k else 0.1)

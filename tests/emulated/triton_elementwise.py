@@ -41,7 +41,7 @@ class Case:
     activation: str = "gelu"
     params: tuple[float, ...] = ()
     dtype: str = "bfloat16"
-    save: str = "preact"  # or output
+    policy: str = "preact"  # or output
     overwrite: bool = False  # results are written over operands
     transposed: bool = False  # the gradient's columns are not adjacent
     less: bool = False  # the optional results are not asked for
@@ -57,7 +57,7 @@ class Case:
 
     def __str__(self) -> str:
         traits = [f.name for f in fields(self)[8:] if getattr(self, f.name)]
-        words = [self.kernel, self.family, self.shape, self.bound, self.dtype, self.save]
+        words = [self.kernel, self.family, self.shape, self.bound, self.dtype, self.policy]
         return " ".join(map(str, [*words, *traits]))
 
 
@@ -89,7 +89,7 @@ def run(case: Case, seed: int, change: Callable[[str], str] | None = None) -> Ve
 def _run(case: Case, seed: int, change: Callable[[str], str] | None) -> Verdict:
     drawn = Drawn(case, seed)
     how = launch.arithmetic(
-        configure("linear_act", case.activation, case.bound.params, case.save, "triton"), drawn.dtype
+        configure("linear_act", case.activation, case.bound.params, case.policy, "triton"), drawn.dtype
     )
     parts = {
         "activation": _activation, "gated_activation": _activation, "chain_rule": _chain_rule,
@@ -97,7 +97,7 @@ def _run(case: Case, seed: int, change: Callable[[str], str] | None) -> Verdict:
     }  # fmt: skip
     made, errors = parts[case.kernel](case, how, reference.function(case.bound), drawn)
     result = execute(made, case.family, Schedule.of(seed), change, str(case))
-    return reference.verdict(case, errors(), result)
+    return Verdict.of(case, errors(), result.instructions)
 
 
 def _activation(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
@@ -109,17 +109,17 @@ def _activation(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Par
 
 def _chain_rule(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
     dh, r = drawn.gradient(), drawn.numbers()
-    if case.save == "output":
+    if case.policy == "output":
         r.copy_(f(r.double()))
     before, d = r.double().clone(), dh.double()
     strip = configs.strip(case.m, case.n, drawn.dtype.itemsize, PROCESSORS)
     dz = r if case.overwrite else drawn.space(case.m, case.n)
-    h = None if case.less or case.save == "output" else drawn.space(case.m, case.n)
+    h = None if case.less or case.policy == "output" else drawn.space(case.m, case.n)
     wide = torch.float64 if drawn.dtype == torch.float64 else torch.float32
     sums = None if case.less else drawn.space(strip.strips(case.m), case.n, dtype=wide)
 
     def errors() -> Errors:
-        if case.save == "output":
+        if case.policy == "output":
             assert case.bound.row.grad_from_output is not None
             wanted = case.bound.row.grad_from_output(d, before, *case.bound.params_for(drawn.dtype))
             spare = reference.ARITHMETIC[drawn.dtype] * d.abs() * (1 + before.abs())
@@ -195,5 +195,4 @@ def campaign() -> Iterator[Job]:
 
 
 def job(case: Case) -> Job:
-    traits = (case.activation, case.dtype, case.save, case.shape)
-    return Job(f"triton {case.kernel}", case.family, str(case), *traits, run, (case,), 0.1)
+    return Job.of(f"triton {case.kernel}", case, run, 0.1)

@@ -43,7 +43,7 @@ class Case:
     keep: bool = True  # forward stores z; dgrad rebuilds h and sums columns
     overwrite: bool = False  # dgrad writes dz over what was kept
     transposed: bool = False  # operands whose columns are not adjacent
-    save: str = "preact"
+    policy: str = "preact"
 
     @property
     def shape(self) -> str:
@@ -52,7 +52,7 @@ class Case:
     def __str__(self) -> str:
         traits = [t for t in ("keep", "bias", "overwrite", "transposed") if getattr(self, t)]
         words = [self.kind, self.family, self.found.name, self.shape, self.bound]
-        return " ".join(map(str, [*words, self.dtype, self.save, f"{self.programs} programs", *traits]))
+        return " ".join(map(str, [*words, self.dtype, self.policy, f"{self.programs} programs", *traits]))
 
     @property
     def bound(self) -> Bound:
@@ -89,13 +89,13 @@ def run(case: Case, seed: int, change: Callable[[str], str] | None = None) -> Ve
 
 def _run(case: Case, schedule: Schedule, seed: int, change: Callable[[str], str] | None) -> Verdict:
     drawn = Drawn(case, seed)
-    config = configure("linear_act", case.activation, case.bound.params, case.save, "triton")
+    config = configure("linear_act", case.activation, case.bound.params, case.policy, "triton")
     how = launch.arithmetic(config, drawn.dtype)
     f = reference.function(case.bound)
     parts = {"forward": _forward, "gated_forward": _gated_forward, "dgrad": _dgrad, "gated_dgrad": _gated_dgrad}
     made, errors = parts[case.kind](case, how, f, drawn)
     result = execute(made, case.family, schedule, change, str(case))
-    return reference.verdict(case, errors(), result)
+    return Verdict.of(case, errors(), result.instructions)
 
 
 Parts = tuple[launch.Launch, Callable[[], Iterator[tuple[str, float]]]]
@@ -135,11 +135,6 @@ def _upper(case: Case, drawn: Drawn) -> tuple[Tensor, Tensor]:
     return drawn.numbers(case.m, case.k), drawn.numbers(case.k, case.n, scale=case.k**-0.5)
 
 
-def _narrow(dh: Tensor, dtype: torch.dtype) -> Tensor:
-    """float16 overflows, so there dh is rounded as eager rounds it."""
-    return dh.to(dtype).double() if dtype == torch.float16 else dh
-
-
 def _spared(dh: Tensor, spare: Tensor, dtype: torch.dtype) -> Tensor:
     """What dh may be off by."""
     return spare + 2 * reference.half_unit(dh, dtype) if dtype == torch.float16 else spare
@@ -154,7 +149,7 @@ def _dgrad(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
     def errors() -> Iterator[tuple[str, float]]:
         dh, spare = reference.products(d, w.mT)
         spare = _spared(dh, spare, drawn.dtype)
-        dh = _narrow(dh, drawn.dtype)
+        dh = reference.narrowed(dh, drawn.dtype)
         wanted = reference.slope(f, before, dh)
         spare = reference.slope_spare(dh, f, before, drawn.dtype) + 1.2 * spare
         yield "dz", reference.rounded_once(dz, wanted, spare)
@@ -176,9 +171,9 @@ def _gated_dgrad(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Pa
     def errors() -> Iterator[tuple[str, float]]:
         dh, spare = reference.products(d, w.mT)
         spare = _spared(dh, spare, drawn.dtype)
-        dh = _narrow(dh, drawn.dtype)
+        dh = reference.narrowed(dh, drawn.dtype)
         value = f(g)
-        dy = _narrow(dh * u, drawn.dtype)
+        dy = reference.narrowed(dh * u, drawn.dtype)
         lost = reference.slope_spare(dy, f, g, drawn.dtype) + 1.2 * _spared(dy, spare * u.abs(), drawn.dtype)
         pairs = [(dg, reference.slope(f, g, dy), lost)]
         pairs.append((du, dh * value, spare * value.abs() + reference.lost(dh * value, g, dh, drawn.dtype)))
@@ -223,5 +218,4 @@ FAMILY_TILES = {(kind, family): configs.FAMILIES[family][kind] for kind in confi
 
 
 def job(case: Case, share: float = 0.25) -> Job:
-    kernel = f"{'ping-pong' if case.found.pingpong else 'triton'} {case.kind}"
-    return Job(kernel, case.family, str(case), case.activation, case.dtype, case.save, case.shape, run, (case,), share)
+    return Job.of(f"{'ping-pong' if case.found.pingpong else 'triton'} {case.kind}", case, run, share)

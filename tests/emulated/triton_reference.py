@@ -8,21 +8,19 @@ An error is given in units of what is allowed, so 1 is the limit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from support import stock
 from torch import Tensor, nn
 
-from emulated.jobs import Verdict
+from emulated.reference import SIXTH
 from fastbp.activations import Bound
 
 # Of f and of the terms of its slope, relative: Φ of few instructions, float32 of a few units, float64.
 ARITHMETIC = {torch.bfloat16: 4e-4, torch.float16: 4e-4, torch.float32: 2e-6, torch.float64: 1e-14}
 # Below -5.5 the kernels' Φ is off by as much as 1 + erf is in float32, where eager computes it.
 TAIL_OF_GELU = 1.5e-7
-SIXTH = torch.tensor(1 / 6, dtype=torch.float32).item()
 
 Function = Callable[[Tensor], Tensor]
 
@@ -95,6 +93,11 @@ def products(a: Tensor, b: Tensor, bias: Tensor | None = None) -> tuple[Tensor, 
     return whole, size * 2.0**-21 + 1e-30
 
 
+def narrowed(dh: Tensor, dtype: torch.dtype) -> Tensor:
+    """dh as an epilogue goes on with it: float16 overflows, so there it is rounded as eager rounds it."""
+    return dh.to(dtype).double() if dtype == torch.float16 else dh
+
+
 def column_sums(found: Tensor, each: Tensor, rows: int, spare: Tensor) -> float:
     """The error of sums, a row for every so many rows, of terms that may each be off by ``spare``."""
     parts = range(0, each.shape[0], rows)
@@ -103,14 +106,6 @@ def column_sums(found: Tensor, each: Tensor, rows: int, spare: Tensor) -> float:
     off = torch.stack([spare[i : i + rows].sum(0) for i in parts])
     unit = 2.0**-49 if found.dtype == torch.float64 else 2.0**-20
     return error(found, wanted, unit * size + off + 1e-30)
-
-
-def verdict(case: object, errors: Iterable[tuple[str, float]], result: Any) -> Verdict:
-    """Of a launch whose results are off by so much, in units of what is allowed."""
-    found = dict(errors)
-    worst = max(found, key=found.__getitem__)
-    text = ", ".join(f"{name} {error:.2f}" for name, error in found.items())
-    return Verdict("" if found[worst] <= 1 else "wrong numbers", f"{case}: {text}", found[worst], result.instructions)
 
 
 def slope_spare(dh: Tensor, f: Function, z: Tensor, dtype: torch.dtype) -> Tensor:

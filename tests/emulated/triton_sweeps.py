@@ -39,6 +39,14 @@ class Sweep:
     family: str = "sm_90"
 
     @property
+    def policy(self) -> str:
+        return "output" if self.what == "grad_from_output" else "preact"
+
+    @property
+    def shape(self) -> str:
+        return "x".join(map(str, SHAPE))
+
+    @property
     def bound(self) -> Bound:
         return bind(self.activation, self.params or None)
 
@@ -56,8 +64,7 @@ def run(sweep: Sweep, seed: int) -> Verdict:
 
 def _run(sweep: Sweep, seed: int) -> Verdict:
     dtype, bound = getattr(torch, sweep.dtype), sweep.bound
-    save = "output" if sweep.what == "grad_from_output" else "preact"
-    how = launch.arithmetic(configure("linear_act", sweep.activation, bound.params, save, "triton"), dtype)
+    how = launch.arithmetic(configure("linear_act", sweep.activation, bound.params, sweep.policy, "triton"), dtype)
     given, found = every(dtype), torch.full(SHAPE, torch.nan, dtype=dtype)
     if sweep.what == "value":
         made = launch.activation(how, given, None, found)
@@ -121,7 +128,4 @@ def sweeps() -> Iterator[Sweep]:
 def campaign() -> Iterator[Job]:
     """Every sweep on one architecture: what the others compile is the same text."""
     for sweep in sweeps():
-        yield Job(
-            "triton elementwise, every number", sweep.family, str(sweep), sweep.activation, sweep.dtype,
-            "output" if sweep.what == "grad_from_output" else "preact", "64x1024", run, (sweep,), 0.0,
-        )  # fmt: skip
+        yield Job.of("triton elementwise, every number", sweep, run, 0.0)

@@ -20,6 +20,7 @@ from torch import Tensor
 from emulated import reference as ref
 from emulated import triton_reference as reference
 from emulated.jobs import Job, Verdict, judged
+from emulated.triton_drawn import Drawn
 from emulated.triton_run import FAMILIES, execute
 from fastbp.activations import ROWS, bind
 from fastbp.backends.triton import configs, launch
@@ -72,12 +73,11 @@ class Case:
         return " ".join(words)
 
 
-class Drawn:
-    """Random numbers of a seed, and memory for results, which holds NaN."""
+class Operands(Drawn):
+    """Of a case, and its activation."""
 
     def __init__(self, case: Case, seed: int):
-        self.generator, self.case = torch.Generator().manual_seed(seed), case
-        self.dtype = getattr(torch, case.dtype)
+        super().__init__(case, seed)
         self.activation = bind(case.activation)
 
     def numbers(self) -> Tensor:
@@ -90,15 +90,9 @@ class Drawn:
             drawn.view(-1)[::37], drawn.view(-1)[5::41], drawn.view(-1)[7::43] = math.inf, math.nan, 0.0
         return drawn
 
-    def gradient(self) -> Tensor:
-        return torch.randn(self.case.m, self.case.n, generator=self.generator, dtype=torch.float64).to(self.dtype)
-
     def small(self, *shape: int, unit: float = 1.0) -> Tensor:
         """-1, 0 and 1 times a unit."""
         return (torch.randint(-1, 2, shape, generator=self.generator) * unit).to(self.dtype)
-
-    def space(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.full(shape, math.nan, dtype=dtype or self.dtype)
 
     def codes(self) -> tuple[Tensor | None, Tensor | None]:
         """Memory for what forward keeps of a matrix, and for what lies beside it."""
@@ -116,7 +110,7 @@ def run(case: Case, seed: int) -> Verdict:
 
 
 def _run(case: Case, seed: int) -> Verdict:
-    drawn = Drawn(case, seed)
+    drawn = Operands(case, seed)
     config = configure("linear_act", case.activation, drawn.activation.params, case.policy, "triton")
     how = launch.arithmetic(config, drawn.dtype)
     backward = case.kernel.endswith(("chain_rule", "dgrad"))
@@ -125,7 +119,7 @@ def _run(case: Case, seed: int) -> Verdict:
     return Verdict.of(case, errors(), result.instructions)
 
 
-def _forward(case: Case, how: launch.Arithmetic, drawn: Drawn) -> Parts:
+def _forward(case: Case, how: launch.Arithmetic, drawn: Operands) -> Parts:
     y, kept = drawn.space(case.m, case.n), [drawn.codes() for _ in range(1 + case.gated)]
     if case.k:
         assert case.found is not None
@@ -162,13 +156,13 @@ def _forward(case: Case, how: launch.Arithmetic, drawn: Drawn) -> Parts:
     return made, errors
 
 
-def _exactly(z: Tensor, drawn: Drawn) -> Tensor:
+def _exactly(z: Tensor, drawn: Operands) -> Tensor:
     narrow = z.to(drawn.dtype)
     assert torch.equal(narrow.double(), z), "the operands are to give a z that the dtype holds"
     return narrow
 
 
-def _value(case: Case, drawn: Drawn, y: Tensor, parts: list[Tensor]) -> float:
+def _value(case: Case, drawn: Operands, y: Tensor, parts: list[Tensor]) -> float:
     """Of y, which with a mark in its lowest bit may be off by one unit more."""
     fine = torch.stack([part.isfinite() for part in parts]).all(0)
     z, factor = parts[0].where(fine, 0), parts[1].where(fine, 0).double() if case.gated else 1.0
@@ -181,7 +175,7 @@ def _value(case: Case, drawn: Drawn, y: Tensor, parts: list[Tensor]) -> float:
     return reference.rounded_once(y.where(fine, wanted.to(y.dtype)), wanted, spare)
 
 
-def _bits(codes: Tensor, z: Tensor, y: Tensor, drawn: Drawn) -> float:
+def _bits(codes: Tensor, z: Tensor, y: Tensor, drawn: Operands) -> float:
     """Sides must be right, and the next bits of y, of which there are three, off by one and what arithmetic loses."""
     f, at = reference.function(drawn.activation), drawn.activation.row.minimum_at
     assert at is not None
@@ -197,7 +191,7 @@ def _bits(codes: Tensor, z: Tensor, y: Tensor, drawn: Drawn) -> float:
     return float((steps / torch.nn.functional.pad(allowed, (0, -allowed.shape[-1] % 2), value=8.0)).max())
 
 
-def _backward(case: Case, how: launch.Arithmetic, drawn: Drawn) -> Parts:
+def _backward(case: Case, how: launch.Arithmetic, drawn: Operands) -> Parts:
     parts = [drawn.numbers() for _ in range(1 + case.gated)]
     kept = [ref.Kept(drawn.activation, case.policy, part) for part in parts]
     results = [drawn.space(case.m, case.n) for _ in parts]
@@ -212,7 +206,7 @@ def _backward(case: Case, how: launch.Arithmetic, drawn: Drawn) -> Parts:
         product_of = launch.gated_dgrad if case.gated else launch.dgrad
         made = product_of(*head, *codes, *results, h, *sums, *beside)
     else:
-        dh = drawn.gradient()
+        dh = drawn.normal(case.m, case.n)
         rule = launch.gated_chain_rule if case.gated else launch.chain_rule
         made = rule(how, _strip(case, drawn), dh, *codes, *results, h, *sums, *beside)
 
@@ -241,7 +235,7 @@ def _backward(case: Case, how: launch.Arithmetic, drawn: Drawn) -> Parts:
     return made, errors
 
 
-def _strip(case: Case, drawn: Drawn) -> configs.Strip:
+def _strip(case: Case, drawn: Operands) -> configs.Strip:
     return configs.strip(case.m, case.n, drawn.dtype.itemsize, PROCESSORS)
 
 

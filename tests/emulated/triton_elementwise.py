@@ -5,7 +5,6 @@ Imported where Triton compiles (``compiled.py``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import cycle, product
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from emulated import triton_reference as reference
 from emulated.jobs import Job, Verdict, judged
+from emulated.triton_drawn import Drawn
 from emulated.triton_run import FAMILIES, execute
 from fastbp.activations import ROWS, Bound, bind
 from fastbp.backends.triton import configs, launch
@@ -61,20 +61,12 @@ class Case:
         return " ".join(map(str, [*words, *traits]))
 
 
-class Drawn:
-    """Random matrices of a seed, and memory for results, which holds NaN; all as far off 16 bytes as the case says."""
-
-    def __init__(self, case: Case, seed: int):
-        self.generator, self.case = torch.Generator().manual_seed(seed), case
-        self.dtype = getattr(torch, case.dtype)
-
-    def space(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        flat = torch.full((math.prod(shape) + self.case.skew,), math.nan, dtype=dtype or self.dtype)
-        return flat[self.case.skew :].view(shape)
+class Matrices(Drawn):
+    """Matrices of the case's size, as far off 16 bytes as its results."""
 
     def numbers(self, scale: float = 2.0) -> Tensor:
-        drawn = torch.randn(self.case.m, self.case.n, generator=self.generator, dtype=torch.float64) * scale
-        return self.space(self.case.m, self.case.n).copy_(drawn)
+        size = self.case.m, self.case.n
+        return self.space(*size).copy_(self.normal(*size, scale=scale))
 
     def gradient(self) -> Tensor:
         drawn = self.numbers(1.0)
@@ -87,7 +79,7 @@ def run(case: Case, seed: int, change: Callable[[str], str] | None = None) -> Ve
 
 
 def _run(case: Case, seed: int, change: Callable[[str], str] | None) -> Verdict:
-    drawn = Drawn(case, seed)
+    drawn = Matrices(case, seed)
     how = launch.arithmetic(
         configure("linear_act", case.activation, case.bound.params, case.policy, "triton"), drawn.dtype
     )
@@ -100,14 +92,14 @@ def _run(case: Case, seed: int, change: Callable[[str], str] | None) -> Verdict:
     return Verdict.of(case, errors(), result.instructions)
 
 
-def _activation(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
+def _activation(case: Case, how: launch.Arithmetic, f: Any, drawn: Matrices) -> Parts:
     z, up = drawn.numbers(), drawn.numbers() if case.kernel.startswith("gated") else None
     before, factor = z.clone(), 1.0 if up is None else up.double()
     y = z if case.overwrite else drawn.space(case.m, case.n)
     return launch.activation(how, z, up, y), lambda: iter([("y", reference.value(y, f, before, factor))])
 
 
-def _chain_rule(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
+def _chain_rule(case: Case, how: launch.Arithmetic, f: Any, drawn: Matrices) -> Parts:
     dh, r = drawn.gradient(), drawn.numbers()
     if case.policy == "output":
         r.copy_(f(r.double()))
@@ -134,7 +126,7 @@ def _chain_rule(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Par
     return launch.chain_rule(how, strip, dh, r, dz, h, sums), errors
 
 
-def _gated_chain_rule(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
+def _gated_chain_rule(case: Case, how: launch.Arithmetic, f: Any, drawn: Matrices) -> Parts:
     dh, gate, up = drawn.gradient(), drawn.numbers(), drawn.numbers()
     d, g, u = (t.double().clone() for t in (dh, gate, up))
     strip = configs.strip(case.m, case.n, drawn.dtype.itemsize, PROCESSORS)
@@ -157,7 +149,7 @@ def _gated_chain_rule(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) 
     return launch.gated_chain_rule(how, strip, dh, gate, up, dg, du, h, *sums), errors
 
 
-def _column_sum(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
+def _column_sum(case: Case, how: launch.Arithmetic, f: Any, drawn: Matrices) -> Parts:
     """Of a matrix (P, N) of partial sums, in float32 or float64."""
     wide = torch.float64 if drawn.dtype == torch.float64 else torch.float32
     sums = drawn.space(case.m, case.n, dtype=wide).copy_(drawn.numbers())

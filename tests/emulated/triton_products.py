@@ -5,7 +5,6 @@ Imported where Triton compiles (``compiled.py``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from emulated import triton_reference as reference
 from emulated.jobs import Job, Verdict, judged
+from emulated.triton_drawn import Drawn
 from emulated.triton_run import FAMILIES, execute
 from fastbp.activations import ROWS, Bound, bind
 from fastbp.backends.triton import configs, launch
@@ -63,23 +63,12 @@ class Case:
         return configs.tiles(self.kind, self.family)[self.tile]
 
 
-class Drawn:
-    """Random operands of a seed, and memory for results, which holds NaN."""
-
-    def __init__(self, case: Case, seed: int):
-        self.generator, self.case = torch.Generator().manual_seed(seed), case
-        self.dtype = getattr(torch, case.dtype)
+class Operands(Drawn):
+    """Operands as the case says: with columns that are not adjacent."""
 
     def numbers(self, *shape: int, scale: float = 1.0) -> Tensor:
-        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
-        drawn = drawn.to(self.dtype)
+        drawn = self.normal(*shape, scale=scale)
         return drawn.mT.contiguous().mT if self.case.transposed and drawn.dim() > 1 else drawn
-
-    def plain(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
-
-    def space(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.full(shape, math.nan, dtype=dtype or self.dtype)
 
 
 def run(case: Case, seed: int, change: Callable[[str], str] | None = None) -> Verdict:
@@ -88,7 +77,7 @@ def run(case: Case, seed: int, change: Callable[[str], str] | None = None) -> Ve
 
 
 def _run(case: Case, schedule: Schedule, seed: int, change: Callable[[str], str] | None) -> Verdict:
-    drawn = Drawn(case, seed)
+    drawn = Operands(case, seed)
     config = configure("linear_act", case.activation, case.bound.params, case.policy, "triton")
     how = launch.arithmetic(config, drawn.dtype)
     f = reference.function(case.bound)
@@ -101,9 +90,9 @@ def _run(case: Case, schedule: Schedule, seed: int, change: Callable[[str], str]
 Parts = tuple[launch.Launch, Callable[[], Iterator[tuple[str, float]]]]
 
 
-def _forward(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
+def _forward(case: Case, how: launch.Arithmetic, f: Any, drawn: Operands) -> Parts:
     x, w = drawn.numbers(case.m, case.k), drawn.numbers(case.n, case.k, scale=case.k**-0.5)
-    b = drawn.plain(case.n) if case.bias else None
+    b = drawn.normal(case.n) if case.bias else None
     y, z = drawn.space(case.m, case.n), drawn.space(case.m, case.n) if case.keep else None
 
     def errors() -> Iterator[tuple[str, float]]:
@@ -117,9 +106,9 @@ def _forward(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
     return launch.forward(how, case.found, case.programs, x, w, b, y, z), errors
 
 
-def _gated_forward(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
+def _gated_forward(case: Case, how: launch.Arithmetic, f: Any, drawn: Operands) -> Parts:
     x, ws = drawn.numbers(case.m, case.k), [drawn.numbers(case.n, case.k, scale=case.k**-0.5) for _ in range(2)]
-    bs = [drawn.plain(case.n) if case.bias else None for _ in range(2)]
+    bs = [drawn.normal(case.n) if case.bias else None for _ in range(2)]
     y, g, u = (drawn.space(case.m, case.n) for _ in range(3))
 
     def errors() -> Iterator[tuple[str, float]]:
@@ -130,7 +119,7 @@ def _gated_forward(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> 
     return launch.gated_forward(how, case.found, case.programs, x, ws, bs, y, g, u), errors
 
 
-def _upper(case: Case, drawn: Drawn) -> tuple[Tensor, Tensor]:
+def _upper(case: Case, drawn: Operands) -> tuple[Tensor, Tensor]:
     """dz of the layer above, and its weight."""
     return drawn.numbers(case.m, case.k), drawn.numbers(case.k, case.n, scale=case.k**-0.5)
 
@@ -140,8 +129,8 @@ def _spared(dh: Tensor, spare: Tensor, dtype: torch.dtype) -> Tensor:
     return spare + 2 * reference.half_unit(dh, dtype) if dtype == torch.float16 else spare
 
 
-def _dgrad(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
-    (d, w), z = _upper(case, drawn), drawn.plain(case.m, case.n)
+def _dgrad(case: Case, how: launch.Arithmetic, f: Any, drawn: Operands) -> Parts:
+    (d, w), z = _upper(case, drawn), drawn.normal(case.m, case.n)
     before, rows = z.clone(), case.found.block_m
     dz, h = z if case.overwrite else drawn.space(case.m, case.n), drawn.space(case.m, case.n) if case.keep else None
     sums = drawn.space(-(-case.m // rows), case.n, dtype=torch.float32) if case.keep else None
@@ -160,8 +149,8 @@ def _dgrad(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
     return launch.dgrad(how, case.found, case.programs, d, w, z, dz, h, sums), errors
 
 
-def _gated_dgrad(case: Case, how: launch.Arithmetic, f: Any, drawn: Drawn) -> Parts:
-    (d, w), kept = _upper(case, drawn), [drawn.plain(case.m, case.n) for _ in range(2)]
+def _gated_dgrad(case: Case, how: launch.Arithmetic, f: Any, drawn: Operands) -> Parts:
+    (d, w), kept = _upper(case, drawn), [drawn.normal(case.m, case.n) for _ in range(2)]
     g, u = (t.double() for t in kept)
     dg, du = kept if case.overwrite else [drawn.space(case.m, case.n) for _ in range(2)]
     h, rows = drawn.space(case.m, case.n) if case.keep else None, case.found.block_m

@@ -48,9 +48,7 @@ def prepare(case: Case, names: Iterable[str], device: torch.device, mode: str = 
     a forced route of fastbp is broken, with its reason; eager and fastbp itself may not raise.
     """
     task = task_of(case, device)
-    truth = Truth(case, task.truth(mode))
-    # A z next to a kink may fall to either side of it: a few of the slopes differ as a whole, in whoever computes them.
-    kinks = 4 / (case.rows * max(case.features)) ** 0.5 if case.activation == "relu" else 0.0
+    truth = Truth(case, *task.truth(mode))
     found = Prepared({}, {}, {}, {}, len(task.inputs))
     for name in names:
         rival, trusted = RIVALS[name], name == "eager" or name.startswith("fastbp")
@@ -62,12 +60,12 @@ def prepare(case: Case, names: Iterable[str], device: torch.device, mode: str = 
             with rival.on_its_route():
                 results = task.results(run, mode)
             if name == "eager":
-                truth.allow(results, kinks)
+                truth.allow(results)
             if rival.same_function:
                 worst, wrong = truth.worst(results), truth.refusal(results)
                 bound = name.startswith("fastbp") and rival.exact
                 assert wrong is None or not bound, f"{case.name}: {name} is inaccurate: {wrong}"
-                usable = worst < WRONG + kinks or isinstance(case, Model)
+                usable = worst < WRONG or isinstance(case, Model)
                 assert usable or not trusted, f"{case.name}: {name} is wrong: {wrong}"
                 found.accuracy[name] = {
                     "error": float(f"{worst:.3g}") if math.isfinite(worst) else None,
@@ -89,22 +87,21 @@ def prepare(case: Case, names: Iterable[str], device: torch.device, mode: str = 
 class Truth:
     """The results in float64: each by itself; of a model the output, and the gradients of all parameters together."""
 
-    def __init__(self, case: Case, exact: Sequence[Tensor]) -> None:
-        self.case, self.exact = case, exact
+    def __init__(self, case: Case, exact: Sequence[Tensor], beside: Sequence[Tensor | None]) -> None:
+        self.case, self.exact, self.beside = case, exact, beside
         self.held: list[Exact] = []  # by what eager's results set the bounds
         self.allowed: list[float] = []
 
-    def allow(self, eagers: Sequence[Tensor], kinks: float) -> None:
-        """Derive the bounds from eager's results; ``kinks`` is what gradients may have more."""
+    def allow(self, eagers: Sequence[Tensor]) -> None:
+        """Derive the bounds from eager's results."""
         if isinstance(self.case, Model):
-            slack = torch.finfo(self.case.dtype).eps + kinks
+            slack = torch.finfo(self.case.dtype).eps
             self.allowed = [2 * error + slack for error in self._pooled(eagers)]
             return
-        local = 12 / min(self.case.rows, *self.case.features) ** 0.5 if kinks else 0.0
-        for index, (theirs, truth) in enumerate(zip(eagers, self.exact, strict=True)):
+        for index, (theirs, truth, off) in enumerate(zip(eagers, self.exact, self.beside, strict=True)):
             held = Exact(theirs, "the output" if index == 0 else f"gradient {index}")
             held.put(0, truth)
-            held.allow(theirs, *((kinks, local) if index else (0.0, 0.0)), entered=self._entered(index, truth))
+            held.allow(theirs, entered=self._entered(index, truth), beside=off)
             self.held.append(held)
 
     def _entered(self, index: int, truth: Tensor) -> float:

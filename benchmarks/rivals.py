@@ -30,7 +30,7 @@ Make = Callable[[Case, list[Any]], Run]
 KINDS = {"layer": "linear_act", "gated": "gated_linear_act", "mlp": "mlp", "gated_mlp": "gated_mlp"}
 MODELS = {"vit": "mlp", "gpt2": "mlp", "llama": "gated_mlp"}  # the form of their blocks' MLPs
 PARTITIONED = "aot_eager_decomp_partition"  # Inductor's decompositions and partitioner, and no code
-_MODULES: dict[str, Callable[[], nn.Module]] = {
+MODULES: dict[str, Callable[[], nn.Module]] = {
     row.name: partial(row.module, **dict(row.module_attributes)) for row in TABLE if row.module is not None
 }
 ALONE = "activation"  # the kind of a case without a linear
@@ -54,11 +54,11 @@ def make_linears(case: Case) -> list[nn.Linear]:
     return [nn.Linear(into, out, dtype=case.dtype) for _, into, out in case.products]
 
 
-def eager(case: Case, parts: list[Any]) -> nn.Module:
-    """What people write."""
+def eager(case: Case, parts: list[Any], activation: nn.Module | None = None) -> nn.Module:
+    """What people write, or that with another module in place of the activation's."""
     if isinstance(case, Model):
         return parts[0]  # type: ignore[no-any-return]
-    activation = _MODULES[case.activation]()
+    activation = activation or MODULES[case.activation]()
     if case.kind == ALONE:
         return activation
     if case.kind.startswith("gated"):
@@ -202,7 +202,7 @@ class Rival:
 
     make: Make
     kinds: tuple[str, ...] = (*KINDS, *MODELS)
-    activations: tuple[str, ...] = tuple(_MODULES)
+    activations: tuple[str, ...] = tuple(MODULES)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     devices: tuple[str, ...] = ("cpu", "cuda", "meta")
     modes: tuple[str, ...] = MODES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from benchmarks import cuda_clock, models
 from benchmarks.cases import Case, Model
 from benchmarks.clock import Staged, Step
-from benchmarks.rivals import Run, eager, make_linears
+from benchmarks.rivals import ALONE, MODULES, Run, eager, make_linears
+from fastbp.kinks import Activate, Sides
+
+
+class Calling(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Activate) -> None:
+        super().__init__()
+        self.forward = function
 
 
 @dataclass(frozen=True)
@@ -61,21 +70,41 @@ class Task:
         as_given = getattr(run, "as_given", list)  # of a rival with parameters of its own
         return [y.detach(), *found[:first], *as_given(found[first:])]
 
-    def truth(self, mode: str) -> list[Tensor]:
-        """The results of eager in float64. Of a model one input at a time, for the sake of memory."""
+    def truth(self, mode: str) -> tuple[list[Tensor], Sequence[Tensor | None]]:
+        """The results of eager in float64, and how far off each may be by z beside a kink (``fastbp.kinks``), None
+        where no z is. Of a model, of which nobody looks at kinks, one input at a time, for the sake of memory.
+        """
         wide = Task(self.case, [copy.deepcopy(part).double() for part in self.parts], [])
         run = eager(self.case, wide.parts)
         x, target = self.inputs[0]
         x = x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
         if not isinstance(self.case, Model):
             wide.inputs.append((x, target.double()))
-            return wide.results(run, mode)
+            exact = wide.results(run, mode)
+            return exact, self._beside(wide, exact, mode)
         found = []
         for i in range(self.case.batch):
             wide.inputs[:] = [(x[i : i + 1], target[i : i + 1])]
             found.append(wide.results(run, mode))
         outputs, *gradients = zip(*found, strict=True)
-        return [torch.cat(outputs), *(torch.stack(each).mean(0) for each in gradients)]
+        exact = [torch.cat(outputs), *(torch.stack(each).mean(0) for each in gradients)]
+        return exact, [None] * len(exact)
+
+    def _beside(self, wide: Task, exact: list[Tensor], mode: str) -> Sequence[Tensor | None]:
+        """How far off the gradients are with the slopes of the other sides of kinks; an activation alone is given its z
+        as it is.
+        """
+        nobody = [None] * len(exact)
+        if self.case.kind == ALONE or mode == "fwd":
+            return nobody
+        activation = MODULES[self.case.activation]()
+        sides = Sides(activation, self.case.dtype)
+        if not sides.kinks:
+            return nobody
+        with torch.no_grad():
+            eager(self.case, self.parts, Calling(sides.noting(activation)))(self.inputs[0][0])
+        other = wide.results(eager(self.case, wide.parts, Calling(sides.other())), mode)
+        return [None, *(o - e for o, e in zip(other[1:], exact[1:], strict=True))] if sides.turned else nobody
 
 
 def task_of(case: Case, device: torch.device) -> Task:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -87,6 +87,26 @@ class Errors(NamedTuple):
     row_of_number: int
 
 
+class Beside(NamedTuple):
+    """How far off results may be that are as right: each number, and the RMS of rows, columns and the whole."""
+
+    numbers: Tensor
+    rows: Tensor
+    columns: Tensor
+    whole: float
+
+    @classmethod
+    def of(cls, numbers: Tensor, blocks: Iterable[slice]) -> Beside:
+        (m, n), device = numbers.shape, numbers.device
+        rows, columns = (torch.zeros(size, dtype=torch.float64, device=device) for size in (m, n))
+        for at in blocks:
+            squares = numbers[at].double().square()
+            rows[at] = squares.sum(1)
+            columns += squares.sum(0)
+        whole = math.sqrt(rows.sum().item() / max(m * n, 1))
+        return cls(numbers, (rows / max(n, 1)).sqrt(), (columns / max(m, 1)).sqrt(), whole)
+
+
 class Exact:
     """What a result should be, in float64: put in by blocks of rows, and kept as its rounding and the rest of it.
 
@@ -99,6 +119,7 @@ class Exact:
         columns = like.shape[-1] if like.dim() else 1
         size = (like.numel() // max(columns, 1), columns)
         self.rounded, self.rest = (torch.empty(size, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.beside: Beside | None = None
 
     def put(self, start: int, block: Tensor) -> None:
         """Rows of it, from ``start`` on."""
@@ -111,12 +132,13 @@ class Exact:
             # NaN for what is not finite in float64 either; nothing for what is beyond the dtype alone.
             self.rest[at] = torch.where(rest.isinf() & part.isfinite(), 0.0, rest)
 
-    def allow(self, plain: Tensor, slack: float = 0.0, local: float = 0.0, entered: float = 0.0) -> None:
+    def allow(self, plain: Tensor, slack: float = 0.0, entered: float = 0.0, beside: Tensor | None = None) -> None:
         """Derive the bounds from plain PyTorch's result. Everything must have been put in.
 
-        ``slack`` is what the error of the whole may be more, ``local`` that of each row, column and number.
-        ``entered`` is the RMS of what a sum was made of where that may have cancelled: its error is in relation to it.
-        Of few numbers PyTorch's own error says little, for it may have been lucky in all of them, so more is allowed.
+        ``slack`` is what every error may be more. ``entered`` is the RMS of what a sum was made of where that may have
+        cancelled: its error is in relation to it. ``beside`` is how far off each number of a result is that is as right
+        as PyTorch's (``kinks``): so many times as PyTorch's own error that is no error. Of few numbers PyTorch's own
+        error says little, for it may have been lucky in all of them, so more is allowed.
         """
         count, (m, n) = max(self.rounded.numel(), 1), self.rounded.shape
         device = self.rounded.device
@@ -131,13 +153,15 @@ class Exact:
         self.column_sizes = ((columns + PRIOR * mean) / (m + PRIOR)).sqrt().clamp(min=self.least)
         plain = self._matrix(plain)
         self.plain = None if self._finite_like(plain) else plain
+        if beside is not None:
+            self.beside = Beside.of(self._matrix(beside), self._blocks())
         own = self.errors(plain)
         eps = torch.finfo(self.dtype).eps
         spare = (FLOAT64[0], *[FLOAT64[1]] * 3) if self.dtype == torch.float64 else (eps,) * 4
-        more, few = (slack, local, local, local), (8 / math.sqrt(count), *[32 / math.sqrt(count)] * 3)
+        few = (8 / math.sqrt(count), *[32 / math.sqrt(count)] * 3)
         self.allowed = tuple(
-            (1 + luck) * (times * error + unit) + extra
-            for times, error, unit, luck, extra in zip(TIMES, own.largest, spare, few, more, strict=True)
+            (1 + luck) * (times * error + unit) + slack
+            for times, error, unit, luck in zip(TIMES, own.largest, spare, few, strict=True)
         )
 
     def refusal(self, found: Tensor) -> str | None:
@@ -166,12 +190,16 @@ class Exact:
         columns = torch.zeros(n, dtype=torch.float64, device=found.device)
         for at in self._blocks():
             error = self._error(found[at], at)
-            numbers[at] = (error / self._sizes(at)).amax(1)
+            numbers[at] = self._relative(error, at).amax(1)
             squares = error.square_()
             rows[at] = squares.sum(1)
             columns += squares.sum(0)
-        whole = math.sqrt(rows.sum().item() / (m * n)) / max(self.size, self.least)
-        by_rows, by_columns = (rows / n).sqrt() / self.row_sizes, (columns / m).sqrt() / self.column_sizes
+        total, rows, columns = math.sqrt(rows.sum().item() / (m * n)), (rows / n).sqrt(), (columns / m).sqrt()
+        if self.beside is not None:
+            total = max(0.0, total - TIMES[0] * self.beside.whole)
+            rows, columns = rows - TIMES[1] * self.beside.rows, columns - TIMES[2] * self.beside.columns
+        whole = total / max(self.size, self.least)
+        by_rows, by_columns = rows.clamp(min=0.0) / self.row_sizes, columns.clamp(min=0.0) / self.column_sizes
         largest = (whole, by_rows.max().item(), by_columns.max().item(), numbers.max().item())
         return Errors(largest, int(by_rows.argmax()), int(by_columns.argmax()), int(numbers.argmax()))
 
@@ -189,6 +217,12 @@ class Exact:
         limit = torch.finfo(self.dtype).max  # of what is beyond the dtype: as far as that goes
         error = found.double() - exact.clamp(-limit, limit) - self.rest[at, columns].double()
         return error.nan_to_num_(0.0, 0.0, 0.0).abs_().sub_(self.least).clamp_(min=0.0)
+
+    def _relative(self, error: Tensor, at: slice) -> Tensor:
+        """The error of each number in relation to what it is one of; one z beside a kink is seen in all of its row."""
+        if self.beside is not None:
+            error = error - TIMES[3] * (self.beside.numbers[at].double().abs() + self.beside.rows[at, None])
+        return error.clamp(min=0.0) / self._sizes(at)
 
     def _sizes(self, at: slice) -> Tensor:
         """What the error of each number is in relation to."""
@@ -218,7 +252,7 @@ class Exact:
         else:
             row = errors.row if kind == "row" else errors.row_of_number
             at = slice(row, row + 1)
-            column = int((self._error(found[at], at) / self._sizes(at)).argmax())
+            column = int(self._relative(self._error(found[at], at), at).argmax())
         of = {"row": f"row {row} of ", "column": f"column {column} of ", "number": "a number of "}.get(kind, "")
         return (
             f"error {error:.3g} against float64 of {of}{self.name}, where {allowed:.3g} is allowed: "

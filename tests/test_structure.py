@@ -27,6 +27,7 @@ FLOORS = (
         "version",
         "cache",
         "acceptance",
+        "kinks",
         "casts",
         "accumulation",
         "memory",

@@ -14,6 +14,7 @@ from fastbp.acceptance import Exact, rows_at_a_time
 from fastbp.activations import bind
 from fastbp.autograd import run
 from fastbp.backends import REFERENCE, with_backend
+from fastbp.kinks import Activate, Sides
 from fastbp.memory import SavedBytes
 from fastbp.problem import Config
 from fastbp.reference import compose
@@ -74,9 +75,10 @@ def draw(job: Job) -> DrawnCall:
     return DrawnCall(inputs, weights, biases, random(rows, features[-1]), wanted)
 
 
-def plain(job: Job, call: DrawnCall) -> list[Tensor]:
+def plain(job: Job, call: DrawnCall, activation: Activate | None = None) -> list[Tensor]:
     """Output and gradients by PyTorch's operations under its own autograd, in the dtype of the call."""
-    y = compose(job.config.form, bind(job.config.row.name, job.config.params), call.inputs, call.weights, call.biases)
+    bound: Any = bind(job.config.row.name, job.config.params)
+    y = compose(job.config.form, activation or bound, call.inputs, call.weights, call.biases)
     return [y.detach(), *torch.autograd.grad(y, call.wanted, call.dy)]
 
 
@@ -84,23 +86,24 @@ def yardstick(job: Job, call: DrawnCall) -> list[Exact]:
     """What the results should be, by plain PyTorch in float64, and how far off they may be: see ``acceptance``.
 
     Plain PyTorch in the dtype sets the bounds, or for a policy whose gradients are not as exact as those of z, the
-    reference by that policy. Of the rows a block is in memory at a time; of the parameters the float64 and that of
-    their gradients.
+    reference by that policy; and what gradients are off by, by the slopes of z beside a kink (``kinks``). Of the rows a
+    block is in memory at a time; of the parameters the float64 and that of their gradients.
     """
-    own = plain(job, call)
+    bound: Any = bind(job.config.row.name, job.config.params)
+    # In float64 PyTorch's own hardsigmoid is off: it takes its ⅙ in float32.
+    activation: Activate = partial(_formula, job.config) if job.dtype == torch.float64 else bound
+    sides = None if job.config.form.given else Sides(activation, job.dtype)  # of a given form z is as it is given
+    own = plain(job, call, sides.noting(bound) if sides else None)
     names = _names(job, call)
     exact = [Exact(t, name) for t, name in zip(own, names, strict=True)]
-    entered = _put_exact(job, call, exact)
+    entered, beside = _put_exact(job, call, exact, activation, sides if sides and sides.kinks else None)
     policy, extra = POLICIES[job.config.save], 0.0
     if policy.compressed or (job.config.save == "output" and not job.config.row.output_exact):
         own = call.results(with_backend(job.config, REFERENCE))
     if policy.compressed and policy.from_output and job.dtype == torch.float32:
         extra = 64 * torch.finfo(job.dtype).eps  # the coefficients of these slopes alternate, and cancel up to 70-fold
-    for index, (truth, theirs) in enumerate(zip(exact, own, strict=True)):
-        # The output has no kinks, and of a given form the gradients are at z as it is given.
-        kinked = index > 0 and not job.config.form.given and _has_kink(job.config)
-        slack, local = _slack(job) if kinked else (0.0, 0.0)
-        truth.allow(theirs, slack + extra, local + extra, entered[index])
+    for truth, theirs, sizes, off in zip(exact, own, entered, beside, strict=True):
+        truth.allow(theirs, extra, sizes, off)
     return exact
 
 
@@ -115,26 +118,38 @@ def _names(job: Job, call: DrawnCall) -> list[str]:
     return ["y", *(f"the gradient of {name}" for name, t in zip(names, tensors, strict=True) if id(t) in wanted)]
 
 
-def _put_exact(job: Job, call: DrawnCall, exact: Sequence[Exact]) -> list[float]:
-    """The float64 of everything; and of each sum over rows the RMS of what it was made of, 0 of the others."""
-    rows, row = job.sizes.rows, job.config.row
-    activation: Any = bind(row.name, job.config.params)
-    if job.dtype == torch.float64:  # in which PyTorch's own hardsigmoid is off: it takes its ⅙ in float32
-        activation = partial(_formula, job.config)
+def _put_exact(
+    job: Job, call: DrawnCall, exact: Sequence[Exact], activation: Activate, sides: Sides | None
+) -> tuple[list[float], list[Tensor | None]]:
+    """The float64 of everything; of each sum over rows the RMS of what it was made of, 0 of the others; and how far off
+    each gradient is with the slopes of the other sides, None where no z is beside a kink.
+    """
+    rows, form = job.sizes.rows, job.config.form
     parameters = [t for t in (*call.weights, *call.biases) if t is not None]
     wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in parameters}
     weights = [wide[id(w)] for w in call.weights]
     biases = [None if b is None else wide[id(b)] for b in call.biases]
     sums = [torch.zeros_like(wide[id(t)]) if id(t) in wide else None for t in call.wanted]
+    off = [torch.zeros_like(t if total is None else total) for t, total in zip(call.wanted, sums, strict=True)]
     squares = [0.0] * len(sums)
     step = max(1, min(rows_at_a_time(max(job.sizes.features)), -(-rows // BLOCKS)))
     for start in range(0, rows, step):
-        part = {id(t): t.detach()[start : start + step].double().requires_grad_(t.requires_grad) for t in call.inputs}
-        y = compose(job.config.form, activation, [part[id(t)] for t in call.inputs], weights, biases)
+        at = slice(start, start + step)
+        part = {id(t): t.detach()[at].double().requires_grad_(t.requires_grad) for t in call.inputs}
+        inputs = [part[id(t)] for t in call.inputs]
+        y = compose(form, activation, inputs, weights, biases)
         exact[0].put(start, y)
-        leaves, dy = [wide.get(id(t), part.get(id(t))) for t in call.wanted], call.dy[start : start + step].double()
+        leaves, dy = [wide.get(id(t), part.get(id(t))) for t in call.wanted], call.dy[at].double()
+        other, turned = None, sides.turned if sides else 0
+        if sides:
+            other = compose(form, sides.other(at), inputs, weights, biases)
+            other = None if sides.turned == turned else other
         for i, leaf in enumerate(leaves):  # one at a time, for the gradients of all weights are large together
-            (grad,) = torch.autograd.grad(y, leaf, dy, retain_graph=i + 1 < len(leaves))  # type: ignore[arg-type]
+            more = i + 1 < len(leaves)
+            (grad,) = torch.autograd.grad(y, leaf, dy, retain_graph=more)  # type: ignore[arg-type]
+            if other is not None:
+                (theirs,) = torch.autograd.grad(other, leaf, dy, retain_graph=more)  # type: ignore[arg-type]
+                (off[i][at] if sums[i] is None else off[i]).add_(theirs.sub_(grad).abs_())
             if sums[i] is None:
                 exact[1 + i].put(start, grad)
             else:
@@ -143,24 +158,10 @@ def _put_exact(job: Job, call: DrawnCall, exact: Sequence[Exact]) -> list[float]
     for i, total in enumerate(sums):
         if total is not None:
             exact[1 + i].put(0, total)
-    return [0.0, *((s / max(t.numel(), 1)) ** 0.5 for s, t in zip(squares, call.wanted, strict=True))]
+    entered = [(s / max(t.numel(), 1)) ** 0.5 for s, t in zip(squares, call.wanted, strict=True)]
+    return [0.0, *entered], [None, *(off if sides and sides.turned else [None] * len(off))]
 
 
 def _formula(config: Config, z: Tensor) -> Tensor:
     """The table's value, in PyTorch's operations."""
     return config.row.value(z, *config.params)
-
-
-def _slack(job: Job) -> tuple[float, float]:
-    """What slopes that differ as a whole add to the error of gradients: a z next to a kink may fall to either side.
-
-    In the whole of a result, and in a single row or column of it, of which one such slope may be a large part.
-    """
-    numbers = job.sizes.rows * max(job.sizes.features)
-    whole = 2 * ((1 + 4 * numbers * torch.finfo(job.dtype).eps) / numbers) ** 0.5
-    return float(whole), 12 / min(job.sizes.rows, *job.sizes.features) ** 0.5
-
-
-def _has_kink(config: Config) -> bool:
-    z = torch.arange(-8, 8, 2**-10, dtype=torch.float64)
-    return bool(config.row.grad(torch.ones_like(z), z, *config.params).diff().abs().max() > 0.05)

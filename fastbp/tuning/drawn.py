@@ -130,7 +130,9 @@ def _put_exact(
     weights = [wide[id(w)] for w in call.weights]
     biases = [None if b is None else wide[id(b)] for b in call.biases]
     sums = [torch.zeros_like(wide[id(t)]) if id(t) in wide else None for t in call.wanted]
-    off = [torch.zeros_like(t if total is None else total) for t, total in zip(call.wanted, sums, strict=True)]
+    off: list[Tensor] = []
+    if sides:
+        off = [torch.zeros_like(t if total is None else total) for t, total in zip(call.wanted, sums, strict=True)]
     squares = [0.0] * len(sums)
     step = max(1, min(rows_at_a_time(max(job.sizes.features)), -(-rows // BLOCKS)))
     for start in range(0, rows, step):
@@ -159,7 +161,7 @@ def _put_exact(
         if total is not None:
             exact[1 + i].put(0, total)
     entered = [(s / max(t.numel(), 1)) ** 0.5 for s, t in zip(squares, call.wanted, strict=True)]
-    return [0.0, *entered], [None, *(off if sides and sides.turned else [None] * len(off))]
+    return [0.0, *entered], [None, *(off if sides and sides.turned else [None] * len(sums))]
 
 
 def _formula(config: Config, z: Tensor) -> Tensor:

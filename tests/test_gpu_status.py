@@ -34,7 +34,7 @@ def row_of(kernel):
 def test_a_kernel_has_what_its_files_say(files):
     tally(("hopper dgrad", False), ("hopper dgrad", True), ("cuda value", False)).write("static --record", False)
     row = row_of("hopper dgrad")
-    assert "1 of 2 without a fault;" in row and "7 runs of 3 of 4 cases: race 2; 2 shapes, 1 activations" in row
+    assert "1 of 2 without a fault;" in row and "7 runs of 3 of 4 cases: race 2; 2 shapes, 1 activation;" in row
     assert "bf16; fp8; 91.5% of its instructions; 2026-11-30, abc1234" in row and row.endswith("| not yet |")
     assert row_of("cuda value").endswith("| not yet | not yet |")
 

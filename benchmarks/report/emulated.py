@@ -46,9 +46,13 @@ def _executed(row: Row | None) -> str:
         return NOT_YET
     cases = f"{row['cases']:,}" if row["cases"] == row["of"] else f"{row['cases']:,} of {row['of']:,}"
     faults = ", ".join(f"{kind} {count}" for kind, count in row["faults"].items()) or "no fault"
-    dtypes, policies = (", ".join(words) for words in ([SHORT[t] for t in row["dtypes"]], row["policies"]))
-    sizes = f"{len(row['shapes'])} shapes, {len(row['activations'])} activations; {dtypes}; {policies}"
+    dtypes, policies = (", ".join(sorted(words)) for words in ([SHORT[t] for t in row["dtypes"]], row["policies"]))
+    sizes = f"{_count(row['shapes'], 'shape')}, {_count(row['activations'], 'activation')}; {dtypes}; {policies}"
     return (
         f"{row['runs']:,} runs of {cases} cases: {faults}; {sizes}; {row['met']:.1%} of its instructions; "
         f"{row['date']}, {row['commit']}"
     )
+
+
+def _count(of: list[str], what: str) -> str:
+    return f"{len(of)} {what}{'s' * (len(of) != 1)}"

@@ -102,16 +102,18 @@ SHAPES = [(9, 513), (33, 256), (5, 37), (12, 264), (1, 1), (70, 72)]
 
 
 def campaign() -> Iterator[Job]:
-    """Every activation × dtype × policy, forward and backward, gated where a policy is; shapes and places by turns."""
+    """Every activation × dtype × policy × shape, forward and backward, gated where a policy is; places by turns."""
     turn = itertools.count()
     for family, dtype, name in itertools.product(ARCHITECTURES, ptx.DTYPES[1:], ptx.NAMES):
         policies = [p for p in ref.policies_of(ref.activation_of(name)) if p not in ("preact", "output")]
-        for policy, way in itertools.product(policies, ("value", "chain_rule", "gated value", "gated_chain_rule")):
+        ways = ("value", "chain_rule", "gated value", "gated_chain_rule")
+        for policy, way, _ in itertools.product(policies, ways, SHAPES):
             if policy != "fp8" and "gated" in way:
                 continue
             i = next(turn)
-            case = Case(m=SHAPES[i % 6][0], n=SHAPES[i % 6][1], dtype=dtype, activation=name, family=family,
-                        policy=policy, gated=way == "gated value", skew=i // 2 % 2)  # fmt: skip
+            m, n = SHAPES[(i + i // len(SHAPES)) % len(SHAPES)]
+            case = Case(m=m, n=n, dtype=dtype, activation=name, family=family, policy=policy,
+                        gated=way == "gated value", skew=i // 2 % 2)  # fmt: skip
             if "value" in way:
                 reads = ("all", "over", "read") if policy == "fp8" else ("all", "over")
                 case = replace(case, results=reads[i % len(reads)])

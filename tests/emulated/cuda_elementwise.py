@@ -232,7 +232,7 @@ SHAPES = [(1, 1), (5, 37), (33, 256), (70, 264), (9, 513), (66, 40)]
 
 
 def campaign() -> Iterator[Job]:
-    """Every activation × dtype × kernel × policy that reads z or y, shapes and places by turns."""
+    """Every activation × dtype × kernel × policy that reads z or y × shape, places by turns; and sums of columns."""
     turn = itertools.count()
     for family, dtype, name in itertools.product(ARCHITECTURES, ptx.DTYPES, ptx.NAMES):
         from_y = ["output"] * ("output" in ref.policies_of(ref.activation_of(name)))
@@ -242,11 +242,13 @@ def campaign() -> Iterator[Job]:
             ("gated_chain_rule", "preact"),
         ]
         shapes = SHAPES[:2] if dtype == "float64" else SHAPES  # its exp and erf go lane by lane here
-        for (kernel, policy), shape in itertools.product(passes, range(2)):
+        for (kernel, policy), _ in itertools.product(passes, shapes):
             i = next(turn)
-            m, n = shapes[(i + 3 * shape) % len(shapes)]
+            m, n = shapes[(i + i // len(shapes)) % len(shapes)]
             case = Case(
                 kernel, m, n, dtype, name, family, policy, gated=kernel == "value" and i % 2 == 0,
                 skew=i // 2 % 2, transposed=i % 5 == 0 and kernel != "value", results=("all", "grad", "over")[i % 3],
             )  # fmt: skip
             yield Job.of(f"cuda {kernel}", case, run, 0.1, ptx.NAMES)
+    for family, dtype, (m, n) in itertools.product(ARCHITECTURES, ptx.DTYPES, SHAPES):
+        yield Job.of("cuda column_sum", Case("chain_rule", m, n, dtype, "relu", family), run, 0.1, ptx.NAMES)

@@ -32,7 +32,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from benchmarks import compiled, static_cuda
 from benchmarks.environment import progress
-from benchmarks.static_cases import QUICK, SIXTEEN, TYPES, Case, K, cases, compressed_cases, odd_cases
+from benchmarks.static_cases import KERNELS, QUICK, SIXTEEN, TYPES, Case, K, cases, compressed_cases, odd_cases
 from fastbp.activations import ROWS
 from fastbp.backends.triton import configs, interpreting, launch
 from fastbp.backends.triton.configs import Tile
@@ -204,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--family", choices=list(configs.FAMILIES), action="append", help="only this architecture")
     parser.add_argument("--activation", choices=list(ROWS), action="append", help="only this activation")
+    parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this kernel of Triton's")
     parser.add_argument("--policy", choices=list(POLICIES), action="append", help="only kernels of this save policy")
     parser.add_argument("--verbose", action="store_true", help="print every case, not only faults and one per tile")
     parser.add_argument("--only", choices=["triton", "cuda"], help="only the kernels of one kind")
@@ -215,11 +216,12 @@ def main(argv: list[str] | None = None) -> int:
     failed = 0
     if options.only != "cuda":
         failed += _report_triton(parser, options, tally)
-    if options.only != "triton":
+    if options.only != "triton" and not options.kernel:
         failed += static_cuda.report(CUOBJDUMP, options.quick, options.verbose, progress, tally.add)
     if options.record:
         words = shlex.join(sys.argv[1:] if argv is None else argv)
-        tally.write(f"python -m benchmarks.static {words}", options.quick, triton=triton.__version__)
+        part = bool(options.quick or options.activation or options.policy)
+        tally.write(f"python -m benchmarks.static {words}", part, triton=triton.__version__)
     return int(failed > 0)
 
 
@@ -230,8 +232,8 @@ def _report_triton(parser: argparse.ArgumentParser, options: argparse.Namespace,
     activations = options.activation or [*(QUICK if options.quick else ROWS)]
     given = options.family or list(configs.FAMILIES), activations, options.quick
     todo = [*cases(*given), *compressed_cases(*given), *odd_cases(*given)]
-    if options.policy:
-        todo = [case for case in todo if case.save in options.policy]
+    todo = [case for case in todo if case.save in (options.policy or POLICIES)]
+    todo = [case for case in todo if case.kernel in (options.kernel or KERNELS)]
     print(f"Triton {triton.__version__}: {len(todo)} compilations\n{HEAD}")
     shown = set[Any]()
     failed = 0

@@ -73,8 +73,8 @@ def _said(*command: str) -> str:
 
 
 def native_capability() -> str:
-    """What the C++ kernels use of this CPU, or why there are none."""
-    return native.capability() if native.unavailable is None else native.unavailable
+    """What the C++ kernels use of this CPU, or why there are none, but not what to do about it, with paths of here."""
+    return native.capability() if native.unavailable is None else native.unavailable.split(";")[0]
 
 
 @lru_cache(maxsize=8)

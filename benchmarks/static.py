@@ -32,7 +32,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from benchmarks import compiled, static_cuda
 from benchmarks.environment import progress
-from benchmarks.static_cases import KERNELS, QUICK, SIXTEEN, TYPES, Case, K, cases, compressed_cases, odd_cases
+from benchmarks.static_cases import QUICK, SIXTEEN, TYPES, Case, K, cases, compressed_cases, odd_cases
 from fastbp.activations import ROWS
 from fastbp.backends.triton import configs, interpreting, launch
 from fastbp.backends.triton.configs import Tile
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--family", choices=list(configs.FAMILIES), action="append", help="only this architecture")
     parser.add_argument("--activation", choices=list(ROWS), action="append", help="only this activation")
-    parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this kernel of Triton's")
+    parser.add_argument("--kernel", action="append", help="only this kernel of Triton's")
     parser.add_argument("--policy", choices=list(POLICIES), action="append", help="only kernels of this save policy")
     parser.add_argument("--verbose", action="store_true", help="print every case, not only faults and one per tile")
     parser.add_argument("--only", choices=["triton", "cuda"], help="only the kernels of one kind")
@@ -233,7 +233,9 @@ def _report_triton(parser: argparse.ArgumentParser, options: argparse.Namespace,
     given = options.family or list(configs.FAMILIES), activations, options.quick
     todo = [*cases(*given), *compressed_cases(*given), *odd_cases(*given)]
     todo = [case for case in todo if case.save in (options.policy or POLICIES)]
-    todo = [case for case in todo if case.kernel in (options.kernel or KERNELS)]
+    if unknown := {*(options.kernel or ())} - {case.kernel for case in todo}:
+        parser.error(f"no kernel {', '.join(sorted(unknown))}; of these there are {sorted({c.kernel for c in todo})}")
+    todo = [case for case in todo if not options.kernel or case.kernel in options.kernel]
     print(f"Triton {triton.__version__}: {len(todo)} compilations\n{HEAD}")
     shown = set[Any]()
     failed = 0

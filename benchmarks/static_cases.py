@@ -20,8 +20,6 @@ SIXTEEN = tuple(dtype for dtype in DTYPES if dtype.itemsize == 2)
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TYPES |= {torch.uint8: "u8"}
 QUICK = ("gelu", "softplus", "mish", "gelu_tanh")  # a table look-up would not do: these need the most registers
-KERNELS = (*configs.KINDS, "activation", "gated_activation", "chain_rule", "gated_chain_rule", "compress",
-           "gated_compress", "column_sum")  # fmt: skip
 M, N, K = 8192, 4096, 1024
 # Rows, columns, and numbers by which matrices miss 16 bytes: what TMA cannot describe, and what it can but just.
 UNDESCRIBED, DESCRIBED = ((M, 2730, 0), (M, 77, 0), (M, N, 1), (1, 2730, 0)), ((M, 2728, 0), (1, N, 0))

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastbp.activations import wide
+
 Activate = Callable[[Tensor], Tensor]
 JUMP = 2.0**-7  # of the slope, from which on it is a kink: what is less is no more than rounding
 
@@ -48,12 +50,10 @@ class Sides:
         exact, half = z.detach(), torch.finfo(self.dtype).eps / 2
         # How far off a z may be before it is rounded to the dtype: twice as far as PyTorch's, which may be lucky.
         off = ((noted.double() - exact).abs() - half * exact.abs()).nan_to_num(0.0, 0.0, 0.0)
-        summed_in = torch.float64 if self.dtype == torch.float64 else torch.float32
-        least = torch.finfo(self.dtype).tiny * torch.finfo(self.dtype).eps
-        spare = least
+        spare = torch.finfo(self.dtype).tiny * torch.finfo(self.dtype).eps
         if exact.numel():
             largest = exact.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-            spare += 2 * max(off.max().item(), 0.0) + 4 * torch.finfo(summed_in).eps * largest
+            spare += 2 * max(off.max().item(), 0.0) + 4 * torch.finfo(wide(self.dtype)).eps * largest
         at = exact
         for kink in self.kinks:
             width = spare + half * abs(kink)

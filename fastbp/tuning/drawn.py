@@ -93,10 +93,12 @@ def yardstick(job: Job, call: DrawnCall) -> list[Exact]:
     # In float64 PyTorch's own hardsigmoid is off: it takes its ⅙ in float32.
     activation: Activate = partial(_formula, job.config) if job.dtype == torch.float64 else bound
     sides = None if job.config.form.given else Sides(activation, job.dtype)  # of a given form z is as it is given
+    if sides and not sides.kinks:
+        sides = None
     own = plain(job, call, sides.noting(bound) if sides else None)
     names = _names(job, call)
     exact = [Exact(t, name) for t, name in zip(own, names, strict=True)]
-    entered, beside = _put_exact(job, call, exact, activation, sides if sides and sides.kinks else None)
+    entered, beside = _put_exact(job, call, exact, activation, sides)
     policy, extra = POLICIES[job.config.save], 0.0
     if policy.compressed or (job.config.save == "output" and not job.config.row.output_exact):
         own = call.results(with_backend(job.config, REFERENCE))

@@ -37,7 +37,7 @@ class Sides:
             self._noted.append(z.detach())
             return activation(z)
 
-        return noted if self.kinks else activation
+        return noted
 
     def other(self, rows: slice = slice(None)) -> Activate:
         """For one composition in float64, of these rows of the call: the activation's values, and its slopes but beside

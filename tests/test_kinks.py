@@ -4,6 +4,10 @@ import pytest
 import torch
 from support import each
 
+from benchmarks.cases import Case
+from benchmarks.measure import Truth
+from benchmarks.rivals import ALONE, eager
+from benchmarks.steps import task_of
 from fastbp.activations import TABLE, bind
 from fastbp.kinks import Sides, kinks
 from fastbp.reference import compose
@@ -91,3 +95,23 @@ def test_who_has_the_other_slopes_is_right_and_only_he(words, monkeypatch):
     dx = exact[1]
     dx.beside = None
     assert dx.refusal(results[1]) is not None, "or nothing here needs to be excused"
+
+
+def test_benchmarks_excuse_what_kinks_explain_and_nothing_else():
+    case = Case("gated_mlp", 700, (64, 96, 64), "hardtanh", torch.bfloat16)
+    task = task_of(case, CPU)
+    exact, beside = task.truth("fwd_bwd")
+    assert beside[0] is None and sum(t is not None and bool(t.any()) for t in beside[1:]) == 3  # of x and the gate
+    truth = Truth(case, exact, beside)
+    truth.allow(task.results(eager(case, task.parts), "fwd_bwd"))
+    other = [e if off is None else e + off for e, off in zip(exact, beside, strict=True)]
+    other = [t.to(case.dtype) for t in other]
+    assert truth.refusal(other) is None
+    other[1][-1] = 0
+    assert "row 699 of gradient 1" in truth.refusal(other)
+
+
+@each("kind, activation, mode", [("mlp", "gelu", "fwd_bwd"), (ALONE, "relu", "fwd_bwd"), ("mlp", "relu", "fwd")])
+def test_where_no_kink_is_met_nothing_is_excused(kind, activation, mode):
+    case = Case(kind, 40, (8, 16, 8) if kind == "mlp" else (8,), activation, torch.bfloat16)
+    assert not any(t is not None for t in task_of(case, CPU).truth(mode)[1])

@@ -1,5 +1,6 @@
 """Result files: what is written is read again, and what cannot be read is named by file and line."""
 
+import re
 import warnings
 
 import pytest
@@ -72,3 +73,11 @@ def test_every_kind_of_cpu_has_a_folder(monkeypatch, facts, folder):
     monkeypatch.setattr(environment, "native_capability", lambda: "avx512_bf16")
     assert environment.folder_of(environment.CPU) == folder
     assert (records.RESULTS / folder).is_dir()
+
+
+def test_a_results_file_says_why_there_is_no_library_and_not_where(monkeypatch):
+    reason = "the C++ kernels were not built; `pip install -e /tmp/somewhere` builds them"
+    monkeypatch.setattr(environment.native, "unavailable", reason)
+    assert environment.environment("make bench")["native"] == "the C++ kernels were not built"
+    for path in records.RESULTS.rglob("*.jsonl"):
+        assert not re.search(r"/(tmp|home|root|work)/", path.read_text()), path

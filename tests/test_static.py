@@ -120,3 +120,45 @@ def test_under_the_interpreter_it_refuses():
     done = python("-m", "benchmarks.static", "--quick", interpret="1")
     assert done.returncode == 2
     assert "TRITON_INTERPRET is set" in done.stderr
+
+
+RECORDED = """
+import json, sys
+from pathlib import Path
+from benchmarks import compiled, records, static
+compiled.FILE = Path(sys.argv[1])
+codes = [static.main([*sys.argv[2:], "--record", "--only", "triton", "--kernel", kernel, "--family", "sm_80"])
+         for kernel in ("column_sum", "gated_compress")]
+codes.append(static.main(["--record", "--only", "triton", "--kernel", "gated_compress", "--family", "sm_80"]))
+print(json.dumps([codes, records.read(compiled.FILE).rows]))
+"""
+
+
+def test_a_record_of_some_activations_is_one_of_a_part(tmp_path):
+    ran = python("-c", RECORDED, str(tmp_path / "compiled.jsonl"), "--activation", "gelu")
+    assert ran.returncode == 0, ran.stderr
+    codes, rows = json.loads(ran.stdout.splitlines()[-1])
+    found = {row["kernel"]: (row["family"], row["kernels"], row["faulty"], row["quick"]) for row in rows}
+    assert codes == [0, 0, 0]
+    assert found == {"triton column_sum": ("sm_80", 4, 0, True), "triton gated_compress": ("sm_80", 12, 0, False)}
+
+
+def test_a_kernel_that_there_is_not_is_refused_by_name():
+    ran = python("-m", "benchmarks.static", "--kernel", "forwards", "--family", "sm_80")
+    assert ran.returncode == 2 and "no kernel forwards; of these there are ['activation'," in ran.stderr
+
+
+FLOAT64 = """
+import torch
+from benchmarks import static
+from benchmarks.static_cases import Case
+for activation in ("sigmoid", "silu", "quick_gelu", "hardswish"):
+    case = Case("sm_80", "gated_chain_rule", None, activation, torch.float64)
+    print(activation, static.examine(case, False).faults)
+"""
+
+
+def test_strips_of_float64_do_not_spill():
+    """ptxas, not told what a thread may have, spilled three registers of these four on sm_80."""
+    ran = python("-c", FLOAT64)
+    assert [line.split(" ", 1)[1] for line in ran.stdout.splitlines()] == ["()"] * 4, ran.stdout + ran.stderr

@@ -92,6 +92,14 @@ def test_who_has_the_other_slopes_is_right_and_only_he(words, monkeypatch):
             spoilt = t.clone()
             spoil(spoilt)
             assert truth.refusal(spoilt) is not None, truth.name
+    needed = set()
+    for truth, t in zip(exact[1:], results[1:], strict=True):
+        full = truth.beside
+        for name in ("rows", "columns") if full else ():
+            truth.beside = full._replace(**{name: torch.zeros_like(getattr(full, name))})
+            needed |= {name} if truth.refusal(t) else set()
+        truth.beside = full
+    assert needed == {"rows", "columns"}, "or one of them excuses nothing"
     dx = exact[1]
     dx.beside = None
     assert dx.refusal(results[1]) is not None, "or nothing here needs to be excused"
